@@ -1,0 +1,92 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+# Every target does its own set-up: `make demo` and `make test` work on a fresh clone.
+#
+#   PYTHON       the Python that .venv is made with (3.11 or newer)
+#   PYTEST_ARGS  more arguments for pytest, e.g. make test PYTEST_ARGS="-k processor -x"
+#   WORKERS      test processes
+
+# python3, or where that is missing or older, one that is named by its version.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; done; echo python3)
+PYTEST_ARGS ?=
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
+STAMP := $(VENV)/.setup-done
+
+# The oldest transformers that checkpoints have to work on, beside the pinned one.
+OLD_VERSION := 5.19.0
+OLD := build/transformers-$(OLD_VERSION)
+
+# One thread per test process: together they fill the cores.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-matrix test-versions lint style clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-22s%s\n", $$1, $$2}'
+
+setup: $(STAMP) ## .venv with the pinned versions and the package, editable
+	@:
+
+# Python without ensurepip (Debian's without python3-venv) makes the environment with its own pip.
+$(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "The pinned versions need Python 3.11 or newer; $(PYTHON) is %d.%d. Name another one: make $(MAKECMDGOALS) PYTHON=python3.11" % v[:2])'
+	@echo "Setting up $(VENV): a few minutes and 6 GB the first time"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) >/dev/null 2>&1 || { \
+		$(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip -qq --python $(BIN)/python install pip; }
+	@$(PIP) install --constraint constraints.txt --editable '.[all]'
+	@touch $@
+
+demo: $(STAMP) ## assemble, train and ask a model about scans it has not seen (build/demo)
+	@$(BIN)/python examples/digits/demo.py
+
+test: $(STAMP) ## the tests
+	@$(PYTEST) -n $(WORKERS) --dist worksteal -q $(PYTEST_ARGS)
+
+test-matrix: $(STAMP) ## every encoder x projector x language model
+	@$(PYTEST) -n $(WORKERS) --dist worksteal -q -m matrix $(PYTEST_ARGS)
+
+# The other version lies in a folder of its own before .venv's packages on the path. Tests that cross from one version
+# to the other start a process with MOELLAVA_OTHER_TRANSFORMERS on its PYTHONPATH.
+test-versions: $(OLD)/.done ## checkpoints on the pinned transformers and on the oldest that works
+	@$(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
+	@MOELLAVA_OTHER_TRANSFORMERS=$(CURDIR)/$(OLD) $(PYTEST) -q tests/versions $(PYTEST_ARGS)
+	@PYTHONPATH=$(CURDIR)/$(OLD) $(BIN)/python -c 'import transformers as t; print("transformers", t.__version__); exit(t.__version__ != "$(OLD_VERSION)")'
+	@PYTHONPATH=$(CURDIR)/$(OLD) $(PYTEST) -q tests/versions $(PYTEST_ARGS)
+
+$(OLD)/.done: $(STAMP)
+	@rm -rf $(OLD)
+	@$(PIP) install --no-deps --target $(OLD) transformers==$(OLD_VERSION)
+	@touch $@
+
+lint: $(STAMP) ## ruff, and transformers-mlinter on the files that travel
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/python .ci/mlint.py
+
+style: $(STAMP) ## ruff's fixes and format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## remove what was built; .venv stays
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	@find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -1,0 +1,344 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Writing a checkpoint: the code that travels in it, and the move of a finished folder into place.
+
+A saved folder holds flat copies of the source files of `configuration/`, `modeling/` and `processing/`, so that
+`from_pretrained(folder, trust_remote_code=True)` works where the package is not installed. transformers' own copier
+cannot do this from a layout of several folders, so this file does; it travels too, because a checkpoint loaded without
+the package must be able to save itself again.
+"""
+
+import ast
+import ctypes
+import errno
+import importlib.metadata
+import inspect
+import os
+import re
+import shutil
+import sys
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+ENTRY_MODULE = "moellava_entry"
+CUSTOM_MODULE = "moellava_custom"
+ROOMS = ("configuration", "modeling", "processing")
+
+# One entry file for all five: with several, transformers imports the same class once per file from a local folder, and
+# `type(config) is model.config_class` no longer holds.
+AUTO_MAP = {
+    "AutoConfig": f"{ENTRY_MODULE}.MoellavaConfig",
+    "AutoModel": f"{ENTRY_MODULE}.MoellavaModel",
+    "AutoModelForCausalLM": f"{ENTRY_MODULE}.MoellavaForCausalLM",
+    "AutoModelForImageTextToText": f"{ENTRY_MODULE}.MoellavaForCausalLM",
+    "AutoProcessor": f"{ENTRY_MODULE}.MoellavaProcessor",
+}
+
+_ENTRY_SOURCE = '''"""What `auto_map` of this checkpoint names: MoELLaVA's classes, and the parts of its author's own."""
+
+from .configuration_moellava import MoellavaConfig
+from .modeling_moellava import MoellavaForCausalLM, MoellavaModel, MoellavaPreTrainedModel
+from .moellava_custom import CUSTOM_PARTS
+from .processing_moellava import MoellavaProcessor
+
+
+__all__ = [
+    "CUSTOM_PARTS",
+    "MoellavaConfig",
+    "MoellavaForCausalLM",
+    "MoellavaModel",
+    "MoellavaPreTrainedModel",
+    "MoellavaProcessor",
+]
+'''
+
+# `from .x import`, `from ..room.x import` and `from moellava.room.x import` all become `from .x import`.
+_ROOM_IMPORT = re.compile(
+    rf"^(\s*)from (?:\.|\.\.(?:{'|'.join(ROOMS)})\.|moellava\.(?:{'|'.join(ROOMS)})\.)(\w+) import", flags=re.MULTILINE
+)
+_WEIGHT_FILE = re.compile(
+    r"(model|pytorch_model)(\.[\w-]+)?(-\d{5}-of-\d{5})?\.(safetensors|bin)|.+\.(safetensors|bin)\.index\.json"
+)
+
+
+def is_flat() -> bool:
+    """Whether this file runs from a checkpoint (or transformers' cache of one) instead of from the package."""
+    return (Path(__file__).parent / f"{ENTRY_MODULE}.py").exists()
+
+
+def travelling_files() -> dict[str, Path]:
+    """Returns the flat name of every travelling source file, and where it lies now.
+
+    Raises:
+        RuntimeError: Two files of the package would get the same flat name.
+    """
+    here = Path(__file__).parent
+    if is_flat():
+        return {path.name: path for path in sorted(here.glob("*.py")) if path.name != "__init__.py"}
+    files: dict[str, Path] = {}
+    for room in ROOMS:
+        for path in sorted((here.parent / room).glob("*.py")):
+            if path.name == "__init__.py":
+                continue
+            if path.name in files:
+                raise RuntimeError(f"{path} and {files[path.name]} would overwrite one another in a checkpoint.")
+            files[path.name] = path
+    return files
+
+
+def flatten_imports(source: str) -> str:
+    """Rewrites the imports of the travelling files of one another to imports of flat siblings."""
+    return _ROOM_IMPORT.sub(r"\1from .\2 import", source)
+
+
+def export_code(
+    folder: str | os.PathLike, parts: Iterable[type] | None = None, earlier: str | os.PathLike | None = None
+) -> list[Path]:
+    """Writes the travelling code into `folder`.
+
+    Args:
+        folder (`str` or `os.PathLike`): Where to write; exists.
+        parts (`Iterable[type]`, *optional*): The classes that the model's encoder and projector are made of. Those
+            that are not of this package are copied with the files that define them. `None` says that the caller does
+            not know the model (a processor saved alone): the custom parts of `earlier` are then kept.
+        earlier (`str` or `os.PathLike`, *optional*): The checkpoint that `folder` is going to replace.
+
+    Returns:
+        `list[Path]`: The files written.
+
+    Raises:
+        ValueError: A custom part is defined where its source cannot travel (a script run as `__main__`, a notebook),
+            or its file imports a module that no installed distribution provides.
+    """
+    folder = Path(folder)
+    written = []
+    flat = is_flat()
+    for name, path in travelling_files().items():
+        if name == f"{CUSTOM_MODULE}.py":
+            continue
+        source = path.read_text(encoding="utf-8")
+        written.append(_write(folder / name, source if flat else flatten_imports(source)))
+    written.append(_write(folder / f"{ENTRY_MODULE}.py", _ENTRY_SOURCE))
+
+    custom = folder / f"{CUSTOM_MODULE}.py"
+    if flat:
+        written.append(_write(custom, (Path(__file__).parent / custom.name).read_text(encoding="utf-8")))
+    elif parts is not None or earlier is None or not (Path(earlier) / custom.name).exists():
+        written += _export_custom_parts(folder, list(parts or ()))
+    return written
+
+
+def _write(path: Path, source: str) -> Path:
+    path.write_text(source, encoding="utf-8")
+    return path
+
+
+def _export_custom_parts(folder: Path, parts: list[type]) -> list[Path]:
+    """Copies the files of the parts that are not of this package, and writes the module that imports them."""
+    package = __name__.rpartition(".configuration.")[0]
+    custom = {part: _custom_source(part) for part in parts if not part.__module__.startswith(f"{package}.")}
+    written: dict[str, Path] = {}
+    for source_file in custom.values():
+        _copy_custom_file(source_file, folder, written)
+    lines = ['"""The parts of this model that its author wrote: importing this registers them."""', ""]
+    lines += [
+        f"from .{_custom_name(source_file)} import {part.__name__}" for part, source_file in custom.items()
+    ]
+    lines += ["", "", f"CUSTOM_PARTS = [{', '.join(part.__name__ for part in custom)}]", ""]
+    return [*written.values(), _write(folder / f"{CUSTOM_MODULE}.py", "\n".join(lines))]
+
+
+def _custom_source(part: type) -> Path:
+    try:
+        source_file = inspect.getsourcefile(part)
+    except TypeError:
+        source_file = None
+    if part.__module__ == "__main__" or source_file is None or not Path(source_file).is_file():
+        raise ValueError(
+            f"{part.__qualname__} cannot travel in a checkpoint, because it is defined in "
+            f"{'a script' if part.__module__ == '__main__' else 'no file'}. Move it into a Python file of its own and "
+            "import it from there."
+        )
+    return Path(source_file)
+
+
+def _custom_name(source_file: Path) -> str:
+    stem = re.sub(r"\W", "_", source_file.stem)
+    return stem if stem.startswith("custom_") else f"custom_{stem}"
+
+
+def _copy_custom_file(source_file: Path, folder: Path, written: dict[str, Path]) -> None:
+    """Copies a user's file and the siblings that it imports relatively, under flat names."""
+    name = _custom_name(source_file)
+    if name in written:
+        return
+    source = source_file.read_text(encoding="utf-8")
+    tree = ast.parse(source, filename=str(source_file))
+    lines = source.splitlines(keepends=True)
+    written[name] = folder / f"{name}.py"
+    for node in [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                _check_importable(alias.name, source_file)
+        elif node.level == 0 and (node.module == "moellava" or node.module.startswith("moellava.")):
+            lines[node.lineno - 1] = _flat_package_import(node, source_file)
+            for index in range(node.lineno, node.end_lineno):
+                lines[index] = ""
+        elif node.level == 0:
+            _check_importable(node.module, source_file)
+        else:
+            sibling = source_file.parent / f"{node.module}.py" if node.level == 1 and node.module else None
+            if sibling is None or not sibling.is_file():
+                raise ValueError(
+                    f"{source_file} line {node.lineno}: a part that travels may import only files beside its own, as "
+                    "`from .name import x`."
+                )
+            _copy_custom_file(sibling, folder, written)
+            start = lines[node.lineno - 1]
+            lines[node.lineno - 1] = start.replace(f"from .{node.module} ", f"from .{_custom_name(sibling)} ", 1)
+    _write(written[name], "".join(lines))
+
+
+def _flat_package_import(node: ast.ImportFrom, source_file: Path) -> str:
+    """`from moellava import X` becomes `from .file_that_defines_X import X`."""
+    homes: dict[str, list[str]] = {}
+    public = sys.modules[node.module] if node.module in sys.modules else None
+    for alias in node.names:
+        value = getattr(public, alias.name, None)
+        home = getattr(value, "__module__", None)
+        if inspect.ismethod(value):  # the registering decorators are bound methods of their registry
+            home = "registry_moellava"
+        home = "" if home is None else home.rpartition(".")[2]
+        if f"{home}.py" not in travelling_files():
+            raise ValueError(
+                f"{source_file} line {node.lineno}: `{alias.name}` of `{node.module}` does not travel in a checkpoint. "
+                "A part may import register_encoder, register_projector, and what the configuration, modeling and "
+                "processing folders define."
+            )
+        homes.setdefault(home, []).append(alias.name + (f" as {alias.asname}" if alias.asname else ""))
+    indent = " " * node.col_offset
+    return "".join(f"{indent}from .{home} import {', '.join(names)}\n" for home, names in homes.items())
+
+
+def _check_importable(module: str, source_file: Path) -> None:
+    top = module.partition(".")[0]
+    if top in sys.stdlib_module_names or top in importlib.metadata.packages_distributions():
+        return
+    raise ValueError(
+        f"{source_file} imports `{module}`, which no installed distribution provides, so a checkpoint could not be "
+        f"loaded elsewhere. Put the code into the same file, or beside it and import it as `from .{top} import ...`."
+    )
+
+
+@contextmanager
+def staged_folder(save_directory: str | os.PathLike, replaces_weights: bool = False) -> Iterator[Path]:
+    """Yields an empty folder to save into, and moves it to `save_directory` in one step when the block ends well.
+
+    Whatever else lies in `save_directory` is kept. When the block raises, or the process dies, `save_directory` is what
+    it was before.
+
+    Args:
+        save_directory (`str` or `os.PathLike`): Where the checkpoint goes; made if it is not there.
+        replaces_weights (`bool`, *optional*, defaults to `False`): Whether the block writes weights, so that the weight
+            files of an earlier checkpoint must not stay.
+
+    Raises:
+        NotADirectoryError: `save_directory` is a file.
+    """
+    target = Path(os.path.realpath(save_directory))
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{save_directory} is a file; a checkpoint is saved into a folder. Give a folder's path.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    inside = target.is_dir() and (os.path.ismount(target) or not os.access(target.parent, os.W_OK))
+    staging = (target if inside else target.parent) / f".{target.name}.{uuid.uuid4().hex[:12]}.saving"
+    staging.mkdir()
+    try:
+        yield staging
+        if inside:
+            # A mount point or a folder in a read-only place cannot be swapped as a whole: file by file, config last.
+            logger.warning("%s cannot be replaced in one step; its files are replaced one by one.", target)
+            for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+                _replace(path, target / path.name)
+        elif not target.exists():
+            staging.rename(target)
+        else:
+            left_behind = _carry_over(target, staging, replaces_weights)
+            _exchange(staging, target)
+            for name in left_behind:
+                (staging / name).rename(target / name)
+    finally:
+        if staging.exists():
+            shutil.rmtree(staging)
+
+
+def _replace(source: Path, target: Path) -> None:
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+    os.replace(source, target)
+
+
+def _carry_over(earlier: Path, staging: Path, replaces_weights: bool) -> list[str]:
+    """Links what the earlier folder holds and the new one does not; returns what has to be moved afterwards instead."""
+    shutil.copymode(earlier, staging)
+    left_behind = []
+    for path in earlier.iterdir():
+        if (staging / path.name).exists() or path.name.endswith(".saving"):
+            continue
+        if replaces_weights and path.is_file() and _WEIGHT_FILE.fullmatch(path.name):
+            continue
+        try:
+            if path.is_symlink():
+                os.symlink(os.readlink(path), staging / path.name)
+            elif path.is_dir():
+                shutil.copytree(path, staging / path.name, symlinks=True, copy_function=os.link)
+            else:
+                os.link(path, staging / path.name)
+        except (OSError, shutil.Error):  # a file system without hard links
+            if (staging / path.name).is_dir():
+                shutil.rmtree(staging / path.name)
+            left_behind.append(path.name)
+    return left_behind
+
+
+def _exchange(staging: Path, target: Path) -> None:
+    """Swaps two folders, atomically where the system can (Linux's `renameat2`), else by two renames."""
+    if sys.platform == "linux":
+        at_fdcwd, rename_exchange = -100, 2
+        libc = ctypes.CDLL(None, use_errno=True)
+        renameat2 = getattr(libc, "renameat2", None)
+        if renameat2 is not None:
+            done = renameat2(at_fdcwd, os.fsencode(staging), at_fdcwd, os.fsencode(target), rename_exchange)
+            if done == 0:
+                return
+            code = ctypes.get_errno()
+            if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+                raise OSError(code, os.strerror(code), str(target))
+    aside = staging.with_name(f"{staging.name}.earlier")
+    target.rename(aside)
+    try:
+        staging.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    aside.rename(staging)
+
+
+__all__ = ["AUTO_MAP", "ENTRY_MODULE", "export_code", "is_flat", "staged_folder", "travelling_files"]

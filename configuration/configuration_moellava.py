@@ -1,0 +1,355 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`MoellavaConfig`: what a model is made of, by value.
+
+The language model and the vision tower are described by their own transformers configs, the projector by its type and
+that type's fields. Nothing in a config is a name to be looked up: a model is built from it without a network and
+without any other file.
+"""
+
+import copy
+import os
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig, __version__
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
+
+from .checkpoint_moellava import AUTO_MAP, export_code
+from .names_moellava import (
+    FIELD_NAMES,
+    canonical_encoder_type,
+    canonical_projector,
+    canonical_strategy,
+    translate_fields,
+)
+from .registry_moellava import ENCODERS, PROJECTORS, known_names
+
+
+logger = logging.get_logger(__name__)
+
+# Keys that a part's config may carry and that are data of somebody else's process: never acted on, never passed on.
+_FOREIGN_KEYS = (
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "_commit_hash",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "name_or_path",
+    "transformers_version",
+    "trust_remote_code",
+)
+
+# Fields without a declaration of ours that transformers and its trainers pass to a config or set on one.
+_LIBRARY_FIELDS = frozenset(
+    {
+        "_attn_implementation_internal",
+        "_commit_hash",
+        "_experts_implementation_internal",
+        "_name_or_path",
+        "attn_implementation",
+        "auto_map",
+        "bos_token_id",
+        "distributed_config",
+        "eos_token_id",
+        "experts_implementation",
+        "fusion_config",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "pad_token_id",
+        "quantization_config",
+        "tie_last_hidden_states",
+        "torch_dtype",
+        "transformers_weights",
+        "use_cache",
+    }
+)
+
+_DEFAULT_TEXT = {"model_type": "llama", "vocab_size": 32064}
+_DEFAULT_VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+
+
+@strict
+class MoellavaProjectorConfig(PreTrainedConfig):
+    r"""
+    What the projector is: its type, and the fields that this type's class takes.
+
+    Args:
+        type (`str`, *optional*, defaults to `"mlp"`):
+            The registered name of the projector, or a spelling that stands for one (`"mlp2x_gelu"`).
+        kwargs:
+            The fields of that projector, as its constructor names them; those left out take its defaults.
+    """
+
+    model_type = "moellava_projector"
+
+    type: str = "mlp"
+
+    def __post_init__(self, **kwargs):
+        # A sub-config is written with what every config has (labels, dtype and so on); only the rest are fields.
+        library = {key: kwargs.pop(key) for key in list(kwargs) if key in _LIBRARY_FIELDS}
+        fields = canonical_projector({**kwargs, "type": self.type})
+        self.type = fields.pop("type")
+        fields = PROJECTORS.complete_fields(self.type, fields)
+        super().__post_init__(**{key: value for key, value in library.items() if key not in _FOREIGN_KEYS}, **fields)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of the projector's own, as its constructor takes them."""
+        return {name: getattr(self, name) for name in PROJECTORS.fields(self.type)}
+
+
+@strict
+class MoellavaEncoderConfig(PreTrainedConfig):
+    r"""
+    The vision config of a user's own encoder: the fields that its class takes.
+
+    Args:
+        kwargs:
+            The fields of the encoder, as its constructor names them.
+    """
+
+    model_type = "moellava_encoder"
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**{key: value for key, value in kwargs.items() if key not in _FOREIGN_KEYS})
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Every field that is not common to all configs of transformers."""
+        common = vars(PreTrainedConfig())
+        return {name: value for name, value in vars(self).items() if name not in common}
+
+
+@strict
+class MoellavaConfig(PreTrainedConfig):
+    r"""
+    The configuration of a MoELLaVA model. The defaults are those of LLaVA-1.5: a CLIP ViT-L/14 tower at 336 pixels, a
+    two-layer MLP and a LLaMA.
+
+    The older builder's names of these fields (`mm_vision_select_layer`, `mm_projector_type`, `num_query_tokens`, ...)
+    are accepted as well; an unknown name is an error.
+
+    Args:
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            The language model's config; any decoder with an `AutoModelForCausalLM` class.
+        vision_config (`PreTrainedConfig` or `dict`, *optional*):
+            The vision tower's config.
+        projector_config (`MoellavaProjectorConfig` or `dict`, *optional*):
+            The projector's `type` and fields.
+        encoder_type (`str`, *optional*):
+            The registered name of the encoder. Told by `vision_config.model_type` when left out.
+        image_token_id (`int`, *optional*, defaults to 32000):
+            The id of the placeholder that image features take the place of; within the vocabulary.
+        vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -2):
+            The index into the tower's hidden states (0 is the embeddings) that the projector gets; of several layers
+            the features are concatenated.
+        vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
+            `"default"` and `"patch"`: the patch tokens, without class and register tokens where the tower has them;
+            `"cls"`: the class token alone; `"full"`: every token.
+        image_size (`int`, *optional*):
+            The side in pixels of the square pictures that the tower gets. Defaults to the tower's own; otherwise its
+            position embeddings are interpolated.
+        image_aspect_ratio (`str`, *optional*, defaults to `"pad"`):
+            `"pad"`: a picture is padded to a square; `"square"`: the image processor's own resizing and cropping.
+        image_seq_length (`int`, *optional*):
+            How many language-model tokens a picture becomes. Always computed from the parts.
+        parts (`dict`, *optional*):
+            Where each part came from, for the model card. Never read to load anything.
+        tie_word_embeddings (`bool`, *optional*):
+            Taken from the text config.
+
+    Raises:
+        ValueError: Unknown fields, unknown parts, or fields that do not fit together; the message says what to change.
+
+    Example:
+
+    ```python
+    >>> from transformers import CLIPVisionConfig, LlamaConfig
+    >>> from moellava import MoellavaConfig, MoellavaForCausalLM
+
+    >>> config = MoellavaConfig(
+    ...     text_config=LlamaConfig(vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    ...                             num_attention_heads=2),
+    ...     vision_config=CLIPVisionConfig(image_size=32, patch_size=8, hidden_size=48, intermediate_size=64,
+    ...                                    num_hidden_layers=3, num_attention_heads=2),
+    ...     image_token_id=99,
+    ... )
+    >>> config.image_seq_length
+    16
+    >>> model = MoellavaForCausalLM(config)
+    ```"""
+
+    model_type = "moellava"
+    sub_configs = {
+        "text_config": AutoConfig,
+        "vision_config": AutoConfig,
+        "projector_config": MoellavaProjectorConfig,
+    }
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    projector_config: dict | PreTrainedConfig | None = None
+    encoder_type: str | None = None
+    image_token_id: int = 32000
+    vision_feature_layer: int | list[int] = -2
+    vision_feature_select_strategy: Literal["default", "patch", "cls", "full"] = "default"
+    image_size: int | None = None
+    image_aspect_ratio: Literal["pad", "square"] = "pad"
+    image_seq_length: int | None = None
+    parts: dict | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        self._take_other_names(kwargs)
+        self.text_config = _part_config("text_config", self.text_config, _DEFAULT_TEXT)
+        self.vision_config = _part_config("vision_config", self.vision_config, _DEFAULT_VISION)
+        if not isinstance(self.projector_config, PreTrainedConfig):
+            self.projector_config = MoellavaProjectorConfig(**_without_model_type(self.projector_config))
+        self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+        self.vision_feature_select_strategy = canonical_strategy(self.vision_feature_select_strategy)
+        for key in _FOREIGN_KEYS:
+            if key not in ("attn_implementation", "experts_implementation", "name_or_path"):  # the caller's own word
+                kwargs.pop(key, None)
+        super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
+        self._check_and_measure()
+
+    def _take_other_names(self, kwargs: dict[str, Any]) -> None:
+        """Moves the fields that `kwargs` gives by another name to where they belong, and refuses unknown ones."""
+        foreign = {key: kwargs.pop(key) for key in list(kwargs) if key not in _LIBRARY_FIELDS and key not in _FOREIGN_KEYS}
+        known = {name: place for name, place in FIELD_NAMES.items() if place[0] != "check"}
+        for name in foreign:
+            if name not in known:
+                fields = [*self.default_field_names(), *known]
+                raise ValueError(f"Unknown field {name!r} in {type(self).__name__}{known_names(name, fields)}")
+        sections = translate_fields(foreign, type(self).__name__, names=known)
+        for name, value in sections.get("model", {}).items():
+            setattr(self, name, value)
+        if "source" in sections:
+            self.parts = {**(self.parts or {}), **sections["source"]}
+        if "projector" in sections:
+            given = self.projector_config
+            given = {"type": given.type, **given.fields} if isinstance(given, MoellavaProjectorConfig) else given
+            self.projector_config = {**(given or {}), **sections["projector"]}
+
+    @classmethod
+    def default_field_names(cls) -> list[str]:
+        """The names of the fields that this class declares."""
+        return list(cls.__annotations__)
+
+    def _check_and_measure(self) -> None:
+        """Checks that the parts fit together, and writes down what follows from them."""
+        from ..modeling.encoders_moellava import encoder_for  # late: modeling is built on this file
+
+        vocab_size = self.text_config.vocab_size
+        if not 0 <= self.image_token_id < vocab_size:
+            raise ValueError(
+                f"image_token_id is {self.image_token_id}, but the language model's vocabulary has {vocab_size} rows: "
+                f"expected 0 to {vocab_size - 1}. Add the token to the tokenizer and set text_config.vocab_size."
+            )
+        if self.encoder_type is not None:
+            self.encoder_type = canonical_encoder_type(self.encoder_type)
+        encoder = encoder_for(self)
+        self.encoder_type = encoder.encoder_type
+        projector = PROJECTORS[self.projector_config.type]
+        count = getattr(projector, "num_output_tokens", None)
+        tokens = encoder.num_selected_tokens
+        self.image_seq_length = tokens if count is None else int(count(tokens, **self.projector_config.fields))
+
+    def part_classes(self) -> list[type]:
+        """The classes that the encoder and the projector are made of; a user's own ones travel with the checkpoint."""
+        return [ENCODERS[self.encoder_type], PROJECTORS[self.projector_config.type]]
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        for key in self.sub_configs:
+            if isinstance(output.get(key), dict):
+                for foreign in _FOREIGN_KEYS:
+                    output[key].pop(foreign, None)
+        return output
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        # A file may carry what a trainer wrote on the config, or a field of a later version: kept where it can do no
+        # harm, and said. A field that a caller misspells is an error, in `__post_init__`.
+        declared = {*cls.__dataclass_fields__, *_LIBRARY_FIELDS, *FIELD_NAMES, *_FOREIGN_KEYS}
+        strange = {key: value for key, value in config_dict.items() if key not in declared}
+        config_dict = {key: value for key, value in config_dict.items() if key in declared}
+        result = super().from_dict(config_dict, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        for key, value in strange.items():
+            if hasattr(cls, key):
+                logger.warning("The config's field %r is not one of MoellavaConfig's; it is left out.", key)
+            else:
+                logger.warning("The config's field %r is not one of MoellavaConfig's; it is kept without effect.", key)
+                setattr(config, key, value)
+        return result
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """Saves `config.json` and the code that loads it; arguments as in transformers."""
+        super().save_pretrained(save_directory, push_to_hub=False)
+        export_code(save_directory, parts=self.part_classes())
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory))), **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig"):
+        """Does nothing: `auto_map` holds every auto class already, and the code is copied by `export_code`."""
+
+
+def _without_model_type(fields: dict[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (fields or {}).items() if key != "model_type"}
+
+
+def _part_config(key: str, given: dict | PreTrainedConfig | None, default: dict[str, Any]) -> PreTrainedConfig:
+    """Returns a part's config, without anything in it that names other files or other processes."""
+    if isinstance(given, PreTrainedConfig):
+        config = copy.deepcopy(given)
+        for foreign in ("auto_map", "trust_remote_code"):
+            if foreign in vars(config):
+                delattr(config, foreign)
+        config._name_or_path = ""
+        return config
+    fields = dict(default if given is None else given)
+    for foreign in _FOREIGN_KEYS:
+        fields.pop(foreign, None)
+    model_type = fields.pop("model_type", default["model_type"])
+    if model_type == MoellavaEncoderConfig.model_type:
+        return MoellavaEncoderConfig(**fields)
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{key}.model_type is {model_type!r}, which transformers {__version__} does not have. Expected the type of "
+            "one of its own models; code that a part brings with it is not run."
+        )
+    return CONFIG_MAPPING[model_type](**fields)
+
+
+__all__ = ["MoellavaConfig", "MoellavaEncoderConfig", "MoellavaProjectorConfig"]

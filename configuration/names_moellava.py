@@ -1,0 +1,181 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The names that users may give to a field, in one table.
+
+Names of the older builder and of LLaVA's checkpoints are translated here and nowhere else. `translate_fields` sorts what
+a user wrote into sections:
+
+- `source`: what to load: the language model, the vision tower, a projector file.
+- `model`: fields of `MoellavaConfig`.
+- `projector`: fields of the projector, and its `type`.
+- `check`: facts that the parts themselves tell; a different value is reported and not used.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .registry_moellava import known_names
+
+
+# name -> (section, canonical name)
+FIELD_NAMES: dict[str, tuple[str, str]] = {
+    # what to load
+    "model_path": ("source", "model_path"),
+    "model_name_or_path": ("source", "model_path"),
+    "model_base": ("source", "model_base"),
+    "vision_tower": ("source", "vision_tower"),
+    "mm_vision_tower": ("source", "vision_tower"),
+    "mm_image_tower": ("source", "vision_tower"),
+    # fields of the model
+    "encoder_type": ("model", "encoder_type"),
+    "image_size": ("model", "image_size"),
+    "mm_vision_image_size": ("model", "image_size"),
+    "vision_feature_layer": ("model", "vision_feature_layer"),
+    "mm_vision_select_layer": ("model", "vision_feature_layer"),
+    "vision_feature_select_strategy": ("model", "vision_feature_select_strategy"),
+    "mm_vision_select_feature": ("model", "vision_feature_select_strategy"),
+    "image_aspect_ratio": ("model", "image_aspect_ratio"),
+    # the projector
+    "projector_type": ("projector", "type"),
+    "mm_projector_type": ("projector", "type"),
+    "image_projector_type": ("projector", "type"),
+    "mm_projector_hidden_size": ("projector", "hidden_size"),
+    "hidden_size": ("projector", "hidden_size"),
+    "num_hidden_layers": ("projector", "num_hidden_layers"),
+    "mm_projector_num_layers": ("projector", "num_hidden_layers"),
+    "num_query_tokens": ("projector", "num_query_tokens"),
+    "mm_qformer_num_query_tokens": ("projector", "num_query_tokens"),
+    "mm_qformer_num_hidden_layers": ("projector", "num_hidden_layers"),
+    "qformer_hidden_size": ("projector", "qformer_hidden_size"),
+    "num_latents": ("projector", "num_latents"),
+    "mm_perceiver_num_latents": ("projector", "num_latents"),
+    "mm_perceiver_num_layers": ("projector", "num_hidden_layers"),
+    "latent_dim": ("projector", "latent_dim"),
+    # what the tower says itself
+    "mm_hidden_size": ("check", "mm_hidden_size"),
+}
+
+# Inside an object or dictionary that describes one part, short names are unambiguous.
+PROJECTOR_FIELD_NAMES = {"projector_type": "type", "mm_projector_type": "type", "image_projector_type": "type"} | {
+    "num_layers": "num_hidden_layers",
+    "mm_projector_hidden_size": "hidden_size",
+}
+VISION_FIELD_NAMES: dict[str, tuple[str, str]] = {
+    **{name: place for name, place in FIELD_NAMES.items() if place[0] in ("model", "check")},
+    "vision_tower": ("source", "vision_tower"),
+    "mm_vision_tower": ("source", "vision_tower"),
+    "mm_image_tower": ("source", "vision_tower"),
+    "model_name": ("source", "vision_tower"),
+    "model_name_or_path": ("source", "vision_tower"),
+    "type": ("model", "encoder_type"),
+    "select_layer": ("model", "vision_feature_layer"),
+    "select_feature": ("model", "vision_feature_select_strategy"),
+}
+
+# `hidden_size` means the width of the projector's own layers, which Q-Former and Perceiver call by other names.
+PROJECTOR_WIDTH_FIELDS = {"qformer": "qformer_hidden_size", "perceiver": "latent_dim"}
+
+ENCODER_ALIASES = {"sigclip": "siglip", "medclip": "biomedclip"}
+STRATEGY_ALIASES = {"cls_patch": "full"}
+_MLP_TYPE = re.compile(r"mlp(\d+)x_gelu")
+
+
+def canonical_encoder_type(encoder_type: str) -> str:
+    """Returns the registry's name of an encoder, for any accepted spelling."""
+    return ENCODER_ALIASES.get(encoder_type, encoder_type)
+
+
+def canonical_strategy(strategy: str) -> str:
+    """Returns the name that `vision_feature_select_strategy` takes, for any accepted spelling."""
+    return STRATEGY_ALIASES.get(strategy, strategy)
+
+
+def canonical_projector(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Translates a projector's fields to those of its class.
+
+    `{"type": "mlp2x_gelu"}` becomes `{"type": "mlp", "num_hidden_layers": 2}`, and `hidden_size` becomes the width
+    field of the type.
+
+    Raises:
+        ValueError: The type says another number of layers than `num_hidden_layers`, or two names of one field differ.
+    """
+    fields = {key: value for key, value in fields.items() if value is not None}
+    kind = fields.get("type", "mlp")
+    match = _MLP_TYPE.fullmatch(kind) if isinstance(kind, str) else None
+    if match is not None:
+        layers = int(match.group(1))
+        if fields.setdefault("num_hidden_layers", layers) != layers:
+            raise ValueError(
+                f"The projector type {kind!r} has {layers} layers, but num_hidden_layers is "
+                f"{fields['num_hidden_layers']}. Give one of the two."
+            )
+        kind = "mlp"
+    width = PROJECTOR_WIDTH_FIELDS.get(kind)
+    if width is not None and "hidden_size" in fields:
+        value = fields.pop("hidden_size")
+        if fields.setdefault(width, value) != value:
+            raise ValueError(f"hidden_size is {value} and {width} is {fields[width]}; they are one field. Give one.")
+    return {**fields, "type": kind}
+
+
+def translate_fields(
+    given: Mapping[str, Any],
+    origin: str,
+    names: Mapping[str, tuple[str, str]] = FIELD_NAMES,
+    passed_on: Mapping[str, tuple[str, str]] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Sorts fields by section under their canonical names. A field whose value is `None` counts as not given.
+
+    Args:
+        given (`Mapping[str, Any]`): The fields as the user wrote them.
+        origin (`str`): What they were written in, for error messages.
+        names (`Mapping`, *optional*): The table of known names.
+        passed_on (`Mapping`, *optional*): Further known names.
+
+    Returns:
+        `dict[str, dict[str, Any]]`: Section to canonical name to value.
+
+    Raises:
+        ValueError: An unknown name (the nearest known one is named), or two names of one field with different values.
+    """
+    table = {**names, **(passed_on or {})}
+    sections: dict[str, dict[str, Any]] = {}
+    written: dict[tuple[str, str], str] = {}
+    for name, value in given.items():
+        if name not in table:
+            raise ValueError(f"Unknown field {name!r} in {origin}{known_names(name, table)}")
+        if value is None:
+            continue
+        section, canonical = table[name]
+        values = sections.setdefault(section, {})
+        if canonical in values and values[canonical] != value:
+            raise ValueError(
+                f"{written[section, canonical]!r} is {values[canonical]!r} and {name!r} is {value!r} in {origin}, but "
+                "they are two names of one field. Give one of them."
+            )
+        values[canonical] = value
+        written[section, canonical] = name
+    return sections
+
+
+__all__ = [
+    "FIELD_NAMES",
+    "PROJECTOR_FIELD_NAMES",
+    "VISION_FIELD_NAMES",
+    "canonical_encoder_type",
+    "canonical_projector",
+    "canonical_strategy",
+    "translate_fields",
+]

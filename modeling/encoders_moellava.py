@@ -1,0 +1,536 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Vision encoders: what the model has to know of a vision tower, and how it takes features from it.
+
+`encoder_for(config)` gives the object that answers for a config's tower: how many tokens of which width it gives, which
+of them are class or register tokens, how the tower is built and run. The tower itself is a plain module and lives in
+the model as `vision_tower`; an encoder holds no weights.
+
+A user's own encoder is one `nn.Module` under `@register_encoder`. See `docs/extending.md`.
+"""
+
+import functools
+import inspect
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from ..configuration.names_moellava import canonical_encoder_type
+from ..configuration.registry_moellava import ENCODERS, register_encoder
+from ..configuration.versions_moellava import SELECTS_HIDDEN_STATES
+
+
+class LayersInUse(nn.ModuleList):
+    """A tower's layers, of which iteration gives only the first `in_use`.
+
+    Every layer stays a child, so that the weights of those behind the feature layer are kept in the checkpoint without
+    being run.
+    """
+
+    def __init__(self, modules=None, in_use: int | None = None):
+        super().__init__(modules)
+        self.in_use = in_use
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(list(self._modules.values())[: self.in_use])
+
+
+class VisionEncoder:
+    """Any vision tower of transformers that takes `pixel_values` and returns `hidden_states`.
+
+    What the tower's config does not tell is measured, by running the tower once on the meta device (no weights, no
+    arithmetic). The subclasses say it for the families that they name, and stop the tower behind the feature layer.
+
+    Args:
+        config (`MoellavaConfig`): The model's config; the encoder reads `vision_config` and the `vision_feature_*` and
+            `image_size` fields.
+
+    Raises:
+        ValueError: A field that this tower cannot satisfy: a layer out of range, a class token where there is none, a
+            picture size that it does not take, an `encoder_type` that its config contradicts.
+    """
+
+    encoder_type = "auto"
+    # The values of `vision_config.model_type` that the encoder takes; empty for any.
+    model_types: tuple[str, ...] = ()
+    # The values from which the encoder is recognised when nobody names it.
+    detected_model_types: tuple[str, ...] = ()
+    # Towers whose hidden states are the raw outputs of the layers of one ModuleList, so that it can end early.
+    ends_early = False
+
+    def __init__(self, config):
+        self.vision_config = config.vision_config
+        self._image_size = config.image_size
+        self._check_model_type()
+        layers = config.vision_feature_layer
+        layers = [layers] if isinstance(layers, int) else list(layers)
+        self.feature_layers = [self._absolute_layer(layer) for layer in layers]
+        self.strategy = config.vision_feature_select_strategy
+        self.interpolates = self.image_size != self.native_image_size
+        self._check_image_size()
+        if not layers:
+            raise ValueError("vision_feature_layer is an empty list; give one layer or several, such as -2 or [-2, -5].")
+        if self.strategy == "cls" and not self.has_class_token:
+            raise ValueError(
+                f"vision_feature_select_strategy is 'cls', but a {self.vision_config.model_type} tower has no class "
+                "token. Use 'default' for its patch tokens, or 'full'."
+            )
+        if self.num_selected_tokens < 1:
+            raise ValueError(
+                f"The {self.vision_config.model_type} tower gives no patch token for pictures of {self.image_size} "
+                "pixels. Give a larger image_size."
+            )
+
+    # What the tower gives
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """The number of layers, one less than the number of hidden states."""
+        layers = getattr(self.vision_config, "num_hidden_layers", None)
+        return layers if isinstance(layers, int) else len(self._measured_shapes) - 1
+
+    @property
+    def native_image_size(self) -> int:
+        """The side in pixels of the square pictures that the tower was made for."""
+        size = getattr(self.vision_config, "image_size", None)
+        if size is None:
+            size = self._image_size
+        if size is None:
+            raise ValueError(f"A {self.vision_config.model_type} tower does not tell its picture size: give image_size.")
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        if height != width:
+            raise ValueError(f"The tower takes pictures of {height}x{width} pixels; only square ones are supported.")
+        return height
+
+    @property
+    def image_size(self) -> int:
+        """The side in pixels of the square pictures that the tower gets."""
+        return self._image_size or self.native_image_size
+
+    @property
+    def patch_size(self) -> int:
+        """The side of a patch in pixels."""
+        patch = self.vision_config.patch_size
+        height, width = (patch, patch) if isinstance(patch, int) else tuple(patch)
+        if height != width:
+            raise ValueError(f"The tower has patches of {height}x{width} pixels; only square ones are supported.")
+        return height
+
+    @property
+    def num_patches(self) -> int:
+        """The number of patch tokens of one picture."""
+        return self._token_count - self.num_prefix_tokens
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """The number of class and register tokens before the patch tokens."""
+        patch = getattr(self.vision_config, "patch_size", None)
+        if not isinstance(patch, int):
+            return 0
+        return max(self._token_count - (self.image_size // patch) ** 2, 0)
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the first token is a class token."""
+        names = {name.rpartition(".")[2] for name, _ in self._meta_tower.named_parameters()}
+        return self.num_prefix_tokens > 0 and not names.isdisjoint({"cls_token", "class_token", "class_embedding"})
+
+    @property
+    def num_selected_tokens(self) -> int:
+        """The number of tokens of one picture that the projector gets."""
+        if self.strategy == "cls":
+            return 1
+        return self.num_patches + (self.num_prefix_tokens if self.strategy == "full" else 0)
+
+    @property
+    def feature_size(self) -> int:
+        """The width of the features that the projector gets: the sum of those of the feature layers."""
+        return sum(self._layer_width(layer) for layer in self.feature_layers)
+
+    def _layer_width(self, layer: int) -> int:
+        width = getattr(self.vision_config, "hidden_size", None)
+        return width if self.model_types and isinstance(width, int) else self._measured_shapes[layer][-1]
+
+    @property
+    def _token_count(self) -> int:
+        counts = {self._measured_shapes[layer][1] for layer in self.feature_layers}
+        if len(counts) > 1:
+            raise ValueError(
+                f"The layers {self.feature_layers} of the {self.vision_config.model_type} tower give {sorted(counts)} "
+                "tokens, so that their features cannot be joined. Choose layers of one resolution."
+            )
+        return counts.pop()
+
+    # Building and running it
+
+    def build(self) -> nn.Module:
+        """Builds the tower, with its initial weights, and makes it end behind the last feature layer."""
+        tower = AutoModel.from_config(self.vision_config, **self._constructor_arguments)
+        if self.ends_early:
+            self._end_early(tower)
+        return tower
+
+    def features(self, tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Runs the tower on pictures.
+
+        Args:
+            tower (`nn.Module`): The tower that `build` made.
+            pixel_values (`torch.Tensor` of shape `(num_images, channels, image_size, image_size)`): Prepared pictures.
+
+        Returns:
+            `torch.Tensor` of shape `(num_images, num_selected_tokens, feature_size)`.
+        """
+        hidden_states = self._hidden_states(tower, pixel_values)
+        selected = [self._select(_as_tokens(hidden_states[layer])) for layer in self.feature_layers]
+        return selected[0] if len(selected) == 1 else torch.cat(selected, dim=-1)
+
+    def _hidden_states(self, tower: nn.Module, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        extra = {"interpolate_pos_encoding": True} if self.interpolates and self._interpolation_is_asked_for else {}
+        return tower(pixel_values, output_hidden_states=self._kept_layers, return_dict=True, **extra).hidden_states
+
+    @property
+    def _kept_layers(self) -> list[int] | bool:
+        """Which hidden states the tower keeps alive: the feature layers', where transformers can choose."""
+        return self.feature_layers if SELECTS_HIDDEN_STATES else True
+
+    def _select(self, tokens: torch.Tensor) -> torch.Tensor:  # (num_images, tokens, hidden_size)
+        if self.strategy == "cls":
+            return tokens[:, :1]
+        return tokens if self.strategy == "full" else tokens[:, self.num_prefix_tokens :]
+
+    @property
+    def _constructor_arguments(self) -> dict[str, Any]:
+        return {}
+
+    def _end_early(self, tower: nn.Module) -> None:
+        needed = max(self.feature_layers)
+        names = [
+            name
+            for name, module in tower.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == self.num_hidden_layers
+        ]
+        if len(names) == 1 and needed < self.num_hidden_layers:
+            layers = tower.get_submodule(names[0])
+            tower.set_submodule(names[0], LayersInUse(layers, in_use=needed))
+
+    # Checks
+
+    def _check_model_type(self) -> None:
+        model_type = self.vision_config.model_type
+        if self.model_types and model_type not in self.model_types:
+            raise ValueError(
+                f"encoder_type is {self.encoder_type!r}, but the vision tower's config says model_type {model_type!r}; "
+                f"expected one of {', '.join(self.model_types)}. Use encoder_type={detect_encoder_type(model_type)!r}, "
+                "or leave it out."
+            )
+
+    def _absolute_layer(self, layer: int) -> int:
+        hidden_states = self.num_hidden_layers + 1
+        if not isinstance(layer, int) or isinstance(layer, bool) or not -hidden_states <= layer < hidden_states:
+            raise ValueError(
+                f"vision_feature_layer {layer!r} is out of range: the {self.vision_config.model_type} tower has "
+                f"{self.num_hidden_layers} layers, so expected an integer from {-hidden_states} to {hidden_states - 1} "
+                "(0 is the output of the embeddings)."
+            )
+        return layer % hidden_states
+
+    def _check_image_size(self) -> None:
+        if not self.interpolates:
+            return
+        if not self._can_interpolate:
+            raise ValueError(
+                f"image_size is {self.image_size}, but the {self.vision_config.model_type} tower takes pictures of "
+                f"{self.native_image_size} pixels and cannot interpolate its position embeddings. Leave image_size out."
+            )
+        patch = getattr(self.vision_config, "patch_size", None)
+        if isinstance(patch, int) and (self.image_size < patch or self.image_size % patch):
+            raise ValueError(
+                f"image_size is {self.image_size}, which is no multiple of the tower's patches of {patch} pixels. The "
+                f"nearest that is: {max(round(self.image_size / patch), 1) * patch}."
+            )
+
+    @property
+    def _interpolation_is_asked_for(self) -> bool:
+        return "interpolate_pos_encoding" in inspect.signature(self._tower_class.forward).parameters
+
+    @property
+    def _can_interpolate(self) -> bool:
+        return self._interpolation_is_asked_for or not self._has_position_table
+
+    @property
+    def _has_position_table(self) -> bool:
+        """Whether the tower has absolute position embeddings, which fix the picture size."""
+        return any("position_embedding" in name or "pos_embed" in name for name, _ in self._meta_tower.named_parameters())
+
+    @property
+    def _tower_class(self) -> type[PreTrainedModel]:
+        return type(self._meta_tower)
+
+    # Measuring, for what no config tells
+
+    @property
+    def _meta_tower(self) -> nn.Module:
+        return _meta_tower(self.vision_config.model_type, _as_key(self.vision_config))
+
+    @property
+    def _measured_shapes(self) -> list[tuple[int, int, int]]:
+        return _measured_shapes(self.vision_config.model_type, _as_key(self.vision_config), self.image_size)
+
+
+def _as_key(vision_config) -> str:
+    fields = vision_config.to_dict()
+    fields.pop("dtype", None)
+    return json.dumps(fields, sort_keys=True, default=str)
+
+
+@functools.lru_cache(maxsize=32)
+def _meta_tower(model_type: str, fields: str) -> nn.Module:
+    config = AutoConfig.for_model(model_type, **{k: v for k, v in json.loads(fields).items() if k != "model_type"})
+    with torch.device("meta"):
+        return AutoModel.from_config(config).eval()
+
+
+@functools.lru_cache(maxsize=32)
+def _measured_shapes(model_type: str, fields: str, image_size: int) -> list[tuple[int, int, int]]:
+    """The shapes `(1, tokens, width)` of all hidden states of a tower."""
+    tower = _meta_tower(model_type, fields)
+    channels = getattr(tower.config, "num_channels", 3)
+    pixel_values = torch.empty(1, channels, image_size, image_size, device="meta")
+    extra = {}
+    if "interpolate_pos_encoding" in inspect.signature(type(tower).forward).parameters:
+        extra["interpolate_pos_encoding"] = getattr(tower.config, "image_size", image_size) != image_size
+    try:
+        with torch.no_grad():
+            outputs = tower(pixel_values, output_hidden_states=True, return_dict=True, **extra)
+        hidden_states = outputs.hidden_states
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"A {model_type} model cannot be a vision tower here: it does not return hidden states for pixel_values "
+            f"({type(error).__name__}: {error}). Wrap it as an encoder of your own, see docs/extending.md."
+        ) from error
+    if not hidden_states:
+        raise ValueError(
+            f"A {model_type} model cannot be a vision tower here: it returns no hidden states. Wrap it as an encoder of "
+            "your own, see docs/extending.md."
+        )
+    return [tuple(_as_tokens(hidden_state).shape) for hidden_state in hidden_states]
+
+
+def _as_tokens(hidden_state: torch.Tensor) -> torch.Tensor:
+    """Lays out a feature map `(batch, width, height, width)` as tokens `(batch, tokens, width)`; tokens stay."""
+    return hidden_state if hidden_state.dim() == 3 else hidden_state.flatten(2).transpose(1, 2)
+
+
+class PatchTransformer(VisionEncoder):
+    """A plain vision transformer, whose config tells the number of every kind of token."""
+
+    ends_early = True
+    num_class_tokens = 1
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self.num_class_tokens + getattr(self.vision_config, "num_register_tokens", 0)
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.num_class_tokens > 0
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@register_encoder("clip")
+class ClipEncoder(PatchTransformer):
+    """CLIP's vision tower: Radford et al. 2021, arXiv:2103.00020."""
+
+    encoder_type = "clip"
+    model_types = detected_model_types = ("clip_vision_model",)
+
+
+@register_encoder("siglip")
+class SiglipEncoder(PatchTransformer):
+    """SigLIP's vision tower, which has no class token: Zhai et al. 2023, arXiv:2303.15343; SigLIP 2, arXiv:2502.14786.
+
+    The SigLIP 2 checkpoints of one resolution are SigLIP models. Those of flexible resolution (`siglip2_vision_model`,
+    "NaFlex") get square pictures here, cut into as many patches as they have positions.
+    """
+
+    encoder_type = "siglip"
+    model_types = detected_model_types = ("siglip_vision_model", "siglip2_vision_model")
+    num_class_tokens = 0
+
+    @property
+    def _is_flexible(self) -> bool:
+        return self.vision_config.model_type == "siglip2_vision_model"
+
+    @property
+    def native_image_size(self) -> int:
+        if self._is_flexible:
+            return math.isqrt(self.vision_config.num_patches) * self.patch_size
+        return super().native_image_size
+
+    @property
+    def _can_interpolate(self) -> bool:
+        return self._is_flexible or super()._can_interpolate
+
+    def _hidden_states(self, tower: nn.Module, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if not self._is_flexible:
+            return super()._hidden_states(tower, pixel_values)
+        batch, channels, height, width = pixel_values.shape
+        size = self.patch_size
+        grid = (height // size, width // size)
+        # (batch, channels, rows, size, columns, size) -> (batch, rows * columns, size * size * channels)
+        patches = pixel_values.reshape(batch, channels, grid[0], size, grid[1], size)
+        patches = patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, grid[0] * grid[1], size * size * channels)
+        return tower(
+            patches,
+            pixel_attention_mask=patches.new_ones(patches.shape[:2], dtype=torch.long),
+            spatial_shapes=torch.tensor([grid] * batch),
+            output_hidden_states=self._kept_layers,
+            return_dict=True,
+        ).hidden_states
+
+
+@register_encoder("vit")
+class VitEncoder(PatchTransformer):
+    """The vision transformer: Dosovitskiy et al. 2020, arXiv:2010.11929."""
+
+    encoder_type = "vit"
+    model_types = detected_model_types = ("vit",)
+
+    @property
+    def _constructor_arguments(self) -> dict[str, Any]:
+        return {"add_pooling_layer": False}
+
+
+@register_encoder("biomedclip")
+class BiomedClipEncoder(VitEncoder):
+    """BiomedCLIP's vision tower, an open_clip model whose trunk is a plain ViT: Zhang et al. 2023, arXiv:2303.00915."""
+
+    encoder_type = "biomedclip"
+    detected_model_types = ()  # its config is a ViT's: known from the checkpoint that it is assembled from
+
+
+@register_encoder("dinov2")
+class Dinov2Encoder(PatchTransformer):
+    """DINOv2, with and without register tokens: Oquab et al. 2023, arXiv:2304.07193; Darcet et al., arXiv:2309.16588."""
+
+    encoder_type = "dinov2"
+    model_types = detected_model_types = ("dinov2", "dinov2_with_registers")
+
+    @property
+    def _can_interpolate(self) -> bool:
+        return True  # its embeddings interpolate whenever the picture is of another size
+
+
+register_encoder("auto")(VisionEncoder)
+
+
+class CustomEncoder(VisionEncoder):
+    """Answers for a user's own `nn.Module`, of which everything is measured on the meta device."""
+
+    def __init__(self, config, encoder_type: str, module_class: type):
+        self.encoder_type = encoder_type
+        self.module_class = module_class
+        if config.vision_config.model_type != "moellava_encoder":
+            raise ValueError(
+                f"encoder_type is {encoder_type!r}, an encoder of your own, but vision_config.model_type is "
+                f"{config.vision_config.model_type!r}; expected 'moellava_encoder' and the fields of "
+                f"{module_class.__name__}."
+            )
+        self.fields = ENCODERS.complete_fields(encoder_type, config.vision_config.fields)
+        super().__init__(config)
+
+    def build(self) -> nn.Module:
+        return self.module_class(**self.fields)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self._measured_shapes) - 1
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return getattr(self.module_class, "num_prefix_tokens", 0)
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.num_prefix_tokens > 0
+
+    @property
+    def native_image_size(self) -> int:
+        size = self.fields.get("image_size", self._image_size)
+        if not isinstance(size, int):
+            raise ValueError(f"The encoder {self.encoder_type!r} needs its picture size in pixels: give image_size.")
+        return size
+
+    def _check_image_size(self) -> None:
+        self._measured_shapes  # noqa: B018  the module itself decides, by running
+
+    @functools.cached_property
+    def _meta_tower(self) -> nn.Module:
+        with torch.device("meta"):
+            return self.build().eval()
+
+    @functools.cached_property
+    def _measured_shapes(self) -> list[tuple[int, int, int]]:
+        pixel_values = torch.empty(1, 3, self.image_size, self.image_size, device="meta")
+        try:
+            with torch.no_grad():
+                hidden_states = self._hidden_states(self._meta_tower, pixel_values)
+            return [tuple(_as_tokens(hidden_state).shape) for hidden_state in hidden_states]
+        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"The encoder {self.encoder_type!r} could not be run on pictures of shape "
+                f"{tuple(pixel_values.shape)} on the meta device ({type(error).__name__}: {error}). Its forward takes "
+                "pixel_values (batch, 3, height, width) and returns features (batch, tokens, width), or a list of them, "
+                "one per layer, without looking at the values."
+            ) from error
+
+    def _hidden_states(self, tower: nn.Module, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        output = tower(pixel_values)
+        if isinstance(output, torch.Tensor):
+            # One set of features stands for every layer that can be asked for by default (-1 and -2).
+            return (output, output)
+        return tuple(output if isinstance(output, list | tuple) else output.hidden_states)
+
+
+def detect_encoder_type(model_type: str) -> str:
+    """Returns the encoder that answers for a tower's `model_type`: the one that names it, else `"auto"`."""
+    for name in ENCODERS.names():
+        if model_type in getattr(ENCODERS[name], "detected_model_types", ()):
+            return name
+    return VisionEncoder.encoder_type
+
+
+def encoder_for(config) -> VisionEncoder:
+    """Returns the encoder of a `MoellavaConfig`, checked.
+
+    Raises:
+        ValueError: The encoder is unknown, or cannot do what the config asks for.
+    """
+    name = config.encoder_type or detect_encoder_type(config.vision_config.model_type)
+    name = canonical_encoder_type(name)
+    encoder_class = ENCODERS[name]
+    if issubclass(encoder_class, VisionEncoder):
+        return encoder_class(config)
+    return CustomEncoder(config, name, encoder_class)
+
+
+__all__ = ["VisionEncoder", "detect_encoder_type", "encoder_for"]

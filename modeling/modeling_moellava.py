@@ -1,0 +1,411 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`MoellavaModel` and `MoellavaForCausalLM`: a vision tower, a projector and a language model in one forward path.
+
+The tree is that of transformers' LLaVA: `model.vision_tower`, `model.multi_modal_projector`, `model.language_model`,
+`lm_head`.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, logging, torch_compilable_check
+from transformers.utils.generic import can_return_tuple
+
+from ..configuration.checkpoint_moellava import staged_folder
+from ..configuration.configuration_moellava import MoellavaConfig
+from ..configuration.registry_moellava import PROJECTORS
+from .encoders_moellava import encoder_for
+from .language_moellava import apply_head, build_head
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class MoellavaModelOutputWithPast(BaseModelOutputWithPast):
+    r"""
+    image_hidden_states (`torch.Tensor` of shape `(num_images * image_seq_length, hidden_size)`, *optional*):
+        The projected features of all pictures, one after the other.
+    router_logits (`tuple[torch.Tensor]`, *optional*, returned with `output_router_logits=True` by a sparse model):
+        The logits of every sparse layer's router, of shape `(batch_size * sequence_length, num_experts)`.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class MoellavaCausalLMOutputWithPast(ModelOutput):
+    r"""
+    loss (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is given):
+        The next-token loss.
+    logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
+        The scores of every token of the vocabulary.
+    past_key_values (`Cache`, *optional*, returned with `use_cache=True`):
+        The keys and values of the language model's attention.
+    hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
+        The language model's hidden states, each of shape `(batch_size, sequence_length, hidden_size)`.
+    attentions (`tuple[torch.Tensor]`, *optional*, returned with `output_attentions=True`):
+        The language model's attention weights, each `(batch_size, num_heads, sequence_length, sequence_length)`.
+    image_hidden_states (`torch.Tensor` of shape `(num_images * image_seq_length, hidden_size)`, *optional*):
+        The projected features of all pictures, one after the other.
+    router_logits (`tuple[torch.Tensor]`, *optional*, returned with `output_router_logits=True` by a sparse model):
+        The logits of every sparse layer's router, of shape `(batch_size * sequence_length, num_experts)`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+class MoellavaPreTrainedModel(PreTrainedModel):
+    """What the two models share: initialisation of the parts, and saving."""
+
+    config: MoellavaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    # The MoellavaProcessor that belongs to the model, saved and pushed along with it; set by the tools that make one.
+    processor = None
+
+    @torch.no_grad()
+    def initialize_weights(self):
+        super().initialize_weights()
+        # A part's parameters that are no standard layer's (queries, latents): transformers' initialisation skips
+        # modules of custom code that hold none of their own, so that a hook in `_init_weights` would not be reached.
+        for module in self.modules():
+            initialize_parameters = getattr(module, "initialize_parameters", None)
+            if initialize_parameters is not None and not getattr(module, "_parameters_initialized", False):
+                initialize_parameters()
+                module._parameters_initialized = True
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ):
+        """Saves weights, config, code and, where the model has one, its processor; arguments as in transformers.
+
+        The folder is written beside `save_directory` and moved into place, so that an interrupted save leaves an
+        earlier checkpoint as it was.
+        """
+        if not is_main_process:
+            super().save_pretrained(save_directory, is_main_process=False, state_dict=state_dict, **kwargs)
+            return
+        repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
+        hub_names = ("commit_message", "private", "create_pr", "revision", "commit_description", "tags", "token")
+        hub_kwargs = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
+        with staged_folder(save_directory, replaces_weights=True) as staging:
+            super().save_pretrained(staging, state_dict=state_dict, **kwargs)
+            if self.processor is not None:
+                self.processor.save_pretrained(staging)
+        if push_to_hub:
+            self.push_to_hub(repo_id, **hub_kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        """Does nothing: `auto_map` holds every auto class already, and the code is copied by `export_code`."""
+
+
+class MoellavaModel(MoellavaPreTrainedModel):
+    """A vision tower, a projector and a language model's body.
+
+    Args:
+        config (`MoellavaConfig`): What it is made of.
+    """
+
+    def __init__(self, config: MoellavaConfig):
+        super().__init__(config)
+        self.encoder = encoder_for(config)
+        self.vision_tower = self.encoder.build()
+        projector_class = PROJECTORS[config.projector_config.type]
+        self.multi_modal_projector = projector_class(
+            self.encoder.feature_size, config.text_config.hidden_size, **config.projector_config.fields
+        )
+        self.language_model = AutoModel.from_config(config.text_config)
+        # transformers adds the blocks of the tower and the language model; a projector stays on one device as a whole.
+        self._no_split_modules = [type(self.multi_modal_projector).__name__]
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    def get_decoder(self) -> PreTrainedModel:
+        return self.language_model
+
+    def set_decoder(self, decoder: PreTrainedModel):
+        self.language_model = decoder
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Encodes and projects pictures.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, channels, image_size, image_size)`):
+                Pictures as the processor prepares them.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state` holds the tower's
+            features, of shape `(num_images, tokens, feature_size)`; `pooler_output` the projected ones, as a list of
+            one tensor of shape `(image_seq_length, hidden_size)` per picture.
+        """
+        features = self.encoder.features(self.vision_tower, pixel_values.to(_floating_dtype(self.vision_tower)))
+        projected = self.multi_modal_projector(features)
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(projected))
+
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns where the placeholders are, of shape `(batch_size, sequence_length, 1)`, and checks their number.
+
+        Raises:
+            ValueError: There are more or fewer placeholders than image features.
+        """
+        if input_ids is None:
+            token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        else:
+            mask = input_ids == self.config.image_token_id
+        expected = image_features.shape[0]  # (features, hidden_size)
+        found = mask.sum()
+        torch_compilable_check(
+            found == expected,
+            lambda: (
+                f"The prompt has {int(found)} image tokens, but the pictures give {expected} features: "
+                f"{expected // self.config.image_seq_length} pictures of {self.config.image_seq_length} tokens. Let the "
+                "processor prepare text and pictures together."
+            ),
+        )
+        return mask.unsqueeze(-1).to(inputs_embeds.device)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoellavaModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Token ids, with `image_seq_length` placeholders in the place of every picture.
+            pixel_values (`torch.Tensor` of shape `(num_images, channels, image_size, image_size)`, *optional*):
+                The pictures of the whole batch, in the order of their placeholders.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                1 for tokens, 0 for padding.
+            position_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Positions; by default counted from 0 without regard to padding, as the language models do.
+            past_key_values (`Cache`, *optional*):
+                Keys and values of earlier tokens.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Embeddings instead of `input_ids`.
+            mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
+                `{"image": model.get_image_features(pixel_values)}` instead of `pixel_values`, to ask several questions
+                about pictures that are encoded once.
+
+        Raises:
+            ValueError: Both or neither of `input_ids` and `inputs_embeds`, both of `pixel_values` and
+                `mm_encoder_outputs`, or numbers of placeholders and of features that differ.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None and encoded is not None:
+            raise ValueError("Give only one of pixel_values and mm_encoder_outputs.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        image_features = None
+        if pixel_values is not None:
+            encoded = self.get_image_features(pixel_values, return_dict=True)
+        if encoded is not None:
+            # per picture (image_seq_length, hidden_size) -> (num_images * image_seq_length, hidden_size)
+            image_features = torch.cat(list(encoded.pooler_output), dim=0)
+            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        return MoellavaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            image_hidden_states=image_features,
+            router_logits=outputs.get("router_logits"),
+        )
+
+
+class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
+    """A MoELLaVA model with its language-model head: answers questions about pictures.
+
+    Args:
+        config (`MoellavaConfig`): What it is made of.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    >>> model = AutoModelForImageTextToText.from_pretrained("me/my-model", trust_remote_code=True)
+    >>> processor = AutoProcessor.from_pretrained("me/my-model", trust_remote_code=True)
+    >>> message = {"role": "user", "content": [{"type": "image", "path": "scan.png"}, {"type": "text", "text": "What?"}]}
+    >>> inputs = processor.apply_chat_template(
+    ...     [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ... )
+    >>> answer = model.generate(**inputs, max_new_tokens=20)
+    ```"""
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: MoellavaConfig):
+        super().__init__(config)
+        self.model = MoellavaModel(config)
+        self.lm_head = build_head(config.text_config)
+        # The name of the embedding differs by family, so the tie belongs to the instance.
+        embedding = self.model.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embedding)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module):
+        self.lm_head = new_embeddings
+
+    def get_decoder(self) -> PreTrainedModel:
+        return self.model.get_decoder()
+
+    def set_decoder(self, decoder: PreTrainedModel):
+        self.model.set_decoder(decoder)
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """Encodes and projects pictures; see `MoellavaModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoellavaCausalLMOutputWithPast:
+        r"""
+        Args:
+            labels (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Token ids to be predicted, aligned with `input_ids`; -100 where nothing is to be learnt.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                How many of the last positions, or which positions, get logits; 0 for all.
+
+        The other arguments are those of `MoellavaModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden_states = outputs.last_hidden_state[:, kept, :]
+        logits = apply_head(self.lm_head, hidden_states, self.config.text_config)
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return MoellavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            router_logits=outputs.router_logits,
+        )
+
+
+def _floating_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype that a module computes in, which a quantised parameter does not tell."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
+__all__ = [
+    "MoellavaCausalLMOutputWithPast",
+    "MoellavaForCausalLM",
+    "MoellavaModel",
+    "MoellavaModelOutputWithPast",
+    "MoellavaPreTrainedModel",
+]

@@ -1,0 +1,506 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The projectors that come with the package: from the width and the tokens of the vision tower to the text model's.
+
+Every projector is an `nn.Module` built as `Projector(vision_hidden_size, text_hidden_size, **own_fields)`. It takes
+image features of shape `(batch, tokens, vision_hidden_size)` and returns `(batch, out_tokens, text_hidden_size)`;
+`num_output_tokens` tells `out_tokens` for a given `tokens`, which is what one image placeholder expands to. The own
+fields, all of them with defaults, are the keyword arguments of `__init__`, and what a config's `projector_config` may
+say beside `type`.
+
+Linear layers and norms are initialised by the model that holds the projector, as those of its other parts. A parameter
+that lies directly in a projector (learned queries, latents) is drawn by the projector's `initialize_parameters`, which
+leaves loaded weights as they are.
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
+from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerEncoder
+from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
+from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverLayer, Idefics2RMSNorm
+
+from ..configuration.registry_moellava import register_projector
+
+
+# Spread of freshly drawn queries and latents: the library's usual initializer_range. They must differ from one another
+# from the start, since equal ones get equal gradients and would stay equal for ever.
+_LEARNED_TOKENS_STD = 0.02
+
+# The head width that `num_attention_heads=None` aims at, and the narrowest one it settles for.
+_USUAL_HEAD_WIDTH = 64
+_NARROWEST_HEAD_WIDTH = 8
+
+
+def _check_positive_int(projector: str, **sizes: int) -> None:
+    """Raises ValueError for the first of `sizes` that is no int of at least 1."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"The projector '{projector}' needs {name} as an integer of at least 1, got {size!r}.")
+
+
+def _check_positive_number(projector: str, **numbers: float) -> None:
+    """Raises ValueError for the first of `numbers` that is no number above 0."""
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not number > 0:
+            raise ValueError(f"The projector '{projector}' needs {name} as a number above 0, got {number!r}.")
+
+
+def _check_bool(projector: str, **flags: bool) -> None:
+    """Raises ValueError for the first of `flags` that is neither True nor False."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"The projector '{projector}' needs {name} as True or False, got {flag!r}.")
+
+
+def _build_activation(projector: str, hidden_act: str) -> nn.Module:
+    """The activation called `hidden_act` in transformers' `ACT2FN`. Raises ValueError for one that cannot be used."""
+    if not isinstance(hidden_act, str) or hidden_act not in ACT2FN:
+        raise ValueError(
+            f"The projector '{projector}' does not know hidden_act={hidden_act!r}. Use one of transformers' "
+            f"activations: {', '.join(sorted(ACT2FN))}."
+        )
+    activation = ACT2FN[hidden_act]
+    if next(activation.parameters(), None) is not None:
+        # Nothing would initialise them: transformers' models draw weights for the layers they know.
+        raise ValueError(
+            f"The projector '{projector}' cannot use hidden_act={hidden_act!r}, which has weights of its own. Use an "
+            f"activation without weights, such as 'gelu' or 'silu'."
+        )
+    return activation
+
+
+def _resolve_num_attention_heads(projector: str, num_attention_heads: int | None, width_name: str, width: int) -> int:
+    """The number of attention heads for `width` channels: `num_attention_heads` where it is given and divides `width`
+    (ValueError where it does not), else the number whose head width lies nearest 64, which is 64 wherever 64 divides.
+    """
+    if num_attention_heads is None:
+        narrowest = min(_NARROWEST_HEAD_WIDTH, width)
+        head_widths = [head_width for head_width in range(narrowest, width + 1) if width % head_width == 0]
+        return width // min(
+            head_widths, key=lambda head_width: max(head_width / _USUAL_HEAD_WIDTH, _USUAL_HEAD_WIDTH / head_width)
+        )
+    _check_positive_int(projector, num_attention_heads=num_attention_heads)
+    if width % num_attention_heads != 0:
+        raise ValueError(
+            f"The projector '{projector}' cannot split {width_name}={width} into num_attention_heads="
+            f"{num_attention_heads} heads of equal width. Use a number of heads that divides {width}, or leave "
+            f"num_attention_heads out to have one chosen."
+        )
+    return num_attention_heads
+
+
+def _check_image_features(projector: str, image_features: torch.Tensor, vision_hidden_size: int) -> None:
+    """Raises ValueError unless `image_features` has the shape `(batch, tokens, vision_hidden_size)`."""
+    if image_features.ndim != 3 or image_features.shape[-1] != vision_hidden_size:
+        raise ValueError(
+            f"The projector '{projector}' takes image features of shape (batch, tokens, {vision_hidden_size}), got "
+            f"{tuple(image_features.shape)}. Check that vision_hidden_size is the width of the selected features."
+        )
+
+
+@register_projector("linear")
+class LinearProjector(nn.Module):
+    """One linear layer per token, as in LLaVA (Liu et al. 2023, "Visual Instruction Tuning", arXiv:2304.08485).
+
+    Args:
+        vision_hidden_size (`int`): Width of the image features.
+        text_hidden_size (`int`): Width of the text model's embeddings.
+        bias (`bool`, defaults to `True`): Whether the layer has a bias.
+
+    Raises:
+        ValueError: a width is no integer of at least 1, or `bias` is no bool.
+    """
+
+    def __init__(self, vision_hidden_size: int, text_hidden_size: int, bias: bool = True):
+        super().__init__()
+        _check_positive_int("linear", vision_hidden_size=vision_hidden_size, text_hidden_size=text_hidden_size)
+        _check_bool("linear", bias=bias)
+        self.vision_hidden_size = vision_hidden_size
+        self.linear = nn.Linear(vision_hidden_size, text_hidden_size, bias=bias)
+
+    @classmethod
+    def num_output_tokens(cls, num_tokens: int, **fields) -> int:
+        """Number of tokens returned for `num_tokens` image features: as many. `fields` are the projector's fields."""
+        return num_tokens
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        """`(batch, tokens, vision_hidden_size)` to `(batch, tokens, text_hidden_size)`."""
+        _check_image_features("linear", image_features, self.vision_hidden_size)
+        return self.linear(image_features)
+
+
+@register_projector("mlp")
+class MlpProjector(nn.Module):
+    """Linear layers with an activation between them, per token, as in LLaVA-1.5 (Liu et al. 2023, "Improved Baselines
+    with Visual Instruction Tuning", arXiv:2310.03744).
+
+    The layers are called `linear_1` to `linear_N`: with two of them and `hidden_size=None`, names, shapes and result
+    are those of transformers' `LlavaMultiModalProjector`.
+
+    Args:
+        vision_hidden_size (`int`): Width of the image features.
+        text_hidden_size (`int`): Width of the text model's embeddings.
+        hidden_size (`int`, *optional*): Width between the layers; `None` means `text_hidden_size`.
+        num_hidden_layers (`int`, defaults to 2): Number of linear layers. LLaVA's `mlp2x_gelu` has 2; 1 is a single
+            linear layer without activation.
+        hidden_act (`str`, defaults to `"gelu"`): Activation between the layers, a name in transformers' `ACT2FN`.
+        bias (`bool`, defaults to `True`): Whether the layers have biases.
+
+    Raises:
+        ValueError: a size is no integer of at least 1, `hidden_act` is unknown or has weights of its own, `bias` is no
+            bool, or `hidden_size` is given although a single layer has no hidden width.
+    """
+
+    def __init__(
+        self,
+        vision_hidden_size: int,
+        text_hidden_size: int,
+        hidden_size: int | None = None,
+        num_hidden_layers: int = 2,
+        hidden_act: str = "gelu",
+        bias: bool = True,
+    ):
+        super().__init__()
+        if hidden_size is None:
+            hidden_size = text_hidden_size
+        _check_positive_int(
+            "mlp",
+            vision_hidden_size=vision_hidden_size,
+            text_hidden_size=text_hidden_size,
+            hidden_size=hidden_size,
+            num_hidden_layers=num_hidden_layers,
+        )
+        _check_bool("mlp", bias=bias)
+        if num_hidden_layers == 1 and hidden_size != text_hidden_size:
+            raise ValueError(
+                f"The projector 'mlp' with num_hidden_layers=1 is a single layer from {vision_hidden_size} to "
+                f"{text_hidden_size} and has no place for hidden_size={hidden_size}. Leave hidden_size out, or use "
+                f"num_hidden_layers=2 or more."
+            )
+
+        self.vision_hidden_size = vision_hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.act = _build_activation("mlp", hidden_act)
+        widths = [vision_hidden_size] + [hidden_size] * (num_hidden_layers - 1) + [text_hidden_size]
+        for index in range(num_hidden_layers):
+            # One attribute per layer instead of a list, for the parameter names of transformers' LLaVA.
+            setattr(self, f"linear_{index + 1}", nn.Linear(widths[index], widths[index + 1], bias=bias))
+
+    @classmethod
+    def num_output_tokens(cls, num_tokens: int, **fields) -> int:
+        """Number of tokens returned for `num_tokens` image features: as many. `fields` are the projector's fields."""
+        return num_tokens
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        """`(batch, tokens, vision_hidden_size)` to `(batch, tokens, text_hidden_size)`."""
+        _check_image_features("mlp", image_features, self.vision_hidden_size)
+        hidden_states = self.linear_1(image_features)
+        for index in range(2, self.num_hidden_layers + 1):
+            hidden_states = getattr(self, f"linear_{index}")(self.act(hidden_states))
+        return hidden_states
+
+
+@register_projector("identity")
+class IdentityProjector(nn.Module):
+    """Hands the image features on as they are, for a vision tower that is as wide as the text model. No weights.
+
+    Args:
+        vision_hidden_size (`int`): Width of the image features.
+        text_hidden_size (`int`): Width of the text model's embeddings, the same number.
+
+    Raises:
+        ValueError: a width is no integer of at least 1, or the two differ.
+    """
+
+    def __init__(self, vision_hidden_size: int, text_hidden_size: int):
+        super().__init__()
+        _check_positive_int("identity", vision_hidden_size=vision_hidden_size, text_hidden_size=text_hidden_size)
+        if vision_hidden_size != text_hidden_size:
+            raise ValueError(
+                f"The projector 'identity' needs equal widths, got vision_hidden_size={vision_hidden_size} and "
+                f"text_hidden_size={text_hidden_size}. Use the projector 'mlp' or 'linear', which map one to "
+                "the other."
+            )
+        self.vision_hidden_size = vision_hidden_size
+
+    @classmethod
+    def num_output_tokens(cls, num_tokens: int, **fields) -> int:
+        """Number of tokens returned for `num_tokens` image features: as many. `fields` are the projector's fields."""
+        return num_tokens
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        """`(batch, tokens, vision_hidden_size)` to the same tensor."""
+        _check_image_features("identity", image_features, self.vision_hidden_size)
+        return image_features
+
+
+class QFormerModule(nn.Module):
+    """The body of the Q-Former: a norm of the queries, then BLIP-2's encoder.
+
+    The parameter names and the result are those of transformers' `Blip2QFormerModel` without text input. That class
+    itself is a `PreTrainedModel`, whose forward replaces the output recording of the model around it and which an
+    attention implementation chosen for the text model would reach; this one is a plain module.
+
+    Args:
+        config (`Blip2QFormerConfig`): Sizes, and the attention implementation.
+    """
+
+    def __init__(self, config: Blip2QFormerConfig):
+        super().__init__()
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = Blip2QFormerEncoder(config)
+
+    def forward(self, query_embeds: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        """`query_embeds` of shape `(batch, queries, hidden_size)` and `encoder_hidden_states` of shape `(batch,
+        tokens, encoder_hidden_size)` to `(batch, queries, hidden_size)`. Every query sees every token.
+        """
+        encoder_outputs = self.encoder(
+            self.layernorm(query_embeds),
+            encoder_hidden_states=encoder_hidden_states,
+            query_length=query_embeds.shape[1],
+        )
+        return encoder_outputs.last_hidden_state
+
+
+@register_projector("qformer")
+class QFormerProjector(nn.Module):
+    """BLIP-2's Q-Former (Li et al. 2023, "BLIP-2: Bootstrapping Language-Image Pre-training with Frozen Image Encoders
+    and Large Language Models", arXiv:2301.12597): learned queries attend to one another and to the image features, and
+    a linear layer takes them to the text model's width. The number of tokens is `num_query_tokens` for any input.
+
+    The parameter names `query_tokens`, `qformer.*` and `language_projection.*` are those of transformers'
+    `Blip2ForConditionalGeneration`. The blocks run without dropout, and with PyTorch's scaled dot product attention
+    whatever the text model uses.
+
+    Args:
+        vision_hidden_size (`int`): Width of the image features.
+        text_hidden_size (`int`): Width of the text model's embeddings.
+        num_query_tokens (`int`, defaults to 32): Number of learned queries.
+        qformer_hidden_size (`int`, defaults to 768): Width of the queries and the blocks.
+        num_hidden_layers (`int`, defaults to 2): Number of blocks. BLIP-2's 12 start from BERT's weights and have a
+            pretraining of their own; blocks that start from nothing and learn through the text model alone are kept
+            shallow, as in the older MoE-LLaVA builders. Give 12, with `cross_attention_frequency=2`, for BLIP-2's
+            shape.
+        num_attention_heads (`int`, *optional*): Number of attention heads, a divisor of `qformer_hidden_size`. `None`
+            means heads 64 wide, or the nearest width that divides.
+        intermediate_size (`int`, *optional*): Width inside the feed-forward layers; `None` means four times
+            `qformer_hidden_size`.
+        cross_attention_frequency (`int`, defaults to 1): Every how many blocks, from the first on, the queries attend
+            to the image features.
+        hidden_act (`str`, defaults to `"gelu"`): Activation of the feed-forward layers, a name in `ACT2FN`.
+        layer_norm_eps (`float`, defaults to 1e-12): Epsilon of the layer norms.
+
+    Raises:
+        ValueError: a size is no integer of at least 1, `qformer_hidden_size` is not divisible by
+            `num_attention_heads`, `hidden_act` is unknown or has weights of its own, or `layer_norm_eps` is not
+            above 0.
+    """
+
+    def __init__(
+        self,
+        vision_hidden_size: int,
+        text_hidden_size: int,
+        num_query_tokens: int = 32,
+        qformer_hidden_size: int = 768,
+        num_hidden_layers: int = 2,
+        num_attention_heads: int | None = None,
+        intermediate_size: int | None = None,
+        cross_attention_frequency: int = 1,
+        hidden_act: str = "gelu",
+        layer_norm_eps: float = 1e-12,
+    ):
+        super().__init__()
+        _check_positive_int(
+            "qformer",
+            vision_hidden_size=vision_hidden_size,
+            text_hidden_size=text_hidden_size,
+            num_query_tokens=num_query_tokens,
+            qformer_hidden_size=qformer_hidden_size,
+            num_hidden_layers=num_hidden_layers,
+            cross_attention_frequency=cross_attention_frequency,
+        )
+        if intermediate_size is None:
+            intermediate_size = 4 * qformer_hidden_size
+        _check_positive_int("qformer", intermediate_size=intermediate_size)
+        _check_positive_number("qformer", layer_norm_eps=layer_norm_eps)
+        _build_activation("qformer", hidden_act)  # for its check alone: the blocks build their own from the name
+
+        self.vision_hidden_size = vision_hidden_size
+        config = Blip2QFormerConfig(
+            hidden_size=qformer_hidden_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=_resolve_num_attention_heads(
+                "qformer", num_attention_heads, "qformer_hidden_size", qformer_hidden_size
+            ),
+            intermediate_size=intermediate_size,
+            hidden_act=hidden_act,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            layer_norm_eps=float(layer_norm_eps),
+            cross_attention_frequency=cross_attention_frequency,
+            encoder_hidden_size=vision_hidden_size,
+            attn_implementation="sdpa",
+        )
+        self.query_tokens = nn.Parameter(torch.zeros(1, num_query_tokens, qformer_hidden_size))
+        self.qformer = QFormerModule(config)
+        self.language_projection = nn.Linear(qformer_hidden_size, text_hidden_size)
+        self.initialize_parameters()
+
+    @classmethod
+    def num_output_tokens(cls, num_tokens: int, num_query_tokens: int = 32, **fields) -> int:
+        """Number of tokens returned for `num_tokens` image features: `num_query_tokens`, whatever `num_tokens` is.
+        `fields` are the projector's other fields. Raises ValueError unless `num_query_tokens` is an integer of at
+        least 1.
+        """
+        _check_positive_int("qformer", num_query_tokens=num_query_tokens)
+        return num_query_tokens
+
+    @torch.no_grad()
+    def initialize_parameters(self) -> None:
+        """Draws the queries anew, unless they were loaded."""
+        init.normal_(self.query_tokens, mean=0.0, std=_LEARNED_TOKENS_STD)
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        """`(batch, tokens, vision_hidden_size)` to `(batch, num_query_tokens, text_hidden_size)`."""
+        _check_image_features("qformer", image_features, self.vision_hidden_size)
+        query_embeds = self.query_tokens.expand(image_features.shape[0], -1, -1)
+        return self.language_projection(self.qformer(query_embeds, image_features))
+
+
+@register_projector("perceiver")
+class PerceiverProjector(nn.Module):
+    """Perceiver resampler (Jaegle et al. 2021, "Perceiver: General Perception with Iterative Attention",
+    arXiv:2103.03206; Alayrac et al. 2022, "Flamingo", arXiv:2204.14198), with the blocks of Idefics2 (Laurençon et al.
+    2024, "What matters when building vision-language models?", arXiv:2405.02246): learned latents attend to the image
+    features and to one another. The number of tokens is `num_latents` for any input.
+
+    A linear layer takes the image features to `latent_dim` and another one takes the latents to `text_hidden_size`.
+    Both are always there, also between equal widths, so that the parameter names depend on no width. The parameter
+    names `latents`, `layers.*` and `norm.*` are those of transformers' `Idefics2PerceiverResampler`. The blocks run
+    without dropout, and with PyTorch's scaled dot product attention whatever the text model uses.
+
+    A block has about `16 * latent_dim ** 2` weights: with the default `latent_dim` and a text model 4096 wide, three
+    of them have 0.8 billion. Give a smaller `latent_dim` for a smaller projector.
+
+    Args:
+        vision_hidden_size (`int`): Width of the image features.
+        text_hidden_size (`int`): Width of the text model's embeddings.
+        num_latents (`int`, defaults to 64): Number of learned latents.
+        latent_dim (`int`, *optional*): Width of the latents and the blocks; `None` means `text_hidden_size`.
+        num_hidden_layers (`int`, defaults to 3): Number of blocks, Idefics2's resampler depth.
+        num_attention_heads (`int`, *optional*): Number of attention heads, a divisor of `latent_dim`. `None` means
+            heads 64 wide, or the nearest width that divides.
+        num_key_value_heads (`int`, *optional*): Number of key and value heads, a divisor of the number of attention
+            heads. `None` means as many as attention heads; Idefics2 has a quarter.
+        hidden_act (`str`, defaults to `"silu"`): Activation of the gated feed-forward layers, a name in `ACT2FN`.
+        rms_norm_eps (`float`, defaults to 1e-6): Epsilon of the RMS norms.
+
+    Raises:
+        ValueError: a size is no integer of at least 1, `latent_dim` is not divisible by `num_attention_heads` or that
+            by `num_key_value_heads`, `hidden_act` is unknown or has weights of its own, or `rms_norm_eps` is not
+            above 0.
+    """
+
+    def __init__(
+        self,
+        vision_hidden_size: int,
+        text_hidden_size: int,
+        num_latents: int = 64,
+        latent_dim: int | None = None,
+        num_hidden_layers: int = 3,
+        num_attention_heads: int | None = None,
+        num_key_value_heads: int | None = None,
+        hidden_act: str = "silu",
+        rms_norm_eps: float = 1e-6,
+    ):
+        super().__init__()
+        if latent_dim is None:
+            latent_dim = text_hidden_size
+        _check_positive_int(
+            "perceiver",
+            vision_hidden_size=vision_hidden_size,
+            text_hidden_size=text_hidden_size,
+            num_latents=num_latents,
+            latent_dim=latent_dim,
+            num_hidden_layers=num_hidden_layers,
+        )
+        _check_positive_number("perceiver", rms_norm_eps=rms_norm_eps)
+        _build_activation("perceiver", hidden_act)  # for its check alone: the blocks build their own from the name
+        num_attention_heads = _resolve_num_attention_heads("perceiver", num_attention_heads, "latent_dim", latent_dim)
+        if num_key_value_heads is None:
+            num_key_value_heads = num_attention_heads
+        _check_positive_int("perceiver", num_key_value_heads=num_key_value_heads)
+        if num_attention_heads % num_key_value_heads != 0:
+            raise ValueError(
+                f"The projector 'perceiver' cannot share num_key_value_heads={num_key_value_heads} among "
+                f"num_attention_heads={num_attention_heads} heads. Use a number that divides {num_attention_heads}, "
+                f"or leave num_key_value_heads out to have as many."
+            )
+
+        self.vision_hidden_size = vision_hidden_size
+        config = Idefics2PerceiverConfig(
+            hidden_size=latent_dim,
+            hidden_act=hidden_act,
+            rms_norm_eps=float(rms_norm_eps),
+            resampler_n_latents=num_latents,
+            resampler_depth=num_hidden_layers,
+            resampler_n_heads=num_attention_heads,
+            resampler_head_dim=latent_dim // num_attention_heads,
+            num_key_value_heads=num_key_value_heads,
+            attention_dropout=0.0,
+            attn_implementation="sdpa",
+        )
+        self.input_projection = nn.Linear(vision_hidden_size, latent_dim)
+        # The layers and not Idefics2PerceiverResampler around them: it sets its latents to ones, all of them equal,
+        # and wants an attention mask, whose all-ones shortcut looks at the data.
+        self.latents = nn.Parameter(torch.zeros(num_latents, latent_dim))
+        self.layers = nn.ModuleList([Idefics2PerceiverLayer(config, index) for index in range(num_hidden_layers)])
+        self.norm = Idefics2RMSNorm(latent_dim, eps=config.rms_norm_eps)
+        self.output_projection = nn.Linear(latent_dim, text_hidden_size)
+        self.initialize_parameters()
+
+    @classmethod
+    def num_output_tokens(cls, num_tokens: int, num_latents: int = 64, **fields) -> int:
+        """Number of tokens returned for `num_tokens` image features: `num_latents`, whatever `num_tokens` is. `fields`
+        are the projector's other fields. Raises ValueError unless `num_latents` is an integer of at least 1.
+        """
+        _check_positive_int("perceiver", num_latents=num_latents)
+        return num_latents
+
+    @torch.no_grad()
+    def initialize_parameters(self) -> None:
+        """Draws the latents anew, unless they were loaded."""
+        init.normal_(self.latents, mean=0.0, std=_LEARNED_TOKENS_STD)
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        """`(batch, tokens, vision_hidden_size)` to `(batch, num_latents, text_hidden_size)`."""
+        _check_image_features("perceiver", image_features, self.vision_hidden_size)
+        context = self.input_projection(image_features)
+        latents = self.latents.expand(image_features.shape[0], -1, -1)
+        for layer in self.layers:
+            # No mask: every latent sees every image token and every latent.
+            latents = layer(latents, context)
+        return self.output_projection(self.norm(latents))
+
+
+__all__ = [
+    "IdentityProjector",
+    "LinearProjector",
+    "MlpProjector",
+    "PerceiverProjector",
+    "QFormerProjector",
+]

@@ -1,0 +1,56 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""MoELLaVA: assemble a vision-language model out of parts, and make of it a checkpoint that stock transformers runs.
+
+Importing this package is cheap. transformers learns of the model's classes as soon as it loads its Auto classes
+(`registration.py`), and everything public is imported when it is first asked for.
+"""
+
+import importlib
+
+from . import registration
+
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "MoellavaConfig": "configuration",
+    "MoellavaEncoderConfig": "configuration",
+    "MoellavaProjectorConfig": "configuration",
+    "register_encoder": "configuration",
+    "register_projector": "configuration",
+    "MoellavaForCausalLM": "modeling",
+    "MoellavaModel": "modeling",
+    "MoellavaPreTrainedModel": "modeling",
+    "MoellavaProcessor": "processing",
+    "assemble": "assembling",
+    "inspect_checkpoint": "inspecting",
+    "load_pretrained_model": "loading",
+    "LoadedModel": "loading",
+}
+
+__all__ = [*sorted(_HOMES), "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moellava' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
+
+
+registration.register()

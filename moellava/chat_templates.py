@@ -1,0 +1,131 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Chat templates for conversations with pictures: the tokenizer's own with a header, or the Vicuna form."""
+
+
+# What the templates of text models do not know: contents that are lists of parts. The header makes text of them and
+# hands everything else on. Names are long so that they meet none of the template's; lists are joined, not appended to,
+# because transformers' jinja sandbox forbids changing them. Every tag strips what is before it, and the newline after
+# the last tag is swallowed (`trim_blocks`), which also leaves the lexer at the start of a line: the template behind
+# renders exactly as it does alone.
+_HEADER = """\
+{%- set multimodal_header = namespace(messages=[], content='') -%}
+{%- for multimodal_message in messages -%}
+{%- if multimodal_message['content'] is defined and multimodal_message['content'] is sequence \
+and multimodal_message['content'] is not string and multimodal_message['content'] is not mapping -%}
+{%- set multimodal_header.content = '' -%}
+{%- for multimodal_part in multimodal_message['content'] -%}
+{%- if multimodal_part is string -%}
+{%- set multimodal_header.content = multimodal_header.content + multimodal_part -%}
+{%- elif multimodal_part['type'] in ['image', 'image_url'] -%}
+{%- set multimodal_header.content = multimodal_header.content + IMAGE_TOKEN -%}
+{%- elif multimodal_part['type'] == 'text' or (multimodal_part['type'] is undefined and 'text' in multimodal_part) -%}
+{%- set multimodal_header.content = multimodal_header.content + multimodal_part['text'] -%}
+{%- else -%}
+{{- raise_exception('A message holds a part of type "' ~ multimodal_part['type'] ~ '"; expected "text" or "image".') -}}
+{%- endif -%}
+{%- endfor -%}
+{%- set multimodal_header.messages = multimodal_header.messages \
++ [dict(multimodal_message, content=multimodal_header.content)] -%}
+{%- else -%}
+{%- set multimodal_header.messages = multimodal_header.messages + [multimodal_message] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = multimodal_header.messages %}
+"""
+
+VICUNA_SYSTEM_TEXT = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+# Vicuna v1.1, as LLaVA-1.5 and MoE-LLaVA were trained with: turns joined by one space, answers closed by `eos_token`,
+# nothing between an answer and the next turn. `generation` marks what `return_assistant_tokens_mask` returns; it must
+# not stand inside a macro, where transformers counts its offsets wrongly.
+_VICUNA_TEXT_TEMPLATE = """\
+{%- if messages and messages[0]['role'] == 'system' -%}
+{%- set turns = messages[1:] -%}
+{{- messages[0]['content'] -}}
+{%- set vicuna = namespace(separator=' ' if messages[0]['content'] else '') -%}
+{%- else -%}
+{%- set turns = messages -%}
+{{- SYSTEM_TEXT -}}
+{%- set vicuna = namespace(separator=' ') -%}
+{%- endif -%}
+{%- for message in turns -%}
+{%- if message['role'] == 'user' -%}
+{{- vicuna.separator + 'USER: ' + message['content'] -}}
+{%- set vicuna.separator = ' ' -%}
+{%- elif message['role'] == 'assistant' -%}
+{%- if not eos_token -%}
+{{- raise_exception('This template closes every answer with the eos_token, and the tokenizer has none.') -}}
+{%- endif -%}
+{{- vicuna.separator + 'ASSISTANT: ' -}}
+{%- generation -%}
+{{- message['content'] + eos_token -}}
+{%- endgeneration -%}
+{%- set vicuna.separator = '' -%}
+{%- elif message['role'] == 'system' -%}
+{{- raise_exception('Only the first message can be a system message.') -}}
+{%- else -%}
+{{- raise_exception('The role of a message is "' ~ message['role'] ~ '"; expected "system", "user" or "assistant".') -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- vicuna.separator + 'ASSISTANT:' -}}
+{%- endif -%}
+"""
+
+
+def multimodal_chat_template(
+    tokenizer_template: str | dict[str, str] | None, image_token: str = "<image>"
+) -> str | dict[str, str]:
+    """Returns a chat template that takes contents made of parts, for a tokenizer's own template.
+
+    In contents that are lists, each picture becomes `image_token` and a newline where it stands, and texts are taken as
+    they are. Conversations whose contents are plain text render exactly as with `tokenizer_template`.
+
+    Args:
+        tokenizer_template (`str`, `dict[str, str]` or `None`):
+            The tokenizer's own template; a `dict` holds several by name. `None`: the Vicuna form.
+        image_token (`str`, *optional*, defaults to `"<image>"`): What stands for a picture in the text.
+
+    Returns:
+        `str` or `dict[str, str]`: The template, or one for each name. A template that this function has returned before
+        for the same `image_token` is returned as it is.
+
+    Raises:
+        TypeError: `tokenizer_template` is of another type.
+    """
+    if tokenizer_template is None:
+        tokenizer_template = _VICUNA_TEXT_TEMPLATE.replace("SYSTEM_TEXT", _jinja_string(VICUNA_SYSTEM_TEXT))
+    if isinstance(tokenizer_template, dict):
+        return {name: multimodal_chat_template(template, image_token) for name, template in tokenizer_template.items()}
+    if not isinstance(tokenizer_template, str):
+        raise TypeError(
+            f"`tokenizer_template` is of type {type(tokenizer_template).__name__}; expected the text of a chat template, "
+            "a dict of them by name, or None."
+        )
+    header = _HEADER.replace("IMAGE_TOKEN", _jinja_string(f"{image_token}\n"))
+    return tokenizer_template if tokenizer_template.startswith(header) else header + tokenizer_template
+
+
+def _jinja_string(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"'{escaped}'"
+
+
+VICUNA_CHAT_TEMPLATE = multimodal_chat_template(None)
+
+__all__ = ["VICUNA_CHAT_TEMPLATE", "VICUNA_SYSTEM_TEXT", "multimodal_chat_template"]

@@ -1,0 +1,82 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Installs the folders of this repository as one package, `moellava`.
+
+The folders that travel inside a checkpoint (`configuration/`, `modeling/`, `processing/`) lie beside the tools
+(`moellava/`), and become its sub-packages here. Tool settings are in `pyproject.toml`, exact versions in
+`constraints.txt`.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+ROOT = Path(__file__).parent
+
+# Installed name -> folder. `moellava` itself may hold sub-packages of its own, which `find_packages` adds.
+ROOMS = {
+    "moellava.configuration": "configuration",
+    "moellava.modeling": "modeling",
+    "moellava.processing": "processing",
+    "moellava.hub_cards": "hub_cards",
+}
+
+INSTALL_REQUIRES = [
+    "torch>=2.6,<3",
+    "torchvision>=0.21,<1",
+    # 5.19 is the oldest version that `make test-versions` runs.
+    "transformers>=5.19,<6",
+    "accelerate>=1.1",
+    "huggingface_hub>=1.31,<3",
+    "safetensors>=0.8",
+    "jinja2>=3.1",
+    "numpy>=1.26",
+    "pillow>=10",
+    "rich>=13.8",
+    "typer>=0.15",
+]
+
+EXTRAS = {
+    # BiomedCLIP and other open_clip checkpoints, while assembling; the assembled model needs neither.
+    "biomedclip": ["open_clip_torch>=3,<4", "timm>=1.0.17"],
+    # Language models whose folder holds a tokenizer.model and no tokenizer.json.
+    "sentencepiece": ["protobuf", "sentencepiece"],
+    "quantized": ["bitsandbytes>=0.50"],
+    "peft": ["peft>=0.18"],
+    "demo": ["matplotlib>=3.8", "scikit-learn>=1.4"],
+    "test": ["pytest>=8", "pytest-xdist>=3.6"],
+    "lint": ["ruff>=0.17", "transformers-mlinter>=0.1.5"],
+}
+EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+
+
+setup(
+    name="moellava",
+    version="0.1.0",
+    description="Vision-language models assembled from parts, with sparse mixture-of-experts layers, for transformers",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").is_file() else "",
+    long_description_content_type="text/markdown",
+    author="The MoELLaVA authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["moellava", "moellava.*"]), *ROOMS],
+    package_dir={"moellava": "moellava", **ROOMS},
+    include_package_data=False,
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["moellava = moellava.cli:main"]},
+    zip_safe=False,
+)

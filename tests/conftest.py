@@ -1,0 +1,72 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Fixtures of all tests, and the surroundings they run in: no network, no user's caches, one thread a process."""
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+
+# transformers and huggingface_hub read these when they are imported, so they come before any such import. Every
+# process, every worker of pytest-xdist too, has caches of its own: two that write the same remote code would collide.
+_CACHES = tempfile.mkdtemp(prefix="moellava-tests-")
+atexit.register(shutil.rmtree, _CACHES, ignore_errors=True)
+os.environ.update(
+    {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": os.path.join(_CACHES, "huggingface"),
+        "HF_MODULES_CACHE": os.path.join(_CACHES, "modules"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+    }
+)
+# These would win over HF_HOME.
+for _name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_ASSETS_CACHE"):
+    os.environ.pop(_name, None)
+
+# `import parts` works under every import mode of pytest, and without the repository's root on sys.path: from there,
+# the folder moellava/ hides an installed package.
+_HERE = str(Path(__file__).resolve().parent)
+if _HERE not in sys.path:
+    sys.path.insert(0, _HERE)
+
+import torch  # noqa: E402
+from parts import Parts  # noqa: E402
+
+
+# The parts are so small that more threads only get in each other's way.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    """Builders of tiny checkpoints; each is built once a session, in a folder that tests share and do not change."""
+    return Parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture
+def hub(parts: Parts, monkeypatch: pytest.MonkeyPatch):
+    """A function: `hub(*names)` makes parts under names of the Hub and enters their root, so that names are paths."""
+
+    def enter(*names: str) -> Path:
+        root = parts.hub(*names)
+        monkeypatch.chdir(root)
+        return root
+
+    return enter
