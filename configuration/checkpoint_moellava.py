@@ -159,9 +159,7 @@ def _export_custom_parts(folder: Path, parts: list[type]) -> list[Path]:
     for source_file in custom.values():
         _copy_custom_file(source_file, folder, written)
     lines = ['"""The parts of this model that its author wrote: importing this registers them."""', ""]
-    lines += [
-        f"from .{_custom_name(source_file)} import {part.__name__}" for part, source_file in custom.items()
-    ]
+    lines += [f"from .{_custom_name(source_file)} import {part.__name__}" for part, source_file in custom.items()]
     lines += ["", "", f"CUSTOM_PARTS = [{', '.join(part.__name__ for part in custom)}]", ""]
     return [*written.values(), _write(folder / f"{CUSTOM_MODULE}.py", "\n".join(lines))]
 
@@ -265,7 +263,9 @@ def staged_folder(save_directory: str | os.PathLike, replaces_weights: bool = Fa
     """
     target = Path(os.path.realpath(save_directory))
     if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{save_directory} is a file; a checkpoint is saved into a folder. Give a folder's path.")
+        raise NotADirectoryError(
+            f"{save_directory} is a file; a checkpoint is saved into a folder. Give a folder's path."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     inside = target.is_dir() and (os.path.ismount(target) or not os.access(target.parent, os.W_OK))
     staging = (target if inside else target.parent) / f".{target.name}.{uuid.uuid4().hex[:12]}.saving"

@@ -244,7 +244,9 @@ class MoellavaConfig(PreTrainedConfig):
 
     def _take_other_names(self, kwargs: dict[str, Any]) -> None:
         """Moves the fields that `kwargs` gives by another name to where they belong, and refuses unknown ones."""
-        foreign = {key: kwargs.pop(key) for key in list(kwargs) if key not in _LIBRARY_FIELDS and key not in _FOREIGN_KEYS}
+        foreign = {
+            key: kwargs.pop(key) for key in list(kwargs) if key not in _LIBRARY_FIELDS and key not in _FOREIGN_KEYS
+        }
         known = {name: place for name, place in FIELD_NAMES.items() if place[0] != "check"}
         for name in foreign:
             if name not in known:

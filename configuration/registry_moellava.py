@@ -133,9 +133,7 @@ class Registry:
         known = self.fields(name)
         for field in given:
             if field not in known:
-                raise ValueError(
-                    f"The {self.slot} {name!r} has no field {field!r}{known_names(field, known)}"
-                )
+                raise ValueError(f"The {self.slot} {name!r} has no field {field!r}{known_names(field, known)}")
 
     def complete_fields(self, name: str, given: dict[str, object]) -> dict[str, object]:
         """Returns every own field of the part: the given values, and the defaults of the class for the rest.

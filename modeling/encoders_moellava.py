@@ -73,6 +73,8 @@ class VisionEncoder:
     detected_model_types: tuple[str, ...] = ()
     # Towers whose hidden states are the raw outputs of the layers of one ModuleList, so that it can end early.
     ends_early = False
+    # Beginnings of the names of weights that checkpoints of such towers hold and that are not built here.
+    unused_weights: tuple[str, ...] = ()
 
     def __init__(self, config):
         self.vision_config = config.vision_config
@@ -85,7 +87,9 @@ class VisionEncoder:
         self.interpolates = self.image_size != self.native_image_size
         self._check_image_size()
         if not layers:
-            raise ValueError("vision_feature_layer is an empty list; give one layer or several, such as -2 or [-2, -5].")
+            raise ValueError(
+                "vision_feature_layer is an empty list; give one layer or several, such as -2 or [-2, -5]."
+            )
         if self.strategy == "cls" and not self.has_class_token:
             raise ValueError(
                 f"vision_feature_select_strategy is 'cls', but a {self.vision_config.model_type} tower has no class "
@@ -112,7 +116,9 @@ class VisionEncoder:
         if size is None:
             size = self._image_size
         if size is None:
-            raise ValueError(f"A {self.vision_config.model_type} tower does not tell its picture size: give image_size.")
+            raise ValueError(
+                f"A {self.vision_config.model_type} tower does not tell its picture size: give image_size."
+            )
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         if height != width:
             raise ValueError(f"The tower takes pictures of {height}x{width} pixels; only square ones are supported.")
@@ -276,7 +282,9 @@ class VisionEncoder:
     @property
     def _has_position_table(self) -> bool:
         """Whether the tower has absolute position embeddings, which fix the picture size."""
-        return any("position_embedding" in name or "pos_embed" in name for name, _ in self._meta_tower.named_parameters())
+        return any(
+            "position_embedding" in name or "pos_embed" in name for name, _ in self._meta_tower.named_parameters()
+        )
 
     @property
     def _tower_class(self) -> type[PreTrainedModel]:
@@ -414,6 +422,7 @@ class VitEncoder(PatchTransformer):
 
     encoder_type = "vit"
     model_types = detected_model_types = ("vit",)
+    unused_weights = ("pooler.",)
 
     @property
     def _constructor_arguments(self) -> dict[str, Any]:

@@ -80,6 +80,10 @@ class _HiddenStates(nn.Module):
         super().__init__()
         self.hidden_states = hidden_states
 
+    @property
+    def decoder(self) -> nn.Module:  # OPT's class asks its body's decoder
+        return self
+
     def forward(self, *args, **kwargs) -> MoeModelOutputWithPast:
         return MoeModelOutputWithPast(last_hidden_state=self.hidden_states)
 

@@ -13,7 +13,6 @@
 # limitations under the License.
 """Chat templates for conversations with pictures: the tokenizer's own with a header, or the Vicuna form."""
 
-
 # What the templates of text models do not know: contents that are lists of parts. The header makes text of them and
 # hands everything else on. Names are long so that they meet none of the template's; lists are joined, not appended to,
 # because transformers' jinja sandbox forbids changing them. Every tag strips what is before it, and the newline after
@@ -33,7 +32,7 @@ and multimodal_message['content'] is not string and multimodal_message['content'
 {%- elif multimodal_part['type'] == 'text' or (multimodal_part['type'] is undefined and 'text' in multimodal_part) -%}
 {%- set multimodal_header.content = multimodal_header.content + multimodal_part['text'] -%}
 {%- else -%}
-{{- raise_exception('A message holds a part of type "' ~ multimodal_part['type'] ~ '"; expected "text" or "image".') -}}
+{{- raise_exception('A message has a part of type "' ~ multimodal_part['type'] ~ '"; expected "text" or "image".') -}}
 {%- endif -%}
 {%- endfor -%}
 {%- set multimodal_header.messages = multimodal_header.messages \
@@ -79,7 +78,7 @@ _VICUNA_TEXT_TEMPLATE = """\
 {%- elif message['role'] == 'system' -%}
 {{- raise_exception('Only the first message can be a system message.') -}}
 {%- else -%}
-{{- raise_exception('The role of a message is "' ~ message['role'] ~ '"; expected "system", "user" or "assistant".') -}}
+{{- raise_exception('A message has the role "' ~ message['role'] ~ '"; expected "system", "user" or "assistant".') -}}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
@@ -93,8 +92,8 @@ def multimodal_chat_template(
 ) -> str | dict[str, str]:
     """Returns a chat template that takes contents made of parts, for a tokenizer's own template.
 
-    In contents that are lists, each picture becomes `image_token` and a newline where it stands, and texts are taken as
-    they are. Conversations whose contents are plain text render exactly as with `tokenizer_template`.
+    In contents that are lists, each picture becomes `image_token` and a newline where it stands, and texts are taken
+    as they are. Conversations whose contents are plain text render exactly as with `tokenizer_template`.
 
     Args:
         tokenizer_template (`str`, `dict[str, str]` or `None`):
@@ -102,8 +101,8 @@ def multimodal_chat_template(
         image_token (`str`, *optional*, defaults to `"<image>"`): What stands for a picture in the text.
 
     Returns:
-        `str` or `dict[str, str]`: The template, or one for each name. A template that this function has returned before
-        for the same `image_token` is returned as it is.
+        `str` or `dict[str, str]`: The template, or one for each name. A template that this function has returned
+        before for the same `image_token` is returned as it is.
 
     Raises:
         TypeError: `tokenizer_template` is of another type.
@@ -114,8 +113,8 @@ def multimodal_chat_template(
         return {name: multimodal_chat_template(template, image_token) for name, template in tokenizer_template.items()}
     if not isinstance(tokenizer_template, str):
         raise TypeError(
-            f"`tokenizer_template` is of type {type(tokenizer_template).__name__}; expected the text of a chat template, "
-            "a dict of them by name, or None."
+            f"`tokenizer_template` is of type {type(tokenizer_template).__name__}; expected the text of a chat "
+            "template, a dict of them by name, or None."
         )
     header = _HEADER.replace("IMAGE_TOKEN", _jinja_string(f"{image_token}\n"))
     return tokenizer_template if tokenizer_template.startswith(header) else header + tokenizer_template

@@ -306,7 +306,7 @@ def _read_visual_file(path: Path) -> dict[str, torch.Tensor]:
 def _some(names: Iterable[str]) -> str:
     """The first few names, for a message."""
     names = sorted(names)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _no_plain_vit(what: str, found: str) -> ValueError:
@@ -369,6 +369,8 @@ def _convert_timm_vit(
     plain = _timm_keys(depth, qkv_bias="blocks.0.attn.qkv.bias" in weights)
     surplus, missing = weights.keys() - plain, plain - weights.keys()
     if surplus or missing or not depth:
+        # Of a weight that every layer has, once is enough.
+        surplus = {re.sub(r"(?<=\.)\d+(?=\.)", "*", key) for key in surplus}
         faults = [f"it has the weights {_some(surplus)}"] * bool(surplus)
         faults += [f"it lacks the weights {_some(missing)}"] * bool(missing)
         raise _no_plain_vit(what, " and ".join(faults))

@@ -32,10 +32,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
-from transformers.utils import logging
 
-
-logger = logging.get_logger(__name__)
 
 _WHITE = 255
 _FETCH_TIMEOUT_S = 60
@@ -101,7 +98,8 @@ def load_picture(source: str | os.PathLike, name: str = "The picture") -> PIL.Im
             if not isinstance(error.__cause__, PIL.UnidentifiedImageError) or len(source) > _LONGEST_PATH:
                 raise
     raise FileNotFoundError(
-        f"{name}: there is no file {_shortened(source)!r}. Expected the path of a picture, an http(s) URL or base64 text."
+        f"{name}: there is no file {_shortened(source)!r}. Expected the path of a picture, an http(s) URL or base64 "
+        "text."
     )
 
 
@@ -183,7 +181,7 @@ def scaled_to_tensor(image: Any, name: str = "The picture", input_data_format: s
 
 
 def pad_tensor_to_square(tensor: torch.Tensor, color: tuple[float, float, float]) -> torch.Tensor:
-    """Does to a (3, height, width) tensor what [`pad_to_square`] does to a picture; `color` is on the tensor's scale."""
+    """Does to a (3, height, width) tensor what [`pad_to_square`] does to a picture, with `color` on its scale."""
     _, height, width = tensor.shape
     side = max(height, width)
     if height == width:
@@ -282,7 +280,7 @@ def _pil_to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
         raise ValueError(f"{name} has no pixels: its size is {image.size}.")
     try:
         image.load()
-        image = _upright(image, name)
+        image = PIL.ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
             image = _from_16_bit(np.asarray(image), image.info.get("transparency"))
         elif image.mode == "I":
@@ -296,14 +294,6 @@ def _pil_to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
         if isinstance(error, _OutOfRange):
             raise
         raise _not_decodable(name, error) from error
-
-
-def _upright(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
-    try:
-        return PIL.ImageOps.exif_transpose(image)
-    except _DECODING_ERRORS as error:
-        logger.warning("%s: its EXIF data is broken (%s), so it is taken as it is stored.", name, error)
-        return image
 
 
 def _has_transparency(image: PIL.Image.Image) -> bool:

@@ -72,8 +72,8 @@ class MoellavaProcessor(ProcessorMixin):
 
     Raises:
         TypeError: A part is missing or of another type, or there is an argument too many.
-        ValueError: `num_image_tokens` is no positive number, `image_aspect_ratio` is unknown, or the tokenizer does not
-            know `image_token`.
+        ValueError: `num_image_tokens` is no positive number, `image_aspect_ratio` is unknown, or the tokenizer does
+            not know `image_token`.
     """
 
     valid_processor_kwargs = MoellavaProcessorKwargs
@@ -113,11 +113,11 @@ class MoellavaProcessor(ProcessorMixin):
 
         Args:
             images (*optional*):
-                One picture, a list of pictures in the order of their placeholders, or a list with one list of pictures
-                for each row of text (`[]` for a row without). A picture is a PIL picture, a numpy array or torch tensor
-                ((height, width), (height, width, channels) or (channels, height, width); uint8, uint16, bool, or floats
-                from 0 to 1), a path, an http(s) URL or base64 text; a 4-D array is a list of pictures. With
-                `do_rescale=False` arrays of floats are not rescaled.
+                One picture, a list of pictures in the order of their placeholders, or a list with one list of
+                pictures for each row of text (`[]` for a row without). A picture is a PIL picture, a path, an http(s)
+                URL, base64 text, or a numpy array or torch tensor: (height, width), (height, width, channels) or
+                (channels, height, width), of uint8, uint16, bool, or floats from 0 to 1. A 4-D array is a list of
+                pictures. With `do_rescale=False` arrays of floats are not rescaled.
             text (`str` or `list[str]`, *optional*): The text, with one `image_token` where each picture goes.
             image_aspect_ratio (`str`, *optional*): `"pad"` or `"square"`, for this call.
             kwargs (*optional*): For the tokenizer and the image processor: see `ProcessorMixin.__call__`.
@@ -130,8 +130,8 @@ class MoellavaProcessor(ProcessorMixin):
         Raises:
             FileNotFoundError: There is no such picture file.
             TypeError: Something in `images` is no picture.
-            ValueError: The numbers of placeholders and of pictures differ, a picture cannot be decoded, truncation would
-                cut through the tokens of a picture, or there is nothing to prepare.
+            ValueError: The numbers of placeholders and of pictures differ, a picture cannot be decoded, truncation
+                would cut through the tokens of a picture, or there is nothing to prepare.
         """
         return super().__call__(images=images, text=text, **kwargs)
 
@@ -162,8 +162,8 @@ class MoellavaProcessor(ProcessorMixin):
             if sum(placeholders) != len(images or []):
                 raise ValueError(
                     f"The text has {sum(placeholders)} {self.image_token} placeholder(s), but {len(images or [])} "
-                    f"picture(s) were given. Every picture needs one {self.image_token} in the text, and the other way "
-                    "round."
+                    f"picture(s) were given. Every picture needs one {self.image_token} in the text, and the "
+                    "other way round."
                 )
             return
         if len(images) != len(text):
@@ -174,8 +174,8 @@ class MoellavaProcessor(ProcessorMixin):
         for row, (expected, pictures) in enumerate(zip(placeholders, images, strict=True)):
             if expected != len(pictures):
                 raise ValueError(
-                    f"Row {row} of the text has {expected} {self.image_token} placeholder(s), but row {row} of `images` "
-                    f"has {len(pictures)} picture(s)."
+                    f"Row {row} of the text has {expected} {self.image_token} placeholder(s), but row {row} of "
+                    f"`images` has {len(pictures)} picture(s)."
                 )
 
     def replace_image_token(self, image_inputs: dict | None = None, image_idx: int = 0, **kwargs) -> str:
@@ -225,7 +225,9 @@ class MoellavaProcessor(ProcessorMixin):
             image_mean = 0.0
         means = [image_mean] * 3 if isinstance(image_mean, int | float) else list(image_mean)
         if len(means) != 3:
-            raise ValueError(f"`image_mean` is {image_mean!r}; expected one number, or one for each of red, green, blue.")
+            raise ValueError(
+                f"`image_mean` is {image_mean!r}; expected one number, or one for each of red, green, blue."
+            )
         # Cut off, not rounded: so were the pictures that LLaVA's models were trained on.
         return tuple(int(255 * mean) for mean in means)
 
@@ -283,8 +285,8 @@ def _single_token_id(tokenizer, token: str) -> int:
     if len(ids) != 2 or ids[0] != ids[1] or tokenizer.convert_ids_to_tokens(ids[0]) != token:
         raise ValueError(
             f"The tokenizer has no token {token!r}, which stands for a picture. Add it with "
-            f"`tokenizer.add_tokens([AddedToken({token!r}, normalized=False)], special_tokens=True)`, and see that the "
-            "model's embeddings have a row for it (`model.resize_token_embeddings`)."
+            f"`tokenizer.add_tokens([AddedToken({token!r}, normalized=False)], special_tokens=True)`, and see that "
+            "the model's embeddings have a row for it (`model.resize_token_embeddings`)."
         )
     return ids[0]
 

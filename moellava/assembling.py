@@ -1,0 +1,538 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Assembling a model out of parts: a language model, a vision tower, a projector.
+
+The parts' weights are memory-mapped, renamed to the model's tree and handed to `from_pretrained` as they are, so that
+each is read once, straight to its device and dtype. Everything that can be wrong is checked before that.
+"""
+
+import copy
+import logging
+import math
+import os
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    GraniteConfig,
+    PreTrainedConfig,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+from .chat_templates import multimodal_chat_template
+from .configuration import MoellavaConfig, MoellavaEncoderConfig
+from .configuration.registry_moellava import ENCODERS, PROJECTORS
+from .modeling import MoellavaForCausalLM
+from .modeling.encoders_moellava import VisionEncoder, detect_encoder_type
+from .modeling.language_moellava import check_head, own_causal_lm
+from .processing import MoellavaProcessor
+from .projector_files import read_projector
+from .request import LoadRequest, is_custom_encoder
+from .sources import OPEN_CLIP_CONFIG_NAME, Source
+
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_VISION_TOWER = "openai/clip-vit-large-patch14"
+IMAGE_TOKEN = "<image>"
+
+# What stands before the vision tower's weights in a model that holds one: CLIP and SigLIP, then vision-language models.
+_VISION_PREFIXES = ("vision_model.", "vision_tower.", "model.vision_tower.", "vision_encoder.")
+
+
+class VisionPart(NamedTuple):
+    """A vision tower's config, its weights under the names of its own module, and its image processor."""
+
+    encoder_type: str
+    config: PreTrainedConfig
+    tensors: dict[str, torch.Tensor]
+    image_processor: Any
+
+
+class LanguagePart(NamedTuple):
+    """A language model's config, its weights under the names of our tree, its tokenizer and generation config."""
+
+    config: PreTrainedConfig
+    tensors: dict[str, torch.Tensor]
+    tokenizer: Any
+    generation_config: GenerationConfig | None
+
+
+def read_language_model(source: Source) -> LanguagePart:
+    """Opens a language model.
+
+    Raises:
+        ValueError: It is no decoder with a `ForCausalLM` class in transformers, or its head computes the logits in a
+            way that is not known.
+    """
+    config = _text_config(source)
+    check_head(config)
+    tokenizer = AutoTokenizer.from_pretrained(
+        source.name, trust_remote_code=source.trust_remote_code, **source.hub_options
+    )
+    generation_config = None
+    if source.find("generation_config.json") is not None:
+        generation_config = GenerationConfig.from_pretrained(source.name, **source.hub_options)
+    return LanguagePart(config, _language_tensors(source, config), tokenizer, generation_config)
+
+
+def _text_config(source: Source) -> PreTrainedConfig:
+    fields = source.config_dict()
+    model_type = fields.get("model_type")
+    if model_type == "minicpm":
+        return minicpm_as_granite(fields)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{source} is a {model_type!r} model, which transformers {transformers.__version__} does not have, so that "
+            "it cannot be the language model. Expected a decoder of transformers (LLaMA, Mistral, Phi, Qwen, ...)."
+        )
+    config = AutoConfig.from_pretrained(source.name, **source.hub_options)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
+        raise ValueError(
+            f"{source} is a {model_type!r} model, which is no causal language model. Expected a decoder that "
+            "AutoModelForCausalLM loads; give a vision tower as mm_vision_tower."
+        )
+    return config
+
+
+def minicpm_as_granite(fields: dict[str, Any]) -> GraniteConfig:
+    """Translates a MiniCPM config (the 2B, `model_type: minicpm`, not in transformers) to Granite's.
+
+    MiniCPM is a LLaMA with scaled embeddings, residual branches and logits (Hu et al. 2024, arXiv:2404.06395, section
+    4.1), which is what Granite is, with the same names of weights.
+
+    Raises:
+        ValueError: A field that the translation needs is missing.
+    """
+    missing = [name for name in ("scale_emb", "scale_depth", "dim_model_base") if name not in fields]
+    if missing:
+        raise ValueError(f"The MiniCPM config has no {', '.join(missing)}, without which its scales are unknown.")
+    heads = fields["num_attention_heads"]
+    ours = {
+        "attention_bias": fields.get("attention_bias", False),
+        "attention_multiplier": (fields["hidden_size"] // heads) ** -0.5,
+        "embedding_multiplier": float(fields["scale_emb"]),
+        "logits_scaling": fields["hidden_size"] / fields["dim_model_base"],
+        "residual_multiplier": fields["scale_depth"] / math.sqrt(fields["num_hidden_layers"]),
+        # absent from its files means tied: the default of the class that wrote them
+        "tie_word_embeddings": fields.get("tie_word_embeddings", True),
+    }
+    same = (
+        "bos_token_id", "dtype", "eos_token_id", "hidden_act", "hidden_size", "initializer_range", "intermediate_size",
+        "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "pad_token_id",
+        "rms_norm_eps", "rope_scaling", "rope_theta", "torch_dtype", "vocab_size",
+    )  # fmt: skip
+    return GraniteConfig(**{name: fields[name] for name in same if name in fields}, **ours)
+
+
+def _language_tensors(source: Source, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+    """Returns a language model's weights under the names of our tree."""
+    own = own_causal_lm(config)
+    # What the installed class calls its head, and what files of older versions of it call it.
+    heads = tuple(f"{name}." for name in (_module_name(own, own.get_output_embeddings()), "lm_head", "embed_out"))
+    body = own.base_model_prefix
+    raw = source.tensors()
+    has_head_class = any(name.startswith((f"{body}.", *heads)) for name in raw)
+    tensors = {}
+    for name, tensor in raw.items():
+        if name.startswith(heads):
+            tensors[f"lm_head.{name.rpartition('.')[2]}"] = tensor
+        elif name.startswith(f"{body}.") or not has_head_class:
+            tensors[f"model.language_model.{name.removeprefix(f'{body}.')}"] = tensor
+        else:
+            logger.info("%s: %s belongs to no part of a causal language model and is left out.", source, name)
+    return tensors
+
+
+def _module_name(model: torch.nn.Module, module: torch.nn.Module) -> str:
+    return next(name for name, candidate in model.named_modules() if candidate is module)
+
+
+def read_vision_tower(source: Source, encoder_type: str | None = None) -> VisionPart:
+    """Opens a vision tower; what it is, is told by its own config.
+
+    Raises:
+        ImportError: It needs an extra that is not installed.
+        ValueError: It is no vision tower, or contradicts `encoder_type`.
+    """
+    if source.find(OPEN_CLIP_CONFIG_NAME) is not None and source.find("config.json") is None:
+        return _open_clip_tower(source, encoder_type)
+    if encoder_type == "biomedclip":
+        raise ValueError(
+            f"encoder_type is 'biomedclip', but {source} has no {OPEN_CLIP_CONFIG_NAME}: expected an open_clip "
+            "checkpoint, such as microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224."
+        )
+    fields = source.config_dict()
+    if fields.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{source} is a {fields.get('model_type')!r} model, which transformers {transformers.__version__} does not "
+            "have, so that it cannot be the vision tower. Wrap it as an encoder of your own, see docs/extending.md."
+        )
+    config = AutoConfig.from_pretrained(source.name, **source.hub_options)
+    is_composite = hasattr(config, "vision_config")
+    config = config.vision_config if is_composite else config
+    if type(config) not in MODEL_MAPPING:
+        raise ValueError(f"{source} is a {config.model_type!r} model, which AutoModel cannot build as a vision tower.")
+    if _is_text_model(config):
+        raise ValueError(
+            f"{source} is a {config.model_type!r} language model, not a vision tower. Give a CLIP, SigLIP, DINOv2, ViT "
+            "or other vision model as mm_vision_tower."
+        )
+    encoder_type = encoder_type or detect_encoder_type(config.model_type)
+    unused = getattr(ENCODERS[encoder_type], "unused_weights", ())
+    tensors = _tower_tensors(source, config, is_composite)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
+    return VisionPart(encoder_type, config, tensors, load_image_processor(source))
+
+
+def _is_text_model(config: PreTrainedConfig) -> bool:
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "image_size")
+
+
+def _open_clip_tower(source: Source, encoder_type: str | None) -> VisionPart:
+    from .open_clip_source import read_open_clip
+
+    if encoder_type not in (None, "biomedclip", "clip"):
+        raise ValueError(
+            f"encoder_type is {encoder_type!r}, but {source} is an open_clip checkpoint. Use encoder_type='biomedclip', "
+            "or leave it out."
+        )
+    tower = read_open_clip(source.find)
+    detected = "biomedclip" if tower.vision_config.model_type == "vit" else detect_encoder_type("clip_vision_model")
+    if encoder_type not in (None, detected):
+        raise ValueError(
+            f"encoder_type is {encoder_type!r}, but the tower of {source} is a {tower.vision_config.model_type}. Use "
+            f"encoder_type={detected!r}, or leave it out."
+        )
+    return VisionPart(detected, tower.vision_config, tower.state_dict, tower.image_processor)
+
+
+def _tower_tensors(source: Source, config: PreTrainedConfig, is_composite: bool) -> dict[str, torch.Tensor]:
+    """Returns a tower's weights under the names of its own module; a head or a text tower beside it is left out."""
+    raw = source.tensors()
+    prefixes = _VISION_PREFIXES if is_composite else (f"{MODEL_MAPPING[type(config)].base_model_prefix}.",)
+    for prefix in prefixes:
+        own = {name.removeprefix(prefix): tensor for name, tensor in raw.items() if name.startswith(prefix)}
+        if own:
+            return own
+    if is_composite:
+        raise ValueError(f"{source} has no weights of a vision tower: expected names that begin with {prefixes[0]!r}.")
+    return raw
+
+
+def load_image_processor(source: Source) -> Any:
+    """Returns the image processor of a source.
+
+    Raises:
+        ValueError: It has none.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(
+            source.name, trust_remote_code=source.trust_remote_code, **source.hub_options
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source} has no image processor ({str(error).splitlines()[0]}). Expected a preprocessor_config.json "
+            "beside the vision tower's weights."
+        ) from error
+
+
+def read_custom_encoder(encoder_type: str, source: Source | None, fields: dict[str, Any]) -> VisionPart:
+    """Makes the part of a user's own encoder, whose class may know how to read a source (`read_source`)."""
+    encoder_class = ENCODERS[encoder_type]
+    tensors, image_processor = {}, None
+    if source is not None:
+        reader = getattr(encoder_class, "read_source", None)
+        if reader is None:
+            tensors = source.tensors()
+        else:
+            read_fields, tensors = reader(source.name, **source.hub_options)
+            fields = {**read_fields, **fields}
+        if source.find("preprocessor_config.json") is not None or source.find("processor_config.json") is not None:
+            image_processor = load_image_processor(source)
+    fields = ENCODERS.complete_fields(encoder_type, fields)
+    if image_processor is None:
+        make = getattr(encoder_class, "image_processor", None)
+        image_processor = make(**fields) if make is not None else _plain_image_processor(encoder_type, fields)
+    return VisionPart(encoder_type, MoellavaEncoderConfig(**fields), tensors, image_processor)
+
+
+def _plain_image_processor(encoder_type: str, fields: dict[str, Any]) -> Any:
+    size = fields.get("image_size")
+    if not isinstance(size, int):
+        raise ValueError(
+            f"The encoder {encoder_type!r} tells no image_size and has no image processor. Give its constructor an "
+            "image_size, or its class a static method image_processor(**fields) that returns one."
+        )
+    side = {"height": size, "width": size}
+    return transformers.CLIPImageProcessor(size=side, crop_size=side)
+
+
+def fit_image_processor(image_processor: Any, encoder: VisionEncoder) -> Any:
+    """Returns an image processor that gives pictures of the size that the encoder takes."""
+    if encoder.vision_config.model_type == "siglip2_vision_model":
+        # Its own processor cuts pictures into patches of any number; the encoder does that, of square pictures.
+        image_processor = transformers.SiglipImageProcessor(
+            size={"height": encoder.image_size, "width": encoder.image_size},
+            image_mean=image_processor.image_mean,
+            image_std=image_processor.image_std,
+            resample=image_processor.resample,
+        )
+    image_processor = copy.deepcopy(image_processor)
+    side = encoder.image_size
+    if encoder.interpolates or _output_side(image_processor) != side:
+        if getattr(image_processor, "crop_size", None) and getattr(image_processor, "do_center_crop", False):
+            image_processor.crop_size = type(image_processor.crop_size)(height=side, width=side)
+        size = image_processor.size
+        by_edge = "shortest_edge" in size and size["shortest_edge"] is not None
+        image_processor.size = type(size)(**({"shortest_edge": side} if by_edge else {"height": side, "width": side}))
+    return image_processor
+
+
+def _output_side(image_processor: Any) -> int | None:
+    """The side in pixels of what an image processor gives, or `None` where it is not square or not fixed."""
+    cropped = getattr(image_processor, "do_center_crop", False) and getattr(image_processor, "crop_size", None)
+    size = image_processor.crop_size if cropped else image_processor.size
+    height, width = (size.get("height"), size.get("width")) if hasattr(size, "get") else (None, None)
+    return height if height == width else None
+
+
+def add_image_token(tokenizer: Any, vocab_size: int, image_token: str = IMAGE_TOKEN) -> tuple[int, int]:
+    """Makes sure that the tokenizer knows the image token.
+
+    Returns:
+        `tuple[int, int]`: The token's id, and the number of vocabulary rows that the model needs: `vocab_size` where
+        the token has a row already, or gets one that the padded vocabulary left free.
+    """
+    known = tokenizer.get_vocab()
+    if image_token not in known:
+        tokenizer.add_tokens(
+            [transformers.AddedToken(image_token, special=True, normalized=False)], special_tokens=True
+        )
+    token_id = tokenizer.convert_tokens_to_ids(image_token)
+    return token_id, max(vocab_size, token_id + 1)
+
+
+def _prepare_tokenizer(tokenizer: Any) -> None:
+    tokenizer.padding_side = "left"  # generation continues at the right end
+    if tokenizer.pad_token is None:
+        # Padding is masked, so any token serves; the unknown one keeps the end token trainable.
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            raise ValueError(
+                "The tokenizer has no pad, unknown or end token to pad batches with. Give it a pad token."
+            )
+
+
+def _grow_vocabulary(tensors: dict[str, torch.Tensor], config: PreTrainedConfig, rows: int) -> None:
+    """Adds rows to embedding and head, each the mean of those that are there; the others stay as they are."""
+    own = own_causal_lm(config)
+    body = _module_name(own, own.get_input_embeddings()).removeprefix(f"{own.base_model_prefix}.")
+    for name in (f"model.language_model.{body}.weight", "lm_head.weight", "lm_head.bias"):
+        if name in tensors:
+            tensor = tensors[name]
+            mean = tensor.float().mean(dim=0, keepdim=True).to(tensor.dtype)
+            new = mean.expand(rows - tensor.shape[0], *tensor.shape[1:])
+            tensors[name] = torch.cat([tensor, new])
+    config.vocab_size = rows
+
+
+def assemble(request: LoadRequest, device_map: Any = None) -> MoellavaForCausalLM:
+    """Assembles the model that a request describes, with its processor as `model.processor`.
+
+    Args:
+        request (`LoadRequest`): What to assemble; see `moellava.request`.
+        device_map (`dict` or `str`, *optional*): Where the weights go, as in transformers.
+
+    Raises:
+        FileNotFoundError: A part is not there.
+        ImportError: A part needs an extra that is not installed.
+        ValueError: A part is not what it should be, or the parts do not fit together.
+    """
+    language = read_language_model(Source(request.model_path, request.hub_options))
+    vision = _vision_part(request)
+    _report_claims(request, vision)
+    text_config = copy.deepcopy(language.config)
+    tensors = dict(language.tensors)
+    _prepare_tokenizer(language.tokenizer)
+    image_token_id, rows = add_image_token(language.tokenizer, text_config.vocab_size)
+    grown = rows > text_config.vocab_size
+    if grown:
+        _grow_vocabulary(tensors, text_config, rows)
+    tensors.update({f"model.vision_tower.{name}": tensor for name, tensor in vision.tensors.items()})
+
+    projector, projector_tensors = _projector_part(request, vision, text_config)
+    tensors.update({f"model.multi_modal_projector.{name}": tensor for name, tensor in projector_tensors.items()})
+    config = MoellavaConfig(
+        text_config=text_config,
+        vision_config=vision.config,
+        projector_config=projector,
+        encoder_type=vision.encoder_type,
+        image_token_id=image_token_id,
+        parts={"language_model": request.model_path, "vision_tower": _tower_name(request)},
+        **{name: value for name, value in request.model_fields.items() if name != "encoder_type"},
+    )
+    model = build(
+        config,
+        tensors,
+        new_parts=() if request.projector_path else ("model.multi_modal_projector.",),
+        dtype=request.options["dtype"] or _dtype_of(language),
+        device_map=device_map,
+        quantization_config=request.options["quantization_config"],
+        **request.model_options,
+    )
+    if language.generation_config is not None:
+        model.generation_config = language.generation_config
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = language.tokenizer.pad_token_id
+    if grown:
+        # The added rows are no words of the language model; without them it says what it said before.
+        model.generation_config.suppress_tokens = list(range(language.config.vocab_size, rows))
+    model.processor = make_processor(model, vision.image_processor, language.tokenizer)
+    return model
+
+
+def _tower_name(request: LoadRequest) -> str | None:
+    if request.vision_tower is None and is_custom_encoder(request.model_fields.get("encoder_type", "")):
+        return None
+    return request.vision_tower or DEFAULT_VISION_TOWER
+
+
+def _vision_part(request: LoadRequest) -> VisionPart:
+    encoder_type = request.model_fields.get("encoder_type")
+    name = _tower_name(request)
+    if encoder_type is not None:
+        ENCODERS[encoder_type]
+    source = None if name is None else Source(name, request.hub_options)
+    if encoder_type is not None and is_custom_encoder(encoder_type):
+        return read_custom_encoder(encoder_type, source, request.encoder_fields)
+    return read_vision_tower(source, encoder_type)
+
+
+def _report_claims(request: LoadRequest, vision: VisionPart) -> None:
+    claimed, actual = request.claims.get("mm_hidden_size"), getattr(vision.config, "hidden_size", None)
+    if claimed is not None and actual is not None and claimed != actual:
+        logger.warning(
+            "mm_hidden_size is given as %s, but the vision tower %s is %s wide; the tower's width is used.",
+            claimed, _tower_name(request), actual,
+        )  # fmt: skip
+
+
+def _projector_part(
+    request: LoadRequest, vision: VisionPart, text_config: PreTrainedConfig
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Returns the projector's fields and, where a file is given, its weights."""
+    fields = dict(request.projector or {})
+    tensors = {}
+    if request.projector_path is not None:
+        fields, tensors = read_projector(request.projector_path, fields)
+    fields = {"type": "mlp", **fields}
+    PROJECTORS.check_fields(fields["type"], [name for name in fields if name != "type"])
+    if tensors:
+        probe = MoellavaConfig(
+            text_config=text_config,
+            vision_config=vision.config,
+            projector_config=fields,
+            encoder_type=vision.encoder_type,
+            image_token_id=0,
+            **{name: value for name, value in request.model_fields.items() if name != "encoder_type"},
+        )
+        check_projector(request.projector_path, tensors, probe)
+    return fields, tensors
+
+
+def check_projector(path: str | os.PathLike, tensors: dict[str, torch.Tensor], config: MoellavaConfig) -> None:
+    """Raises a ValueError that lists every key and shape of a projector file which does not fit."""
+    from .modeling.encoders_moellava import encoder_for
+
+    with torch.device("meta"):
+        projector = PROJECTORS[config.projector_config.type](
+            encoder_for(config).feature_size, config.text_config.hidden_size, **config.projector_config.fields
+        )
+    expected = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    faults = [f"missing {name} {shape}" for name, shape in expected.items() if name not in given]
+    faults += [f"unexpected {name} {shape}" for name, shape in given.items() if name not in expected]
+    faults += [
+        f"{name} is {given[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in given and given[name] != shape
+    ]
+    if faults:
+        raise ValueError(
+            f"{path} does not fit a {config.projector_config.type!r} projector from {encoder_for(config).feature_size} "
+            f"to {config.text_config.hidden_size}: {'; '.join(faults)}."
+        )
+
+
+def _dtype_of(language: LanguagePart) -> torch.dtype:
+    if isinstance(language.config.dtype, torch.dtype):
+        return language.config.dtype
+    return next((tensor.dtype for tensor in language.tensors.values() if tensor.is_floating_point()), torch.float32)
+
+
+def build(
+    config: MoellavaConfig, tensors: dict[str, torch.Tensor], new_parts: tuple[str, ...] = (), **options
+) -> MoellavaForCausalLM:
+    """Builds a model of a config and named weights.
+
+    Args:
+        config (`MoellavaConfig`): What it is made of.
+        tensors (`dict[str, torch.Tensor]`): Weights under the names of the tree, memory-mapped or not.
+        new_parts (`tuple[str, ...]`): Prefixes of the weights that are to be initialised where `tensors` lacks them.
+        options: Passed on to `from_pretrained`.
+
+    Raises:
+        ValueError: A weight is missing or has another shape than the config says.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    try:
+        model, report = MoellavaForCausalLM.from_pretrained(
+            None, config=config, state_dict=tensors, output_loading_info=True, **options
+        )
+    except RuntimeError as error:
+        if "size mismatch" not in str(error) and "shape" not in str(error):
+            raise
+        raise ValueError(f"The weights do not have the shapes that the parts' configs say. {error}") from error
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith(new_parts))
+    if missing:
+        raise ValueError(
+            f"{len(missing)} weights are missing from the parts' files, the first of them {missing[:3]}. The files and "
+            "the configs beside them do not belong together, or a file is incomplete."
+        )
+    unexpected = sorted(report["unexpected_keys"])
+    if unexpected:
+        logger.info("Weights that no part uses: %s.", ", ".join(unexpected))
+    return model
+
+
+def make_processor(model: MoellavaForCausalLM, image_processor: Any, tokenizer: Any) -> MoellavaProcessor:
+    """Returns the processor that prepares text and pictures for a model."""
+    return MoellavaProcessor(
+        image_processor=fit_image_processor(image_processor, model.model.encoder),
+        tokenizer=tokenizer,
+        num_image_tokens=model.config.image_seq_length,
+        image_aspect_ratio=model.config.image_aspect_ratio,
+        image_token=IMAGE_TOKEN,
+        chat_template=multimodal_chat_template(tokenizer.chat_template, IMAGE_TOKEN),
+    )
+
+
+__all__ = ["assemble", "build", "make_processor", "read_language_model", "read_vision_tower"]

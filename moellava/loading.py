@@ -1,0 +1,369 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`load_pretrained_model`: one call from a configuration to a model that is ready to use."""
+
+import logging
+import os
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoProcessor, BitsAndBytesConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from .assembling import assemble, build, check_projector, make_processor, read_vision_tower
+from .configuration import MoellavaConfig
+from .configuration.checkpoint_moellava import AUTO_MAP
+from .configuration.registry_moellava import ENCODERS, PROJECTORS
+from .modeling import MoellavaForCausalLM
+from .projector_files import read_projector
+from .request import LoadRequest, read_request
+from .sources import Source
+
+
+logger = logging.getLogger(__name__)
+
+# Left in full precision when a model is quantised: small, and what the rest depends on.
+_UNQUANTISED = ["vision_tower", "multi_modal_projector", "lm_head"]
+
+
+class LoadedModel(NamedTuple):
+    """What `load_pretrained_model` returns, in the older builder's order.
+
+    Attributes:
+        model (`MoellavaForCausalLM`): The model in evaluation mode; `model.processor` prepares text and pictures.
+        image_processor: The vision tower's image processor.
+        tokenizer: The language model's tokenizer, with the image token.
+        context_len (`int`): The number of positions that the language model takes.
+    """
+
+    model: Any
+    image_processor: Any
+    tokenizer: Any
+    context_len: int
+
+
+def load_pretrained_model(
+    model_path: Any = None,
+    model_base: str | os.PathLike | None = None,
+    model_name: str | None = None,
+    load_8bit: bool | None = None,
+    load_4bit: bool | None = None,
+    device_map: Any = None,
+    device: str | torch.device | None = None,
+    **kwargs,
+) -> LoadedModel:
+    r"""
+    Loads a checkpoint, or assembles a model from a language model, a vision tower and a projector.
+
+    Every setting may be given by keyword, in a dictionary or object as first argument, or in the objects
+    `custom_vision_config` and `projector_config`. Where they disagree: the keyword, then the object or dictionary, then
+    the checkpoint's own config, then the default. `docs/configuration.md` lists every field and its older names.
+
+    Args:
+        model_path (`str`, `os.PathLike`, `Mapping` or object):
+            A checkpoint of this package; or a language model, to which a vision tower and a new projector are added; as
+            a folder or a Hub id. Or a configuration: a dictionary, a dataclass, any object with attributes.
+        model_base (`str`, *optional*):
+            The model that `model_path` is a LoRA adapter of.
+        model_name (`str`, *optional*):
+            Without effect; the older builder chose classes by it, this one reads the config.
+        load_8bit, load_4bit (`bool`, *optional*):
+            Quantise with bitsandbytes: LLM.int8(), or nf4 with double quantisation.
+        device_map (`str` or `dict`, *optional*):
+            Where the weights go, as in transformers; instead of `device`.
+        device (`str` or `torch.device`, *optional*):
+            Where the model goes. Defaults to the best device there is.
+        kwargs:
+            The fields of the configuration (`mm_vision_tower`, `encoder_type`, `projector_type`,
+            `vision_feature_layer`, ...); `dtype`; `quantization_config`; `merge=False` to keep a LoRA adapter apart;
+            `encoder_debug` and `projector_debug` to log what is detected, loaded, skipped and newly initialised;
+            `revision`, `token`, `cache_dir`, `local_files_only`, `trust_remote_code` for the Hub;
+            `attn_implementation`, `max_memory`, `offload_folder` and the like for `from_pretrained`.
+
+    Returns:
+        [`LoadedModel`]: `(model, image_processor, tokenizer, context_len)`.
+
+    Raises:
+        FileNotFoundError: A path that does not exist.
+        ImportError: A part needs an extra that is not installed.
+        TypeError: A configuration that is neither a dictionary nor an object with attributes.
+        ValueError: An unknown field or part, parts that do not fit together, a device that is not there, or a file
+            that is damaged; the message says what to change. No weights have been read by then, but for damage that
+            only reading them shows.
+
+    Example:
+
+    ```python
+    >>> from moellava import load_pretrained_model
+
+    >>> model, image_processor, tokenizer, context_len = load_pretrained_model(
+    ...     {"model_name_or_path": "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "mm_vision_tower": "openai/clip-vit-large-patch14"}
+    ... )
+    ```"""
+    keywords = {
+        "model_base": model_base, "load_8bit": load_8bit, "load_4bit": load_4bit, "device_map": device_map,
+        "device": device, **kwargs,
+    }  # fmt: skip
+    if model_name is not None:
+        logger.debug("model_name %r has no effect: what a checkpoint is, its config tells.", model_name)
+    request = read_request(model_path, keywords)
+    _show_logs(request)
+    placement = _placement(request.options["device"], request.options["device_map"])
+    request.options["quantization_config"] = _quantization(request.options)
+
+    if request.model_base is not None:
+        model = _load_adapter(request, placement)
+    else:
+        model = _load(request, placement)
+    _log_parts(model, request)
+    return LoadedModel(
+        model, model.processor.image_processor, model.processor.tokenizer, context_length(model.config.text_config)
+    )
+
+
+def _load(request: LoadRequest, placement: Any) -> Any:
+    source = Source(request.model_path, request.hub_options)
+    fields = source.config_dict()
+    if fields.get("model_type") != MoellavaConfig.model_type:
+        return assemble(request, device_map=placement)
+    return _load_checkpoint(source, fields, request, placement)
+
+
+def _load_checkpoint(source: Source, fields: dict[str, Any], request: LoadRequest, placement: Any) -> Any:
+    """Loads a checkpoint of this package, with what the request changes of it."""
+    options = {
+        "device_map": placement,
+        "dtype": request.options["dtype"] or "auto",
+        "quantization_config": request.options["quantization_config"],
+        **request.model_options,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    own_code = _needs_its_own_code(fields)
+    if own_code:
+        return _load_with_its_own_code(source, own_code, request, options)
+    config = MoellavaConfig.from_dict(dict(fields))
+    projector = _changed_projector(config, request)
+    new_tower = request.vision_tower is not None and request.vision_tower != (config.parts or {}).get("vision_tower")
+    changed = {name: value for name, value in request.model_fields.items() if getattr(config, name) != value}
+    processor = AutoProcessor.from_pretrained(source.name, **source.hub_options)
+
+    if not new_tower and projector is None and request.projector_path is None:
+        if changed:
+            config = _with_changes(config, changed)
+        model = MoellavaForCausalLM.from_pretrained(source.name, config=config, **source.hub_options, **options)
+        model.processor = processor if not changed else make_processor_like(processor, model)
+        return model
+
+    tensors = source.tensors()
+    prefix = "model.multi_modal_projector."
+    new_parts: tuple[str, ...] = ()
+    if new_tower:
+        vision = read_vision_tower(Source(request.vision_tower, request.hub_options), changed.get("encoder_type"))
+        changed |= {"vision_config": vision.config, "encoder_type": vision.encoder_type}
+        changed["parts"] = {**(config.parts or {}), "vision_tower": request.vision_tower}
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.vision_tower.")}
+        tensors |= {f"model.vision_tower.{name}": tensor for name, tensor in vision.tensors.items()}
+        processor.image_processor = vision.image_processor
+    if request.projector_path is not None:
+        projector, file_tensors = read_projector(request.projector_path, projector or {})
+        changed["projector_config"] = projector
+        config = _with_changes(config, changed)
+        check_projector(request.projector_path, file_tensors, config)
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+        tensors |= {f"{prefix}{name}": tensor for name, tensor in file_tensors.items()}
+    else:
+        if projector is not None:
+            changed["projector_config"] = projector
+        config = _with_changes(config, changed)
+        if projector is not None or not _projector_fits(tensors, prefix, config):
+            logger.warning("The projector of %s does not fit what was asked for; a new one is initialised.", source)
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+            new_parts = (prefix,)
+    model = build(config, tensors, new_parts=new_parts, **options)
+    model.processor = make_processor_like(processor, model)
+    return model
+
+
+def _with_changes(config: MoellavaConfig, changed: dict[str, Any]) -> MoellavaConfig:
+    fields = config.to_dict() | {"image_seq_length": None}
+    if "vision_config" in changed and "encoder_type" not in changed:
+        fields["encoder_type"] = None
+    return MoellavaConfig.from_dict(fields | changed)
+
+
+def _projector_fits(tensors: dict[str, torch.Tensor], prefix: str, config: MoellavaConfig) -> bool:
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    try:
+        check_projector("the checkpoint", own, config)
+    except ValueError as error:
+        logger.info("%s", error)
+        return False
+    return True
+
+
+def _changed_projector(config: MoellavaConfig, request: LoadRequest) -> dict[str, Any] | None:
+    """Returns the projector that the request asks for, or `None` where it is the checkpoint's."""
+    asked = request.projector
+    own = {"type": config.projector_config.type, **config.projector_config.fields}
+    if asked is None:
+        return None
+    if asked.get("type", own["type"]) == own["type"]:
+        if all(own.get(name) == value for name, value in asked.items()):
+            return None
+        asked = own | asked
+    PROJECTORS.check_fields(asked["type"], [name for name in asked if name != "type"])
+    return asked
+
+
+def make_processor_like(processor: Any, model: MoellavaForCausalLM) -> Any:
+    """Returns a processor for a model whose pictures differ from those that `processor` prepares."""
+    remade = make_processor(model, processor.image_processor, processor.tokenizer)
+    remade.chat_template = processor.chat_template
+    return remade
+
+
+def _needs_its_own_code(fields: dict[str, Any]) -> str | None:
+    """Returns the name of a part of the checkpoint that is not registered here, if there is one."""
+    projector = (fields.get("projector_config") or {}).get("type", "mlp")
+    encoder = fields.get("encoder_type")
+    if encoder is not None and encoder not in ENCODERS:
+        return encoder
+    return None if projector in PROJECTORS else projector
+
+
+def _load_with_its_own_code(source: Source, part: str, request: LoadRequest, options: dict[str, Any]) -> Any:
+    """Loads a checkpoint with a part of its author's own by the code that it carries."""
+    if not source.trust_remote_code:
+        raise ValueError(
+            f"{source} has a part {part!r} of its author's own, whose code lies in the checkpoint. Pass "
+            "trust_remote_code=True to run it, where you trust its author; or import the file that registers it."
+        )
+    if request.model_fields or request.projector or request.projector_path or request.vision_tower:
+        raise ValueError(
+            f"{source} is loaded by its own code, because of its part {part!r}, and cannot be changed while loading. "
+            f"Import the file that registers {part!r} first, or leave the vision and projector settings out."
+        )
+    model_class = get_class_from_dynamic_module(AUTO_MAP["AutoModelForCausalLM"], source.name, **source.hub_options)
+    processor_class = get_class_from_dynamic_module(AUTO_MAP["AutoProcessor"], source.name, **source.hub_options)
+    model = model_class.from_pretrained(source.name, **source.hub_options, **options)
+    model.processor = processor_class.from_pretrained(source.name, **source.hub_options)
+    return model
+
+
+def _load_adapter(request: LoadRequest, placement: Any) -> Any:
+    """Loads a LoRA adapter onto its base."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ImportError("A LoRA adapter needs PEFT: pip install moellava[peft].") from error
+    adapter = Source(request.model_path, request.hub_options)
+    if adapter.read_json("adapter_config.json") is None:
+        raise ValueError(
+            f"model_base is given, but {adapter} is no LoRA adapter: it has no adapter_config.json. To load a "
+            "checkpoint, give its path as model_path and leave model_base out."
+        )
+    base_request = read_request(request.model_base, {})
+    base_request.vision_tower, base_request.projector = request.vision_tower, request.projector
+    base_request.projector_path, base_request.model_fields = request.projector_path, request.model_fields
+    base_request.options, base_request.hub_options = request.options, request.hub_options
+    base_request.model_options = request.model_options
+    base = _load(base_request, placement)
+    processor = base.processor
+    model = PeftModel.from_pretrained(base, adapter.name, **adapter.hub_options)
+    if request.options["merge"]:
+        model = model.merge_and_unload()
+    else:
+        model.processor = processor
+    return model
+
+
+def context_length(text_config: Any) -> int:
+    """Returns the number of positions that a language model takes."""
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
+        if isinstance(getattr(text_config, name, None), int):
+            return getattr(text_config, name)
+    return 2048  # families without a table of positions (BLOOM's ALiBi) name none; LLaVA's own value
+
+
+def _placement(device: Any, device_map: Any) -> Any:
+    """Returns the `device_map` for `from_pretrained`."""
+    if device_map is not None:
+        if device is not None:
+            raise ValueError(f"device is {str(device)!r} and device_map is {device_map!r}; give one of the two.")
+        return device_map
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return {"": accelerator or torch.device("cpu")}
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}, which PyTorch does not know ({error}).") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "device is 'cuda', but this machine has no CUDA device that PyTorch can use. Use device='cpu'."
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device is 'mps', but this machine has none that PyTorch can use. Use device='cpu'.")
+    return {"": device}
+
+
+def _quantization(options: dict[str, Any]) -> Any:
+    if not options["load_4bit"] and not options["load_8bit"]:
+        return options["quantization_config"]
+    if options["load_8bit"]:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(_UNQUANTISED))
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=options["dtype"] if isinstance(options["dtype"], torch.dtype) else torch.bfloat16,
+        llm_int8_skip_modules=list(_UNQUANTISED),
+    )
+
+
+def _show_logs(request: LoadRequest) -> None:
+    """Makes the package's log visible where a user asked for it and has configured no logging."""
+    if request.options["encoder_debug"] or request.options["projector_debug"]:
+        package = logging.getLogger("moellava")
+        package.setLevel(logging.INFO)
+        if not package.hasHandlers():
+            package.addHandler(logging.StreamHandler())
+
+
+def _log_parts(model: Any, request: LoadRequest) -> None:
+    base = getattr(model, "base_model", model) if not isinstance(model, MoellavaForCausalLM) else model
+    inner = getattr(base, "model", base)
+    inner = getattr(inner, "model", inner) if not hasattr(inner, "vision_tower") else inner
+    for wanted, label, name in (
+        ("encoder_debug", "encoder", "vision_tower"),
+        ("projector_debug", "projector", "multi_modal_projector"),
+    ):
+        if request.options[wanted]:
+            part = getattr(inner, name)
+            kind = model.config.encoder_type if label == "encoder" else model.config.projector_config.type
+            logger.info("%s: %s (%s)", label, kind, type(part).__name__)
+            for parameter_name, parameter in part.named_parameters():
+                logger.info("%s: %s %s %s", label, parameter_name, tuple(parameter.shape), parameter.dtype)
+    if request.options["encoder_debug"]:
+        encoder = inner.encoder
+        logger.info(
+            "encoder: layers %s of %s, %s tokens of width %s per picture of %s pixels",
+            encoder.feature_layers, encoder.num_hidden_layers, encoder.num_selected_tokens, encoder.feature_size,
+            encoder.image_size,
+        )  # fmt: skip
+    if request.options["projector_debug"]:
+        logger.info("projector: %s tokens per picture", model.config.image_seq_length)
+
+
+__all__ = ["LoadedModel", "context_length", "load_pretrained_model"]

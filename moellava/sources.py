@@ -1,0 +1,174 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Where parts come from: a folder or a Hub repository, its config and its weights, read once and memory-mapped.
+
+Nothing here decides what a part is; it finds files, opens them, and says clearly what is wrong with them.
+"""
+
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file
+
+
+CONFIG_NAME = "config.json"
+OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
+_WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
+
+
+class Source:
+    """A folder, or one revision of a Hub repository.
+
+    Args:
+        name (`str`): The folder's path or the repository's id.
+        hub_options (`dict`, *optional*): `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`,
+            `proxies` and `trust_remote_code`, as given by the caller.
+
+    Raises:
+        FileNotFoundError: The name is a path, and nothing is there.
+    """
+
+    def __init__(self, name: str | os.PathLike, hub_options: dict[str, Any] | None = None):
+        self.name = os.path.expanduser(os.fspath(name))
+        self.hub_options = dict(hub_options or {})
+        self.trust_remote_code = bool(self.hub_options.pop("trust_remote_code", False))
+        self.is_local = os.path.isdir(self.name)
+        if not self.is_local and _looks_like_a_path(self.name):
+            kind = "is a file" if os.path.isfile(self.name) else "does not exist"
+            raise FileNotFoundError(
+                f"{self.name} {kind}: expected a folder with a model, or a Hub id such as 'owner/name'."
+            )
+
+    def find(self, filename: str) -> Path | None:
+        """Returns the local path of a file, downloaded where needed, or `None` when the source has no such file.
+
+        Raises:
+            OSError: The repository does not exist, cannot be reached, or may not be read.
+        """
+        if self.is_local:
+            path = Path(self.name) / filename
+            return path if path.is_file() else None
+        found = cached_file(self.name, filename, _raise_exceptions_for_missing_entries=False, **self.hub_options)
+        return None if found is None else Path(found)
+
+    def read_json(self, filename: str) -> dict[str, Any] | None:
+        """Returns the content of a JSON file, or `None` when the source has no such file."""
+        path = self.find(filename)
+        if path is None:
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is no valid JSON ({error}). Save or download the model again.") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
+        return content
+
+    def config_dict(self) -> dict[str, Any]:
+        """Returns the content of `config.json`.
+
+        Raises:
+            ValueError: There is none: the source is no model.
+        """
+        config = self.read_json(CONFIG_NAME)
+        if config is None:
+            held = f" It holds: {', '.join(sorted(os.listdir(self.name))[:8]) or 'nothing'}." if self.is_local else ""
+            raise ValueError(
+                f"{self.name} is no model: it has no {CONFIG_NAME}.{held} Expected what save_pretrained writes."
+            )
+        return config
+
+    def weight_files(self) -> list[Path]:
+        """Returns the files that hold the weights: safetensors before `.bin`, shards as their index lists them.
+
+        Raises:
+            FileNotFoundError: There are none, or a shard of the index is missing.
+            ValueError: The index names a file outside the source.
+        """
+        for name in _WEIGHT_NAMES:
+            single = self.find(name)
+            if single is not None:
+                return [single]
+            index = self.read_json(f"{name}.index.json")
+            if index is not None:
+                return [self._shard(shard, name) for shard in sorted(set(index.get("weight_map", {}).values()))]
+        raise FileNotFoundError(
+            f"{self.name} has no weights: expected {' or '.join(_WEIGHT_NAMES)}, or an index of shards of one of them."
+        )
+
+    def _shard(self, shard: str, index: str) -> Path:
+        if not isinstance(shard, str) or shard != os.path.basename(shard) or shard in ("", ".", ".."):
+            raise ValueError(f"{index}.index.json of {self.name} names {shard!r}; expected the plain name of a file.")
+        path = self.find(shard)
+        if path is None:
+            raise FileNotFoundError(
+                f"{self.name} lacks {shard}, which its {index}.index.json lists. Download it again."
+            )
+        return path
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Returns all weights by name, memory-mapped: none is read before it is used."""
+        return {name: tensor for path in self.weight_files() for name, tensor in read_tensors(path)}
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return name.count("/") > 1 or name.startswith((".", "/", "~")) or os.path.isabs(name) or os.path.exists(name)
+
+
+def read_tensors(path: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the tensors of one weight file by name, memory-mapped.
+
+    Raises:
+        ValueError: The file is damaged, or a pickle of more than tensors.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    yield name, file.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} cannot be read as safetensors ({error}): it is cut off or damaged. Save or download it again."
+            ) from error
+        return
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is a pickle that asks for more than tensors, so that loading it could run code; it is refused. "
+            f"Convert it to safetensors where you trust it. ({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(
+            f"{path} cannot be read by torch.load ({error}): it is cut off, damaged, or no weight file."
+        ) from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+        raise ValueError(f"{path} holds something else than named tensors. Expected a state dict.")
+    yield from content.items()
+
+
+__all__ = ["CONFIG_NAME", "OPEN_CLIP_CONFIG_NAME", "Source", "read_tensors"]

@@ -1,0 +1,527 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Pictures of every kind become the RGB values that they stand for, and unusable ones give a clear error."""
+
+import base64
+import colorsys
+import http.server
+import io
+import os
+import threading
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moellava.processing.images_moellava import (
+    load_picture,
+    pad_tensor_to_square,
+    pad_to_square,
+    scaled_to_tensor,
+    to_rgb,
+)
+
+
+RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+ALPHA = np.random.default_rng(1).integers(0, 256, (5, 7), dtype=np.uint8)
+GREY = np.random.default_rng(2).integers(0, 256, (5, 7), dtype=np.uint8)
+DEEP = np.concatenate(
+    [
+        np.array([0, 1, 128, 129, 256, 257, 300], dtype=np.uint16),
+        np.array([32767, 32768, 40000, 65278, 65406, 65407, 65535], dtype=np.uint16),
+        np.random.default_rng(3).integers(0, 65536, 21, dtype=np.uint16),
+    ]
+).reshape(5, 7)
+
+
+def pixels(image):
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
+
+
+def grey3(values):
+    return np.repeat(np.asarray(values).astype(int)[:, :, None], 3, axis=2)
+
+
+def eight_bit(values):
+    """0..65535 to 0..255, in exact arithmetic."""
+    exact = [int(Fraction(int(value) * 255, 65535) + Fraction(1, 2)) for value in values.flat]
+    return np.array(exact).reshape(values.shape)
+
+
+def over_white(color, alpha):
+    alpha = alpha[:, :, None] / 255
+    return color * alpha + 255 * (1 - alpha)
+
+
+def saved(image, image_format, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def lab_to_rgb(lab):
+    """CIE L*a*b* (D50, 8-bit encoding) to sRGB by the formulas of the standards."""
+    lightness = lab[..., 0].astype(float) * 100 / 255
+    a, b = (lab[..., 1].astype(float) - 128, lab[..., 2].astype(float) - 128)
+    fy = (lightness + 16) / 116
+    f = np.stack([fy + a / 500, fy, fy - b / 200], axis=-1)
+    xyz = np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29)) * [0.96422, 1.0, 0.82521]
+    # From XYZ under D50 to linear sRGB (Bradford adaptation included).
+    matrix = np.array(
+        [[3.1338561, -1.6168667, -0.4906146], [-0.9787684, 1.9161415, 0.0334540], [0.0719453, -0.2289914, 1.4052427]]
+    )
+    linear = np.clip(xyz @ matrix.T, 0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+# --- Modes ---
+
+
+def test_one_bit():
+    bits = GREY > 100
+    assert (pixels(to_rgb(Image.fromarray(bits))) == grey3(bits * 255)).all()
+
+
+def test_grey_and_rgb_are_kept():
+    assert (pixels(to_rgb(Image.fromarray(GREY))) == grey3(GREY)).all()
+    assert (pixels(to_rgb(Image.fromarray(RGB))) == RGB).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGBa"])
+def test_alpha_is_composited_over_white(mode):
+    image = Image.fromarray(np.dstack([RGB, ALPHA]))
+    assert image.mode == "RGBA"
+    # Premultiplied values lose precision where the alpha is small, but not after the multiplication.
+    assert np.abs(pixels(to_rgb(image.convert(mode))) - over_white(RGB, ALPHA)).max() <= 1.5
+
+
+@pytest.mark.parametrize("mode", ["LA", "La"])
+def test_grey_with_alpha_is_composited_over_white(mode):
+    image = Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(ALPHA)])
+    assert np.abs(pixels(to_rgb(image.convert(mode))) - over_white(grey3(GREY), ALPHA)).max() <= 1.5
+
+
+def test_fully_transparent_black_becomes_white():
+    assert (pixels(to_rgb(Image.new("RGBA", (4, 3), (0, 0, 0, 0)))) == 255).all()
+
+
+def palette_image():
+    image = Image.frombytes("P", (7, 5), (GREY % 3).tobytes())
+    image.putpalette([10, 20, 30, 200, 100, 50, 0, 0, 0])
+    return image, np.array([[10, 20, 30], [200, 100, 50], [0, 0, 0]])[GREY % 3]
+
+
+def test_palette_without_transparency():
+    image, expected = palette_image()
+    assert (pixels(to_rgb(image)) == expected).all()
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "GIF"])
+def test_palette_with_a_transparent_entry(image_format):
+    image, expected = palette_image()
+    image = Image.open(io.BytesIO(saved(image, image_format, transparency=1)))
+    expected[GREY % 3 == 1] = 255
+    assert (pixels(to_rgb(image)) == expected).all()
+
+
+def test_palette_with_alpha_per_entry():
+    image, expected = palette_image()
+    image = Image.open(io.BytesIO(saved(image, "PNG", transparency=bytes([255, 0, 51]))))
+    assert image.mode == "P" and isinstance(image.info["transparency"], bytes)
+    alpha = np.array([255, 0, 51])[GREY % 3]
+    assert np.abs(pixels(to_rgb(image)) - over_white(expected, alpha)).max() <= 1
+
+
+def test_palette_with_rgba_palette():
+    image = Image.frombytes("P", (7, 5), (GREY % 2).tobytes())
+    image.putpalette([10, 20, 30, 255, 200, 100, 50, 0], "RGBA")
+    expected = np.array([[10, 20, 30], [255, 255, 255]])[GREY % 2]
+    assert (pixels(to_rgb(image)) == expected).all()
+
+
+@pytest.mark.parametrize("mode, key", [("L", 0), ("RGB", (1, 2, 3))])
+def test_transparent_colour_of_a_picture_without_alpha(mode, key):
+    image = Image.new(mode, (2, 1), 77 if mode == "L" else (77, 78, 79))
+    image.putpixel((1, 0), key)
+    image = Image.open(io.BytesIO(saved(image, "PNG", transparency=key)))
+    assert image.mode == mode
+    assert pixels(to_rgb(image))[0].tolist() == [[77, 77, 77] if mode == "L" else [77, 78, 79], [255, 255, 255]]
+
+
+def test_cmyk():
+    values = np.dstack([RGB, GREY])
+    image = Image.frombytes("CMYK", (7, 5), values.tobytes())
+    expected = (255 - RGB.astype(float)) * (255 - GREY.astype(float))[:, :, None] / 255
+    assert np.abs(pixels(to_rgb(image)) - expected).max() <= 1
+
+
+def test_ycbcr():
+    image = Image.frombytes("YCbCr", (7, 5), RGB.tobytes())
+    y, cb, cr = (RGB[..., channel].astype(float) - (128 if channel else 0) for channel in range(3))
+    expected = np.stack([y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb], axis=-1)
+    assert np.abs(pixels(to_rgb(image)) - np.clip(expected, 0, 255)).max() <= 1.5
+
+
+def test_hsv():
+    image = Image.frombytes("HSV", (7, 5), RGB.tobytes())
+    expected = [[255 * c for c in colorsys.hsv_to_rgb(*(pixel / 255))] for pixel in RGB.reshape(-1, 3)]
+    assert np.abs(pixels(to_rgb(image)).reshape(-1, 3) - np.array(expected)).max() <= 4
+
+
+def test_lab():
+    # Colours inside sRGB: outside, every converter may map them differently.
+    lab = np.array(
+        [[[0, 128, 128], [255, 128, 128], [128, 128, 128], [140, 160, 150], [90, 118, 100]]], dtype=np.uint8
+    )
+    image = Image.merge("LAB", [Image.fromarray(lab[..., channel]) for channel in range(3)])
+    assert np.abs(pixels(to_rgb(image)) - lab_to_rgb(lab)).max() <= 3
+
+
+@pytest.mark.parametrize("mode, dtype", [("I;16", "<u2"), ("I;16L", "<u2"), ("I;16B", ">u2")])
+def test_16_bit_is_mapped_linearly_in_every_byte_order(mode, dtype):
+    image = Image.frombytes(mode, (7, 5), DEEP.astype(dtype).tobytes())
+    assert (pixels(to_rgb(image)) == grey3(eight_bit(DEEP))).all()
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF", "PPM"])
+def test_16_bit_files(tmp_path, image_format):
+    path = tmp_path / f"deep.{image_format.lower()}"
+    Image.fromarray(DEEP).save(path, image_format)
+    assert (pixels(to_rgb(path)) == grey3(eight_bit(DEEP))).all()
+
+
+def test_16_bit_transparent_value_becomes_white():
+    content = saved(Image.fromarray(DEEP), "PNG", transparency=40000)
+    expected = grey3(eight_bit(DEEP))
+    expected[DEEP == 40000] = 255
+    assert (pixels(to_rgb(Image.open(io.BytesIO(content)))) == expected).all()
+
+
+def test_mode_i_is_read_as_16_bit():
+    assert (pixels(to_rgb(Image.fromarray(DEEP.astype(np.int32)))) == grey3(eight_bit(DEEP))).all()
+
+
+@pytest.mark.parametrize("value", [-1, 65536])
+def test_mode_i_outside_16_bit_is_an_error(value):
+    with pytest.raises(ValueError, match=rf"Picture 3 holds values from .*{value}.* in mode I, .* 0 to 65535"):
+        to_rgb(Image.fromarray(np.array([[7, value]], dtype=np.int32)), "Picture 3")
+
+
+def test_mode_f_is_read_as_0_to_1():
+    assert (pixels(to_rgb(Image.fromarray((GREY / 255).astype(np.float32)))) == grey3(GREY)).all()
+
+
+@pytest.mark.parametrize("values", [[0.0, 200.0], [-0.5, 1.0], [0.5, float("nan")], [0.5, float("inf")]])
+def test_mode_f_outside_0_to_1_is_an_error(values):
+    with pytest.raises(ValueError, match="holds floats from .* floats are read as 0 to 1"):
+        to_rgb(Image.fromarray(np.array([values], dtype=np.float32)))
+
+
+# --- Orientation and frames ---
+
+
+UPRIGHT = {
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a.swapaxes(0, 1), 2),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("values", [RGB, DEEP], ids=["RGB", "I;16"])
+def test_exif_orientation_is_applied(orientation, values):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.open(io.BytesIO(saved(Image.fromarray(values), "PNG", exif=exif)))
+    expected = RGB if values is RGB else grey3(eight_bit(DEEP))
+    assert (pixels(to_rgb(image)) == UPRIGHT[orientation](expected)).all()
+    assert image.size == (7, 5), "the caller's picture is left alone"
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("exif", [b"Exif\0\0not a tiff head", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"])
+def test_picture_with_broken_exif_is_taken_as_stored(exif):
+    image = Image.open(io.BytesIO(saved(Image.fromarray(GREY), "JPEG", quality=95, exif=exif)))
+    assert (pixels(to_rgb(image)) == grey3(np.asarray(image))).all()
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "TIFF", "PNG", "WEBP"])
+def test_first_frame_of_a_file(tmp_path, image_format):
+    frames = [Image.new("RGB", (6, 4), color) for color in [(250, 0, 0), (0, 250, 0), (0, 0, 250)]]
+    path = tmp_path / "frames"
+    options = {"lossless": True} if image_format == "WEBP" else {}
+    frames[0].save(path, image_format, save_all=True, append_images=frames[1:], **options)
+    assert (pixels(to_rgb(path)) == [250, 0, 0]).all()
+
+
+# --- Sources ---
+
+
+def test_paths(tmp_path):
+    path = tmp_path / "a picture.png"
+    Image.fromarray(RGB).save(path)
+    assert (pixels(to_rgb(path)) == RGB).all()
+    assert (pixels(to_rgb(str(path))) == RGB).all()
+
+
+def test_base64():
+    text = base64.b64encode(saved(Image.fromarray(RGB), "PNG")).decode()
+    assert (pixels(to_rgb(text)) == RGB).all()
+    assert (pixels(to_rgb(f"data:image/png;base64,{text}")) == RGB).all()
+    wrapped = "\n".join(text[start : start + 76] for start in range(0, len(text), 76))
+    assert (pixels(to_rgb(wrapped)) == RGB).all()
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A folder and its http address."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, directory=str(tmp_path), **kwargs)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield tmp_path, f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_url_gives_what_the_file_gives(served, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    folder, address = served
+    Image.fromarray(DEEP).save(folder / "deep.png")
+    Image.fromarray(np.dstack([RGB, ALPHA])).save(folder / "alpha.png")
+    for name in ("deep.png", "alpha.png"):
+        assert (pixels(to_rgb(f"{address}/{name}")) == pixels(to_rgb(folder / name))).all()
+
+
+def test_url_errors(served, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    folder, address = served
+    (folder / "page.html").write_text("<html>no picture</html>")
+    with pytest.raises(ValueError, match=r"Picture 1 \('http.*/gone.png'\) cannot be fetched: HTTPError.*404"):
+        load_picture(f"{address}/gone.png", "Picture 1")
+    with pytest.raises(
+        ValueError, match=r"Picture 1 \('http.*/page.html'\) cannot be decoded: UnidentifiedImageError"
+    ):
+        load_picture(f"{address}/page.html", "Picture 1")
+    with pytest.raises(ValueError, match="cannot be fetched: URLError"):
+        load_picture("http://127.0.0.1:1/refused.png")
+
+
+# --- What cannot be used ---
+
+
+@pytest.mark.parametrize("as_path", [True, False])
+@pytest.mark.parametrize("name", ["missing.png", "folder/missing", "abcd"])
+def test_missing_file_is_named(tmp_path, monkeypatch, as_path, name):
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / name if as_path else name
+    with pytest.raises(FileNotFoundError, match=rf"Picture 2: there is no file '.*{name}'"):
+        to_rgb(source, "Picture 2")
+
+
+def test_folder_is_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        to_rgb(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        to_rgb(str(tmp_path))
+
+
+def test_no_picture_file(tmp_path):
+    path = tmp_path / "notes.png"
+    path.write_text("not a picture")
+    for source in (path, str(path)):
+        with pytest.raises(ValueError, match=r"Picture 0 \('.*notes.png'\) cannot be decoded: UnidentifiedImageError"):
+            to_rgb(source, "Picture 0")
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF", "GIF", "BMP", "WEBP"])
+def test_truncated_file(tmp_path, image_format):
+    noise = np.random.default_rng(5).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    content = saved(Image.fromarray(noise), image_format)
+    path = tmp_path / "half"
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"The picture \('.*half'\) cannot be decoded: \w+: .+ complete picture file"):
+        to_rgb(path)
+
+
+def test_truncated_base64_is_not_taken_for_a_path():
+    noise = np.random.default_rng(5).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    content = saved(Image.fromarray(noise), "JPEG")
+    text = base64.b64encode(content[: len(content) // 2]).decode()
+    for source in (text, f"data:image/jpeg;base64,{text}"):
+        with pytest.raises(ValueError, match=r"\('base64 text'\) cannot be decoded"):
+            to_rgb(source)
+    with pytest.raises(ValueError, match=r"no `data:image/"):
+        to_rgb("data:image/png;base64,$$$")
+    with pytest.raises(ValueError, match=r"no `data:image/"):
+        to_rgb("data:text/plain;base64,YWJj")
+
+
+def test_picture_opened_by_the_caller_and_truncated(tmp_path):
+    content = saved(Image.fromarray(RGB).resize((64, 64)), "JPEG", quality=95)
+    path = tmp_path / "half.jpg"
+    path.write_bytes(content[: len(content) // 2])
+    image = Image.open(path)
+    with pytest.raises(ValueError, match=r"Picture 1 of row 0 \('.*half.jpg'\) cannot be decoded: OSError"):
+        to_rgb(image, "Picture 1 of row 0")
+
+
+def test_decompression_bomb(tmp_path, monkeypatch):
+    path = tmp_path / "bomb.png"
+    Image.new("L", (50, 50)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"bomb.png'\) cannot be decoded: DecompressionBombError"):
+        to_rgb(path)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs a user whom permissions stop")
+def test_unreadable_file_says_so(tmp_path):
+    path = tmp_path / "secret.png"
+    Image.new("L", (5, 5)).save(path)
+    path.chmod(0)
+    with pytest.raises(PermissionError, match="secret.png"):
+        to_rgb(path)
+
+
+def test_picture_without_pixels():
+    with pytest.raises(ValueError, match=r"Picture 4 has no pixels: its size is \(0, 5\)"):
+        to_rgb(Image.new("RGB", (0, 5)), "Picture 4")
+
+
+@pytest.mark.parametrize("thing", [3, {"path": "a.png"}, [1, 2], b"bytes", None])
+def test_no_picture_at_all(thing):
+    with pytest.raises(TypeError, match=rf"Picture 0 is of type {type(thing).__name__}; expected a PIL picture"):
+        to_rgb(thing, "Picture 0")
+
+
+# --- Arrays ---
+
+
+@pytest.mark.parametrize("make", [np.asarray, torch.tensor], ids=["numpy", "torch"])
+def test_array_layouts(make):
+    assert (pixels(to_rgb(make(GREY))) == grey3(GREY)).all()
+    assert (pixels(to_rgb(make(GREY[:, :, None]))) == grey3(GREY)).all()
+    assert (pixels(to_rgb(make(GREY[None]))) == grey3(GREY)).all()
+    assert (pixels(to_rgb(make(RGB))) == RGB).all()
+    assert (pixels(to_rgb(make(np.ascontiguousarray(RGB.transpose(2, 0, 1))))) == RGB).all()
+    rgba = np.dstack([RGB, ALPHA])
+    for layout in (rgba, np.ascontiguousarray(rgba.transpose(2, 0, 1))):
+        assert np.abs(pixels(to_rgb(make(layout))) - over_white(RGB, ALPHA)).max() <= 1
+
+
+@pytest.mark.parametrize("make", [np.asarray, torch.tensor], ids=["numpy", "torch"])
+def test_array_types(make):
+    assert (pixels(to_rgb(make(GREY > 100))) == grey3((GREY > 100) * 255)).all()
+    assert (pixels(to_rgb(make(DEEP))) == grey3(eight_bit(DEEP))).all()
+    for dtype in (np.float32, np.float64, np.float16):
+        assert (pixels(to_rgb(make((RGB / 255).astype(dtype)))) == RGB).all()
+    deep_rgb = np.dstack([DEEP, DEEP[::-1], DEEP])
+    assert (pixels(to_rgb(make(deep_rgb))) == np.stack([eight_bit(deep_rgb[..., c]) for c in range(3)], -1)).all()
+
+
+def test_bfloat16_tensor():
+    values = torch.tensor([[0.0, 0.5, 1.0]], dtype=torch.bfloat16)
+    assert pixels(to_rgb(values))[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_tensor_with_gradient_is_read():
+    assert pixels(to_rgb(torch.ones(2, 5, requires_grad=True))).min() == 255
+
+
+def test_values_a_little_outside_the_unit_range_are_cut():
+    assert pixels(to_rgb(np.array([[-0.0005, 1.0005]])))[0, :, 0].tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("values", [[0.0, 255.0], [-2.1, 2.6], [0.0, float("nan")]])
+def test_floats_outside_the_unit_range_are_an_error(values):
+    with pytest.raises(ValueError, match="Picture 1 holds floats from .*convert to uint8.*`do_rescale=False`"):
+        to_rgb(np.array([values]), "Picture 1")
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint32, np.int8, np.complex64])
+def test_integers_of_unknown_range_are_an_error(dtype):
+    with pytest.raises(TypeError, match=rf"Picture 1 is an array of {np.dtype(dtype)}, .* uint8 \(0 to 255\), uint16"):
+        to_rgb(np.zeros((6, 5, 3), dtype=dtype), "Picture 1")
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 4, 5), (5, 6, 7), (2, 6, 5), (0, 5), (0, 5, 3), (5, 0, 3)])
+def test_other_shapes_are_an_error(shape):
+    with pytest.raises(ValueError, match=r"Picture 1 has shape \(.*\); expected \(height, width\)"):
+        to_rgb(np.zeros(shape, dtype=np.uint8), "Picture 1")
+
+
+def test_ambiguous_shape_needs_to_be_told():
+    values = np.random.default_rng(7).integers(0, 256, (3, 9, 3), dtype=np.uint8)
+    with pytest.raises(ValueError, match=r"shape \(3, 9, 3\), where the first or the last axis.*input_data_format"):
+        to_rgb(values)
+    assert (pixels(to_rgb(values, input_data_format="channels_last")) == values).all()
+    assert (pixels(to_rgb(values, input_data_format="channels_first")) == values.transpose(1, 2, 0)).all()
+    with pytest.raises(ValueError, match=r"shape \(5, 7, 3\) with `input_data_format='channels_first'`"):
+        to_rgb(RGB, input_data_format="channels_first")
+    with pytest.raises(ValueError, match=r"`input_data_format` is 'last'; expected one of \['channels_first'"):
+        to_rgb(RGB, input_data_format="last")
+
+
+def test_read_only_and_strided_arrays():
+    values = np.frombuffer(RGB.tobytes(), dtype=np.uint8).reshape(RGB.shape)
+    assert (pixels(to_rgb(values)) == RGB).all()
+    assert (pixels(to_rgb(values[::-1, ::2])) == RGB[::-1, ::2]).all()
+
+
+# --- Padding ---
+
+
+@pytest.mark.parametrize(
+    "size, corner", [((10, 4), (0, 3)), ((10, 5), (0, 2)), ((4, 10), (3, 0)), ((5, 10), (2, 0)), ((6, 6), (0, 0))]
+)
+def test_pad_to_square(size, corner):
+    width, height = size
+    values = np.random.default_rng(8).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    result = np.asarray(pad_to_square(Image.fromarray(values), (122, 116, 104)))
+    side = max(size)
+    left, top = corner
+    expected = np.full((side, side, 3), (122, 116, 104), dtype=np.uint8)
+    expected[top : top + height, left : left + width] = values
+    assert (result == expected).all()
+    # The same on a tensor.
+    tensor = torch.tensor(values / 255, dtype=torch.float32).permute(2, 0, 1)
+    padded = pad_tensor_to_square(tensor, (122 / 255, 116 / 255, 104 / 255))
+    torch.testing.assert_close(padded.permute(1, 2, 0) * 255, torch.tensor(expected, dtype=torch.float32))
+
+
+def test_scaled_values_are_laid_out_and_not_changed():
+    values = np.random.default_rng(9).normal(size=(5, 7, 3)).astype(np.float32)
+    expected = torch.tensor(values).permute(2, 0, 1)
+    assert torch.equal(scaled_to_tensor(values), expected)
+    assert torch.equal(scaled_to_tensor(torch.tensor(values).permute(2, 0, 1)), expected)
+    assert torch.equal(scaled_to_tensor(values[:, :, 0]), expected[:1].expand(3, -1, -1))
+    assert torch.equal(scaled_to_tensor(values[:, :, :1]), expected[:1].expand(3, -1, -1))
+    alpha = np.full((5, 7, 1), 0.25, dtype=np.float32)
+    torch.testing.assert_close(scaled_to_tensor(np.dstack([values, alpha])), expected * 0.25 + 0.75)
