@@ -63,9 +63,7 @@ def lay_out(folder: Path) -> dict[Path, Path]:
 def main() -> int:
     unknown = sorted(set(SWITCHED_OFF) - set(mlinter.TRF_RULES))
     if unknown:
-        print(
-            f"mlinter {mlinter.__version__} knows no {', '.join(unknown)}: take it out of SWITCHED_OFF in {__file__}"
-        )
+        print(f"mlinter {mlinter.__version__} knows no {', '.join(unknown)}: take it out of SWITCHED_OFF in {__file__}")
         return 2
 
     rules = mlinter.DEFAULT_ENABLED_TRF_RULES | set(SWITCHED_OFF)

@@ -336,9 +336,7 @@ def _prepare_tokenizer(tokenizer: Any) -> None:
         # Padding is masked, so any token serves; the unknown one keeps the end token trainable.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         if tokenizer.pad_token is None:
-            raise ValueError(
-                "The tokenizer has no pad, unknown or end token to pad batches with. Give it a pad token."
-            )
+            raise ValueError("The tokenizer has no pad, unknown or end token to pad batches with. Give it a pad token.")
 
 
 def _grow_vocabulary(tensors: dict[str, torch.Tensor], config: PreTrainedConfig, rows: int) -> None:

@@ -181,9 +181,7 @@ def _as_fields(value: Any, origin: str) -> dict[str, Any]:
     names = [name for name in dir(value) if not name.startswith("_")]
     fields = {name: getattr(value, name) for name in names if not callable(getattr(value, name))}
     if not fields:
-        raise TypeError(
-            f"{origin} is a {type(value).__name__} without attributes; expected a dictionary or dataclass."
-        )
+        raise TypeError(f"{origin} is a {type(value).__name__} without attributes; expected a dictionary or dataclass.")
     return fields
 
 
@@ -193,9 +191,7 @@ def _own_defaults(value: Any) -> dict[str, Any]:
         return {}
     if dataclasses.is_dataclass(value):
         return {
-            field.name: field.default
-            for field in dataclasses.fields(value)
-            if field.default is not dataclasses.MISSING
+            field.name: field.default for field in dataclasses.fields(value) if field.default is not dataclasses.MISSING
         }
     return {name: default for name, default in vars(type(value)).items() if not name.startswith("_")}
 

@@ -508,9 +508,7 @@ def make_language_model(
     return _build_once(folder, recipe, build)
 
 
-LANGUAGE_MODELS: dict[str, Callable[..., Path]] = {
-    family: partial(make_language_model, family) for family in _FAMILIES
-}
+LANGUAGE_MODELS: dict[str, Callable[..., Path]] = {family: partial(make_language_model, family) for family in _FAMILIES}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -576,9 +574,7 @@ def _clip(image_size: int, input_size: int) -> tuple[Any, ...]:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    config = transformers.CLIPConfig(
-        text_config=text, vision_config=_clip_vision_fields(image_size), projection_dim=24
-    )
+    config = transformers.CLIPConfig(text_config=text, vision_config=_clip_vision_fields(image_size), projection_dim=24)
     processor = transformers.CLIPImageProcessor(**_edge_and_crop(input_size, input_size))
     return transformers.CLIPModel, config, processor, tokenizer
 

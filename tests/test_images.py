@@ -184,9 +184,7 @@ def test_hsv():
 
 def test_lab():
     # Colours inside sRGB: outside, every converter may map them differently.
-    lab = np.array(
-        [[[0, 128, 128], [255, 128, 128], [128, 128, 128], [140, 160, 150], [90, 118, 100]]], dtype=np.uint8
-    )
+    lab = np.array([[[0, 128, 128], [255, 128, 128], [128, 128, 128], [140, 160, 150], [90, 118, 100]]], dtype=np.uint8)
     image = Image.merge("LAB", [Image.fromarray(lab[..., channel]) for channel in range(3)])
     assert np.abs(pixels(to_rgb(image)) - lab_to_rgb(lab)).max() <= 3
 
@@ -326,9 +324,7 @@ def test_url_errors(served, monkeypatch):
     (folder / "page.html").write_text("<html>no picture</html>")
     with pytest.raises(ValueError, match=r"Picture 1 \('http.*/gone.png'\) cannot be fetched: HTTPError.*404"):
         load_picture(f"{address}/gone.png", "Picture 1")
-    with pytest.raises(
-        ValueError, match=r"Picture 1 \('http.*/page.html'\) cannot be decoded: UnidentifiedImageError"
-    ):
+    with pytest.raises(ValueError, match=r"Picture 1 \('http.*/page.html'\) cannot be decoded: UnidentifiedImageError"):
         load_picture(f"{address}/page.html", "Picture 1")
     with pytest.raises(ValueError, match="cannot be fetched: URLError"):
         load_picture("http://127.0.0.1:1/refused.png")

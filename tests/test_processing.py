@@ -209,9 +209,7 @@ def test_batch_of_different_rows(processor):
     image_mask = ids == processor.image_token_id
     assert image_mask.sum(1).tolist() == [TOKENS, 0, 2 * TOKENS]
     assert torch.equal(output["mm_token_type_ids"], image_mask.long())
-    assert torch.equal(
-        output["pixel_values"], expected_pixels(processor, picture(0), picture(1, (20, 40)), picture(2))
-    )
+    assert torch.equal(output["pixel_values"], expected_pixels(processor, picture(0), picture(1, (20, 40)), picture(2)))
     # Padded on the tokenizer's side, and each row is what it is alone.
     for row in range(3):
         alone = processor(images=images[row], text=text[row])["input_ids"][0]

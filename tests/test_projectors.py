@@ -130,9 +130,7 @@ class Host(PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.multi_modal_projector = PROJECTORS[config.projector_type](
-            config.vision_hidden_size, TEXT, **config.fields
-        )
+        self.multi_modal_projector = PROJECTORS[config.projector_type](config.vision_hidden_size, TEXT, **config.fields)
         self.post_init()
 
     def _init_weights(self, module):
