@@ -15,7 +15,7 @@
 
 from transformers import AutoConfig
 
-from .configuration_moellava import MoellavaConfig, MoellavaEncoderConfig, MoellavaProjectorConfig
+from .configuration_moellava import MoellavaConfig, MoellavaEncoderConfig, MoellavaMoeConfig, MoellavaProjectorConfig
 from .registry_moellava import register_encoder, register_projector
 
 
@@ -24,6 +24,7 @@ AutoConfig.register(MoellavaConfig.model_type, MoellavaConfig, exist_ok=True)
 __all__ = [
     "MoellavaConfig",
     "MoellavaEncoderConfig",
+    "MoellavaMoeConfig",
     "MoellavaProjectorConfig",
     "register_encoder",
     "register_projector",

@@ -19,6 +19,7 @@ without any other file.
 """
 
 import copy
+import math
 import os
 from typing import Any, Literal
 
@@ -30,7 +31,9 @@ from transformers.utils import logging
 from .checkpoint_moellava import AUTO_MAP, export_code
 from .names_moellava import (
     FIELD_NAMES,
+    MOE_FIELD_NAMES,
     canonical_encoder_type,
+    canonical_moe,
     canonical_projector,
     canonical_strategy,
     translate_fields,
@@ -149,6 +152,115 @@ class MoellavaEncoderConfig(PreTrainedConfig):
 
 
 @strict
+class MoellavaMoeConfig(PreTrainedConfig):
+    r"""
+    The sparse layers: which they are, how many experts they have, how tokens are routed.
+
+    Args:
+        num_experts (`int`, *optional*, defaults to 4):
+            The number of experts of every sparse layer.
+        num_experts_per_tok (`int`, *optional*, defaults to 2):
+            The number of experts that a token goes to.
+        layers (`str` or `list[int]`, *optional*, defaults to `"sparse"`):
+            The sparse layers: `"first_half"`, `"second_half"`, `"sparse"` (every other one, from 0), `"dense"` (all), or
+            their indices. In a model's config always the indices.
+        norm_topk_prob (`bool`, *optional*):
+            Whether the weights of a token's experts are divided by their sum. By default with more than one.
+        router_bias (`bool`, *optional*, defaults to `False`):
+            Whether the router has a bias.
+        freeze_router (`bool`, *optional*, defaults to `False`):
+            Whether the router is left out of training.
+        router_aux_loss_coef (`float`, *optional*, defaults to 0.01):
+            The weight of the load-balancing loss.
+        router_jitter_noise (`float`, *optional*, defaults to 0.0):
+            In training, the router's input is multiplied by noise from `1 - x` to `1 + x`.
+        sample_second_expert (`bool`, *optional*, defaults to `False`):
+            In training with two experts per token, whether the second one is sampled.
+        capacity_factor, eval_capacity_factor (`float`, *optional*):
+            How many times its even share of the tokens an expert takes, in training and otherwise; what is over is
+            dropped. By default nothing is.
+        min_capacity (`int`, *optional*, defaults to 0):
+            The number of tokens that an expert takes in any case.
+        use_residual (`bool`, *optional*, defaults to `False`):
+            Whether the dense MLP stays and is mixed with the experts by a learned coefficient.
+        use_meta_expert (`bool`, *optional*, defaults to `False`):
+            Whether a copy of the dense MLP is added to the experts' output (Med-MoE).
+        output_router_logits (`bool`, *optional*, defaults to `False`):
+            Whether the model returns its router logits and the load-balancing loss without being asked.
+    """
+
+    model_type = "moellava_moe"
+
+    num_experts: int = 4
+    num_experts_per_tok: int = 2
+    layers: str | list[int] = "sparse"
+    norm_topk_prob: bool | None = None
+    router_bias: bool = False
+    freeze_router: bool = False
+    router_aux_loss_coef: float | int = 0.01
+    router_jitter_noise: float | int = 0.0
+    sample_second_expert: bool = False
+    capacity_factor: float | int | None = None
+    eval_capacity_factor: float | int | None = None
+    min_capacity: int = 0
+    use_residual: bool = False
+    use_meta_expert: bool = False
+    output_router_logits: bool = False
+
+    def __post_init__(self, **kwargs):
+        library = {key: kwargs.pop(key) for key in list(kwargs) if key in _LIBRARY_FIELDS or key in _FOREIGN_KEYS}
+        fields = canonical_moe(kwargs)
+        for name in fields:
+            if name not in type(self).__annotations__:
+                raise ValueError(f"Unknown field {name!r} in moe_config{known_names(name, MOE_FIELD_NAMES)}")
+            setattr(self, name, fields[name])
+        if self.norm_topk_prob is None:
+            self.norm_topk_prob = self.num_experts_per_tok > 1
+        super().__post_init__(**{key: value for key, value in library.items() if key not in _FOREIGN_KEYS})
+        self._check()
+
+    def _check(self) -> None:
+        if self.num_experts < 1 or not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok is {self.num_experts_per_tok} of num_experts {self.num_experts}; expected from 1 "
+                "to the number of experts."
+            )
+        if self.sample_second_expert and self.num_experts_per_tok != 2:
+            raise ValueError(
+                f"sample_second_expert needs num_experts_per_tok=2, got {self.num_experts_per_tok}. Leave it out."
+            )
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; expected a number above 0, or None to drop no token.")
+        if not 0 <= self.router_jitter_noise < 1:
+            raise ValueError(f"router_jitter_noise is {self.router_jitter_noise}; expected from 0 to below 1.")
+
+    def resolved_layers(self, num_hidden_layers: int) -> list[int]:
+        """Returns the indices of the sparse layers of a language model with so many layers, ascending.
+
+        Raises:
+            ValueError: An unknown word, or an index that the language model does not have.
+        """
+        modes = {
+            "first_half": range(num_hidden_layers // 2),
+            "second_half": range(num_hidden_layers // 2, num_hidden_layers),
+            "sparse": range(0, num_hidden_layers, 2),
+            "dense": range(num_hidden_layers),
+        }
+        if isinstance(self.layers, str):
+            if self.layers not in modes:
+                raise ValueError(f"Unknown choice of layers {self.layers!r}{known_names(self.layers, modes)}")
+            return list(modes[self.layers])
+        wrong = [i for i in self.layers if not -num_hidden_layers <= i < num_hidden_layers]
+        if wrong or not self.layers:
+            raise ValueError(
+                f"layers is {self.layers}, but the language model has the layers 0 to {num_hidden_layers - 1}."
+            )
+        return sorted({index % num_hidden_layers for index in self.layers})
+
+
+@strict
 class MoellavaConfig(PreTrainedConfig):
     r"""
     The configuration of a MoELLaVA model. The defaults are those of LLaVA-1.5: a CLIP ViT-L/14 tower at 336 pixels, a
@@ -164,6 +276,8 @@ class MoellavaConfig(PreTrainedConfig):
             The vision tower's config.
         projector_config (`MoellavaProjectorConfig` or `dict`, *optional*):
             The projector's `type` and fields.
+        moe_config (`MoellavaMoeConfig` or `dict`, *optional*):
+            The sparse layers; `None` for a dense model.
         encoder_type (`str`, *optional*):
             The registered name of the encoder. Told by `vision_config.model_type` when left out.
         image_token_id (`int`, *optional*, defaults to 32000):
@@ -212,11 +326,13 @@ class MoellavaConfig(PreTrainedConfig):
         "text_config": AutoConfig,
         "vision_config": AutoConfig,
         "projector_config": MoellavaProjectorConfig,
+        "moe_config": MoellavaMoeConfig,
     }
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
     projector_config: dict | PreTrainedConfig | None = None
+    moe_config: dict | PreTrainedConfig | None = None
     encoder_type: str | None = None
     image_token_id: int = 32000
     vision_feature_layer: int | list[int] = -2
@@ -233,6 +349,10 @@ class MoellavaConfig(PreTrainedConfig):
         self.vision_config = _part_config("vision_config", self.vision_config, _DEFAULT_VISION)
         if not isinstance(self.projector_config, PreTrainedConfig):
             self.projector_config = MoellavaProjectorConfig(**_without_model_type(self.projector_config))
+        if self.moe_config is not None:
+            if not isinstance(self.moe_config, PreTrainedConfig):
+                self.moe_config = MoellavaMoeConfig(**_without_model_type(self.moe_config))
+            self.moe_config.layers = self.moe_config.resolved_layers(self.text_config.num_hidden_layers)
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         self.vision_feature_select_strategy = canonical_strategy(self.vision_feature_select_strategy)
         for key in _FOREIGN_KEYS:
@@ -286,6 +406,25 @@ class MoellavaConfig(PreTrainedConfig):
         tokens = encoder.num_selected_tokens
         self.image_seq_length = tokens if count is None else int(count(tokens, **self.projector_config.fields))
 
+    @property
+    def _experts_implementation(self) -> str | None:
+        return self._experts_implementation_internal
+
+    @_experts_implementation.setter
+    def _experts_implementation(self, value: str | dict | None):
+        # transformers hands a plain name to every part, which towers and dense language models refuse. It is meant for
+        # the sparse layers: ours, and those of a language model that is sparse by itself.
+        own = value.get("", getattr(self, "_experts_implementation", None)) if isinstance(value, dict) else value
+        self._experts_implementation_internal = own
+        for key in self.sub_configs:
+            part = getattr(self, key, None)
+            if not isinstance(part, PreTrainedConfig):
+                continue
+            if isinstance(value, dict):
+                part._experts_implementation = value.get(key, getattr(part, "_experts_implementation", None))
+            elif key == "text_config" and self.moe_config is None and _is_sparse(part):
+                part._experts_implementation = value
+
     def part_classes(self) -> list[type]:
         """The classes that the encoder and the projector are made of; a user's own ones travel with the checkpoint."""
         return [ENCODERS[self.encoder_type], PROJECTORS[self.projector_config.type]]
@@ -327,6 +466,11 @@ class MoellavaConfig(PreTrainedConfig):
         """Does nothing: `auto_map` holds every auto class already, and the code is copied by `export_code`."""
 
 
+def _is_sparse(text_config: PreTrainedConfig) -> bool:
+    """Whether a language model is a mixture of experts by itself."""
+    return any(isinstance(getattr(text_config, name, None), int) for name in ("num_experts", "num_local_experts"))
+
+
 def _without_model_type(fields: dict[str, Any] | None) -> dict[str, Any]:
     return {key: value for key, value in (fields or {}).items() if key != "model_type"}
 
@@ -354,4 +498,4 @@ def _part_config(key: str, given: dict | PreTrainedConfig | None, default: dict[
     return CONFIG_MAPPING[model_type](**fields)
 
 
-__all__ = ["MoellavaConfig", "MoellavaEncoderConfig", "MoellavaProjectorConfig"]
+__all__ = ["MoellavaConfig", "MoellavaEncoderConfig", "MoellavaMoeConfig", "MoellavaProjectorConfig"]

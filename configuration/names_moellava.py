@@ -87,6 +87,36 @@ VISION_FIELD_NAMES: dict[str, tuple[str, str]] = {
 # `hidden_size` means the width of the projector's own layers, which Q-Former and Perceiver call by other names.
 PROJECTOR_WIDTH_FIELDS = {"qformer": "qformer_hidden_size", "perceiver": "latent_dim"}
 
+# The sparse layers: the fields of `MoellavaMoeConfig`, and what MoE-LLaVA calls them.
+MOE_FIELD_NAMES: dict[str, str] = {
+    **{
+        name: name
+        for name in (
+            "capacity_factor",
+            "eval_capacity_factor",
+            "freeze_router",
+            "layers",
+            "min_capacity",
+            "norm_topk_prob",
+            "num_experts",
+            "num_experts_per_tok",
+            "output_router_logits",
+            "router_aux_loss_coef",
+            "router_bias",
+            "router_jitter_noise",
+            "sample_second_expert",
+            "use_meta_expert",
+            "use_residual",
+        )
+    },
+    "moe_layers_idx": "layers",
+    "moe_mode": "layers",
+    "top_k": "num_experts_per_tok",
+    "top_k_experts": "num_experts_per_tok",
+}
+# Fields of the older recipes that say how to train or to distribute, not what the model is.
+_MOE_FIELDS_WITHOUT_EFFECT = ("ep_size", "moe_enable", "train_modules")
+
 ENCODER_ALIASES = {"sigclip": "siglip", "medclip": "biomedclip"}
 STRATEGY_ALIASES = {"cls_patch": "full"}
 _MLP_TYPE = re.compile(r"mlp(\d+)x_gelu")
@@ -128,6 +158,35 @@ def canonical_projector(fields: Mapping[str, Any]) -> dict[str, Any]:
         if fields.setdefault(width, value) != value:
             raise ValueError(f"hidden_size is {value} and {width} is {fields[width]}; they are one field. Give one.")
     return {**fields, "type": kind}
+
+
+def canonical_moe(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Translates the fields of the sparse layers to those of `MoellavaMoeConfig`.
+
+    `moe_layers_idx` wins over `moe_mode`, which the older code leaves as it was; a list of equal numbers of experts, one
+    per layer, is that number.
+
+    Raises:
+        ValueError: An unknown field, or layers with different numbers of experts.
+    """
+    fields = {key: value for key, value in fields.items() if value is not None}
+    if "moe_layers_idx" in fields:
+        fields.pop("moe_mode", None)
+    canonical = {}
+    for name, value in fields.items():
+        if name in _MOE_FIELDS_WITHOUT_EFFECT:
+            continue
+        if name not in MOE_FIELD_NAMES:
+            raise ValueError(f"Unknown field {name!r} in moe_config{known_names(name, MOE_FIELD_NAMES)}")
+        if MOE_FIELD_NAMES[name] in canonical and canonical[MOE_FIELD_NAMES[name]] != value:
+            raise ValueError(f"moe_config gives {MOE_FIELD_NAMES[name]!r} twice, as {name!r} too. Give one of them.")
+        canonical[MOE_FIELD_NAMES[name]] = value
+    experts = canonical.get("num_experts")
+    if isinstance(experts, list | tuple):
+        if len(set(experts)) != 1:
+            raise ValueError(f"num_experts is {list(experts)}; every sparse layer has the same number of experts.")
+        canonical["num_experts"] = experts[0]
+    return canonical
 
 
 def translate_fields(
@@ -172,9 +231,11 @@ def translate_fields(
 
 __all__ = [
     "FIELD_NAMES",
+    "MOE_FIELD_NAMES",
     "PROJECTOR_FIELD_NAMES",
     "VISION_FIELD_NAMES",
     "canonical_encoder_type",
+    "canonical_moe",
     "canonical_projector",
     "canonical_strategy",
     "translate_fields",

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ..configuration.names_moellava import canonical_encoder_type
 from ..configuration.registry_moellava import ENCODERS, register_encoder
@@ -190,6 +191,11 @@ class VisionEncoder:
         tower = AutoModel.from_config(self.vision_config, **self._constructor_arguments)
         if self.ends_early:
             self._end_early(tower)
+        # transformers installs what captures hidden states at the first call, under a lock that torch.compile cannot
+        # trace: a model that is compiled before it has run would break the graph.
+        for module in tower.modules():
+            if isinstance(module, PreTrainedModel):
+                maybe_install_capturing_hooks(module)
         return tower
 
     def features(self, tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:

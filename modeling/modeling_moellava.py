@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
@@ -33,6 +34,7 @@ from ..configuration.configuration_moellava import MoellavaConfig
 from ..configuration.registry_moellava import PROJECTORS
 from .encoders_moellava import encoder_for
 from .language_moellava import apply_head, build_head
+from .sparse_moellava import RouterLogits, SparseMoeBlock, load_balancing_loss, make_sparse
 
 
 logger = logging.get_logger(__name__)
@@ -66,6 +68,8 @@ class MoellavaCausalLMOutputWithPast(ModelOutput):
         The language model's attention weights, each `(batch_size, num_heads, sequence_length, sequence_length)`.
     image_hidden_states (`torch.Tensor` of shape `(num_images * image_seq_length, hidden_size)`, *optional*):
         The projected features of all pictures, one after the other.
+    aux_loss (`torch.Tensor` of shape `()`, *optional*, returned along with `router_logits`):
+        The load-balancing loss, before it is weighted by `router_aux_loss_coef`.
     router_logits (`tuple[torch.Tensor]`, *optional*, returned with `output_router_logits=True` by a sparse model):
         The logits of every sparse layer's router, of shape `(batch_size * sequence_length, num_experts)`.
     """
@@ -76,6 +80,7 @@ class MoellavaCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
 
 
@@ -136,6 +141,13 @@ class MoellavaPreTrainedModel(PreTrainedModel):
             self.push_to_hub(repo_id, **hub_kwargs)
 
     @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers looks for the decorator in the source of this file; ours is in `sparse_moellava.py`
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        return super().get_correct_experts_implementation(requested_experts or "sorted_mm")
+
+    @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
         """Does nothing: `auto_map` holds every auto class already, and the code is copied by `export_code`."""
 
@@ -156,6 +168,8 @@ class MoellavaModel(MoellavaPreTrainedModel):
             self.encoder.feature_size, config.text_config.hidden_size, **config.projector_config.fields
         )
         self.language_model = AutoModel.from_config(config.text_config)
+        if config.moe_config is not None:
+            make_sparse(self.language_model, config)
         # transformers adds the blocks of the tower and the language model; a projector stays on one device as a whole.
         self._no_split_modules = [type(self.multi_modal_projector).__name__]
         self.post_init()
@@ -227,6 +241,7 @@ class MoellavaModel(MoellavaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        output_router_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoellavaModelOutputWithPast:
         r"""
@@ -246,6 +261,8 @@ class MoellavaModel(MoellavaPreTrainedModel):
             mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
                 `{"image": model.get_image_features(pixel_values)}` instead of `pixel_values`, to ask several questions
                 about pictures that are encoded once.
+            output_router_logits (`bool`, *optional*):
+                Whether to return the logits of the routers of a sparse model.
 
         Raises:
             ValueError: Both or neither of `input_ids` and `inputs_embeds`, both of `pixel_values` and
@@ -269,22 +286,46 @@ class MoellavaModel(MoellavaPreTrainedModel):
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
 
-        outputs = self.language_model(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            return_dict=True,
+        inputs = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "return_dict": True,
             **kwargs,
-        )
+        }
+        if self.config.moe_config is None:
+            # A language model that is sparse by itself returns its routers' logits, and takes no notice of None.
+            if output_router_logits is not None:
+                inputs["output_router_logits"] = output_router_logits
+            outputs = self.language_model(**inputs)
+            router_logits = outputs.get("router_logits")
+        else:
+            outputs, router_logits = self._run_sparse(inputs, output_router_logits)
         return MoellavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             image_hidden_states=image_features,
-            router_logits=outputs.get("router_logits"),
+            router_logits=router_logits,
         )
+
+    def _run_sparse(
+        self, inputs: dict[str, object], output_router_logits: bool | None
+    ) -> tuple[BaseModelOutputWithPast, tuple[torch.Tensor, ...] | None]:
+        """Runs the language model with our sparse layers in it; returns its output and the router logits, if wanted."""
+        moe = self.config.moe_config
+        if moe.capacity_factor is not None or moe.eval_capacity_factor is not None:
+            mask = token_mask(inputs["attention_mask"], inputs["inputs_embeds"])
+            for module in self.language_model.modules():
+                if isinstance(module, SparseMoeBlock):
+                    module.token_mask = mask
+        if not (moe.output_router_logits if output_router_logits is None else output_router_logits):
+            return self.language_model(**inputs), None
+        with RouterLogits() as collected:
+            outputs = self.language_model(**inputs)
+        return outputs, tuple(collected)
 
 
 class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
@@ -354,6 +395,7 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: torch.Tensor | None = None,
+        output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoellavaCausalLMOutputWithPast:
@@ -361,11 +403,16 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
         Args:
             labels (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Token ids to be predicted, aligned with `input_ids`; -100 where nothing is to be learnt.
+            output_router_logits (`bool`, *optional*):
+                Whether to return the routers' logits and the load-balancing loss of a sparse model. That loss is part
+                of `loss` in any case.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 How many of the last positions, or which positions, get logits; 0 for all.
 
         The other arguments are those of `MoellavaModel.forward`.
         """
+        wants_router_logits = self._wants_router_logits(output_router_logits)
+        balances = self.config.moe_config is not None and self.config.moe_config.router_aux_loss_coef > 0
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -374,6 +421,7 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
+            output_router_logits=wants_router_logits or (balances and labels is not None) or output_router_logits,
             return_dict=True,
             **kwargs,
         )
@@ -386,6 +434,11 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
+        aux_loss = None
+        if outputs.router_logits:
+            aux_loss = self._aux_loss(outputs.router_logits, attention_mask, logits)
+            if labels is not None:
+                loss = loss + self._aux_weight(labels, **kwargs) * aux_loss.to(loss.device)
         return MoellavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -393,8 +446,52 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
-            router_logits=outputs.router_logits,
+            aux_loss=aux_loss if wants_router_logits else None,
+            router_logits=outputs.router_logits if wants_router_logits else None,
         )
+
+    def _wants_router_logits(self, output_router_logits: bool | None) -> bool:
+        if output_router_logits is not None:
+            return output_router_logits
+        owner = self.config.text_config if self.config.moe_config is None else self.config.moe_config
+        return bool(getattr(owner, "output_router_logits", False))
+
+    def _aux_loss(
+        self, router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None, logits: torch.Tensor
+    ) -> torch.Tensor:
+        """The load-balancing loss: of our sparse layers, or as the language model's own family computes it."""
+        moe, text = self.config.moe_config, self.config.text_config
+        if moe is None:
+            num_experts = getattr(text, "num_local_experts", None) or text.num_experts
+            return load_balancing_loss_func(router_logits, num_experts, text.num_experts_per_tok, attention_mask)
+        if torch.is_grad_enabled() and self.training and not moe.freeze_router and not router_logits[0].requires_grad:
+            raise RuntimeError(
+                "The routers' logits have no gradient, so that the load-balancing loss cannot train them: reentrant "
+                "gradient checkpointing is on. Use gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        batch_size = logits.shape[0]
+        shape = (batch_size, router_logits[0].shape[0] // batch_size)
+        return load_balancing_loss(router_logits, token_mask(attention_mask, logits.new_empty(*shape, 0)))
+
+    def _aux_weight(self, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None, **kwargs):
+        """The weight of the load-balancing loss beside the next-token loss.
+
+        With gradient accumulation, the next-token loss of a part of a batch is its sum over the number of tokens of
+        the whole batch; the load-balancing loss is a mean, and gets the part's share of those tokens.
+        """
+        owner = self.config.text_config if self.config.moe_config is None else self.config.moe_config
+        if num_items_in_batch is None:
+            return owner.router_aux_loss_coef
+        return owner.router_aux_loss_coef * (labels[:, 1:] != -100).sum() / num_items_in_batch
+
+
+def token_mask(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor | None:
+    """Returns 1 for tokens and 0 for padding of this pass, of shape `(batch_size * sequence_length)`, or `None` where the
+    mask does not tell (none was given, or one of another form)."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return None
+    # The mask covers cached tokens as well; those of this pass are the last.
+    return attention_mask[:, -inputs_embeds.shape[1] :].reshape(-1)
 
 
 def _floating_dtype(module: nn.Module) -> torch.dtype:

@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "MoellavaConfig": "configuration",
     "MoellavaEncoderConfig": "configuration",
+    "MoellavaMoeConfig": "configuration",
     "MoellavaProjectorConfig": "configuration",
     "register_encoder": "configuration",
     "register_projector": "configuration",

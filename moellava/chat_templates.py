@@ -13,6 +13,10 @@
 # limitations under the License.
 """Chat templates for conversations with pictures: the tokenizer's own with a header, or the Vicuna form."""
 
+import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
+
+
 # What the templates of text models do not know: contents that are lists of parts. The header makes text of them and
 # hands everything else on. Names are long so that they meet none of the template's; lists are joined, not appended to,
 # because transformers' jinja sandbox forbids changing them. Every tag strips what is before it, and the newline after
@@ -43,6 +47,9 @@ and multimodal_message['content'] is not string and multimodal_message['content'
 {%- endfor -%}
 {%- set messages = multimodal_header.messages %}
 """
+
+# A text that no template writes by itself.
+_PROBE = "what is in this picture 7c41"
 
 VICUNA_SYSTEM_TEXT = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -93,7 +100,8 @@ def multimodal_chat_template(
     """Returns a chat template that takes contents made of parts, for a tokenizer's own template.
 
     In contents that are lists, each picture becomes `image_token` and a newline where it stands, and texts are taken
-    as they are. Conversations whose contents are plain text render exactly as with `tokenizer_template`.
+    as they are. Conversations whose contents are plain text render exactly as with `tokenizer_template`. A template
+    that knows parts, and writes `image_token` for pictures, is returned as it is.
 
     Args:
         tokenizer_template (`str`, `dict[str, str]` or `None`):
@@ -106,6 +114,7 @@ def multimodal_chat_template(
 
     Raises:
         TypeError: `tokenizer_template` is of another type.
+        ValueError: `tokenizer_template` knows contents made of parts only, and writes another token for pictures.
     """
     if tokenizer_template is None:
         tokenizer_template = _VICUNA_TEXT_TEMPLATE.replace("SYSTEM_TEXT", _jinja_string(VICUNA_SYSTEM_TEXT))
@@ -117,7 +126,28 @@ def multimodal_chat_template(
             "template, a dict of them by name, or None."
         )
     header = _HEADER.replace("IMAGE_TOKEN", _jinja_string(f"{image_token}\n"))
-    return tokenizer_template if tokenizer_template.startswith(header) else header + tokenizer_template
+    if tokenizer_template.startswith(header):
+        return tokenizer_template
+    as_parts = _rendered_probe(tokenizer_template, [{"type": "image"}, {"type": "text", "text": _PROBE}])
+    if _PROBE in as_parts:
+        if image_token in as_parts:
+            return tokenizer_template
+        if _PROBE not in _rendered_probe(tokenizer_template, _PROBE):
+            raise ValueError(
+                f"The chat template takes contents made of parts, but writes no {image_token!r} for a picture, and it "
+                "leaves out contents that are plain text, so it cannot be adapted. Pass another template, or "
+                "None for the Vicuna form."
+            )
+    return header + tokenizer_template
+
+
+def _rendered_probe(template: str, content: str | list[dict[str, str]]) -> str:
+    """Renders one user message; a template that cannot take this content gives nothing."""
+    conversation = [{"role": "user", "content": content}]
+    try:
+        return render_jinja_template([conversation], chat_template=template, bos_token="<s>", eos_token="</s>")[0][0]
+    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return ""
 
 
 def _jinja_string(text: str) -> str:

@@ -34,7 +34,7 @@ from .sources import Source
 logger = logging.getLogger(__name__)
 
 # Left in full precision when a model is quantised: small, and what the rest depends on.
-_UNQUANTISED = ["vision_tower", "multi_modal_projector", "lm_head"]
+_UNQUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 
 
 class LoadedModel(NamedTuple):

@@ -160,13 +160,14 @@ def read_open_clip(source: str | os.PathLike | Callable[[str], str | os.PathLike
     find = _finder(source)
     config_path = find(CONFIG_FILE)
     if config_path is None:
+        place = "the checkpoint" if callable(source) else source
         raise FileNotFoundError(
-            f"There is no {CONFIG_FILE} in {_name_of(source)}. An open_clip checkpoint has one beside its weights."
+            f"There is no {CONFIG_FILE} in {place}. An open_clip checkpoint has one beside its weights."
         )
     model_cfg, preprocess_cfg = _read_config(config_path)
     vision_cfg = model_cfg["vision_cfg"]
 
-    weights_path, weights = _read_visual_weights(find, _name_of(source))
+    weights_path, weights = _read_visual_weights(find, str(config_path.parent))
     if vision_cfg.get("timm_model_name"):
         vision_config, state_dict = _convert_timm_vit(vision_cfg, weights, weights_path)
     else:
@@ -193,10 +194,6 @@ def _finder(source: str | os.PathLike | Callable[[str], str | os.PathLike | None
             return path if path.is_file() else None
 
     return find
-
-
-def _name_of(source: Any) -> str:
-    return "the open_clip checkpoint" if callable(source) else str(source)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoImageProcessor
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils import logging
 
@@ -260,6 +261,30 @@ class MoellavaProcessor(ProcessorMixin):
             repo_id = kwargs.pop("repo_id", None) or os.path.basename(os.path.abspath(save_directory))
             self.push_to_hub(repo_id, **kwargs)
         return [os.path.join(save_directory, os.path.relpath(file, staging)) for file in files]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what `processor_config.json` holds: the fields, the image processor's, and its backend."""
+        output = super().to_dict()
+        backend = getattr(self.image_processor, "backend", None)
+        if backend is not None:
+            output["image_backend"] = backend
+        return output
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """Loads a processor; arguments as in transformers.
+
+        The image processor is of the backend that it was saved with (`"pil"` or `"torchvision"`), unless `backend` says
+        otherwise. transformers by itself does not remember it and takes torchvision's wherever it can, whose resizing
+        differs from Pillow's in single levels.
+        """
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        saved = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)[0].get("image_backend")
+        if saved not in (None, getattr(processor.image_processor, "backend", None)) and "backend" not in kwargs:
+            processor.image_processor = AutoImageProcessor.from_pretrained(
+                pretrained_model_name_or_path, backend=saved, **kwargs
+            )
+        return processor
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoProcessor"):

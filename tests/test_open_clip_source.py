@@ -360,6 +360,7 @@ def test_a_native_vit_needs_no_extra(parts, tmp_path, monkeypatch):
         ({"scale_fc": True}, "scale_fc: True"),
         ({"block_type": "custom"}, "block_type: custom"),
         ({"act_kwargs": {"approximate": "tanh"}}, "act_kwargs"),
+        ({"norm_kwargs": {"bias": False}}, "norm_kwargs: {'bias': False}"),
         ({"layers": (1, 1, 1, 1), "width": 32, "head_width": 32}, "it is a ResNet"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -692,6 +692,31 @@ def test_other_image_tokens_in_templates(image_token):
     )
 
 
+# Templates that know parts: with the same token for pictures, with another one, and for lists alone.
+PARTS_BODY = (
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ 'IMAGE' }}{% else %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}"
+)
+PARTS_ONLY = "{% for message in messages %}{{ message['role'] + ': ' }}" + PARTS_BODY + "{% endfor %}"
+PARTS_OR_TEXT = (
+    "{% for message in messages %}{{ message['role'] + ': ' }}{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}" + PARTS_BODY + "{% endif %}{% endfor %}"
+)
+
+
+def test_template_that_writes_the_image_token_is_kept():
+    for template in (PARTS_ONLY, PARTS_OR_TEXT):
+        native = template.replace("IMAGE", "<image>")
+        assert multimodal_chat_template(native) == native
+
+
+def test_template_that_writes_another_image_token():
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    assert render(multimodal_chat_template(PARTS_OR_TEXT), question) == "user: <image>\nWhat?"
+    with pytest.raises(ValueError, match="writes no '<image>' for a picture, and it leaves out .* plain text"):
+        multimodal_chat_template(PARTS_ONLY)
+
+
 def test_several_templates_and_wrapping_twice():
     wrapped = multimodal_chat_template({"default": CHATML, "rag": ZEPHYR})
     assert wrapped == {"default": multimodal_chat_template(CHATML), "rag": multimodal_chat_template(ZEPHYR)}

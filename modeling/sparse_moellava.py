@@ -1,0 +1,425 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The sparse mixture of experts: one block, made of a language model's dense MLP and put in its place.
+
+The formulas are those of MoE-LLaVA (Lin et al. 2024, arXiv:2401.15947), which routes as DeepSpeed's layer does, and of
+Med-MoE (Jiang et al. 2024, arXiv:2404.10237), which adds a shared expert. Where the older code depended on noise or on
+the other rows of a batch, this one does not: see `docs/design.md`.
+"""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.utils.output_capturing import CompileableContextVar
+
+
+# Where the blocks of a forward pass leave their router's logits, when somebody asks for them.
+_router_logits_of_pass = CompileableContextVar("moellava_router_logits")
+
+
+def sorted_mm_experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """An experts implementation for the CPU: every touched expert multiplies its own tokens, and no other is visited.
+
+    `grouped_mm` does the same in one call, which is what graphs and accelerators need, and is used there; on the CPU its
+    kernel is slower than PyTorch's matrix product for many tokens (`benchmarks/moe.py`).
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`): What the experts get.
+        top_k_index (`torch.Tensor` of shape `(num_tokens, k)`): The chosen experts.
+        top_k_weights (`torch.Tensor` of shape `(num_tokens, k)`): Their weights.
+
+    Returns:
+        `torch.Tensor` of shape `(num_tokens, hidden_size)`.
+    """
+    if hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+    num_tokens, num_choices = top_k_index.shape
+    experts_of_choices = top_k_index.reshape(-1)  # (num_tokens * k)
+    order = torch.argsort(experts_of_choices, stable=True)
+    counts = torch.bincount(experts_of_choices, minlength=self.num_experts).tolist()
+    tokens_in_order = hidden_states[order // num_choices]
+    weights = self.expert_weights()
+    outputs = [
+        self.run_expert(weights[expert], tokens)
+        for expert, tokens in enumerate(tokens_in_order.split(counts))
+        if counts[expert]
+    ]
+    output = torch.cat(outputs) * top_k_weights.reshape(-1)[order].unsqueeze(-1).to(hidden_states.dtype)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.numel())
+    return output[back].view(num_tokens, num_choices, -1).sum(dim=1)
+
+
+ALL_EXPERTS_FUNCTIONS.register("sorted_mm", sorted_mm_experts_forward)
+
+
+class _Experts(nn.Module):
+    """The experts of one block, every kind of weight as one tensor with the expert as its first dimension.
+
+    Args:
+        config (`MoellavaConfig`): The model's config; tells the implementation.
+        num_experts (`int`): How many.
+        hidden_size (`int`): The width of what comes in and goes out.
+        intermediate_size (`int`): The width within an expert.
+        act_fn (`nn.Module`): The activation of the dense MLP.
+    """
+
+    gated: bool
+    biased: bool
+
+    def __init__(self, config, num_experts: int, hidden_size: int, intermediate_size: int, act_fn: nn.Module):
+        super().__init__()
+        self.num_experts = num_experts
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.act_fn = act_fn
+        self._initializer_range = getattr(config.text_config, "initializer_range", None) or 0.02
+        width = (2 if self.gated else 1) * intermediate_size
+        setattr(self, self._up_name, nn.Parameter(torch.empty(num_experts, width, hidden_size)))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        if self.biased:
+            setattr(self, f"{self._up_name}_bias", nn.Parameter(torch.empty(num_experts, width)))
+            self.down_proj_bias = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    @property
+    def _up_name(self) -> str:
+        return "gate_up_proj" if self.gated else "up_proj"
+
+    def initialize_parameters(self) -> None:
+        """Draws the experts' weights that no checkpoint has given."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.endswith("_bias"):
+                init.zeros_(parameter)
+            else:
+                init.normal_(parameter, mean=0.0, std=self._initializer_range)
+
+    def expert_weights(self) -> list[tuple[torch.Tensor | None, ...]]:
+        """Returns the weights of every expert: up, up's bias, down, down's bias."""
+        names = (self._up_name, f"{self._up_name}_bias", "down_proj", "down_proj_bias")
+        # One `unbind` for all: taken one by one, every expert's gradient would be as large as that of all of them.
+        kinds = [getattr(self, name).unbind(0) if hasattr(self, name) else [None] * self.num_experts for name in names]
+        return list(zip(*kinds, strict=True))
+
+    def run_expert(self, weights: tuple[torch.Tensor | None, ...], tokens: torch.Tensor) -> torch.Tensor:
+        """Runs one expert on its tokens, `(num_tokens, hidden_size)` in and out."""
+        up, up_bias, down, down_bias = weights
+        hidden = F.linear(tokens, up, up_bias)
+        if self.gated:
+            gate, hidden = hidden.chunk(2, dim=-1)
+            hidden = self.act_fn(gate) * hidden
+        else:
+            hidden = self.act_fn(hidden)
+        return F.linear(hidden, down, down_bias)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The plain form (`experts_implementation="eager"`): one expert after the other."""
+        output = torch.zeros_like(hidden_states)
+        for expert, weights in enumerate(self.expert_weights()):
+            token, choice = torch.where(top_k_index == expert)
+            if token.numel():
+                result = self.run_expert(weights, hidden_states[token])
+                weight = top_k_weights[token, choice].unsqueeze(-1).to(result.dtype)
+                output = output.index_add(0, token, (result * weight).to(output.dtype))
+        return output
+
+
+@use_experts_implementation
+class GatedExperts(_Experts):
+    """Experts of the form `down(act(gate(x)) * up(x))`: LLaMA, Mistral, Qwen, StableLM, Granite."""
+
+    gated, biased = True, False
+
+
+@use_experts_implementation(has_bias=True)
+class BiasedGatedExperts(_Experts):
+    """Gated experts whose projections have biases: LLaMA with `mlp_bias`."""
+
+    gated, biased = True, True
+
+
+@use_experts_implementation(has_gate=False)
+class PlainExperts(_Experts):
+    """Experts of the form `fc2(act(fc1(x)))` without biases."""
+
+    gated, biased = False, False
+
+
+@use_experts_implementation(has_gate=False, has_bias=True)
+class BiasedPlainExperts(_Experts):
+    """Experts of the form `fc2(act(fc1(x)))`: Phi."""
+
+    gated, biased = False, True
+
+
+_EXPERTS = {
+    (cls.gated, cls.biased): cls for cls in (GatedExperts, BiasedGatedExperts, PlainExperts, BiasedPlainExperts)
+}
+
+# The projections of a dense MLP, by family: those that make up the experts' up projection in order, and the down one.
+_DENSE_FORMS: tuple[tuple[tuple[str, ...], str, bool], ...] = (
+    (("gate_proj", "up_proj"), "down_proj", True),
+    (("gate_up_proj",), "down_proj", True),
+    (("fc1",), "fc2", False),
+    (("dense_h_to_4h",), "dense_4h_to_h", False),
+)
+_ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
+
+
+class DenseForm:
+    """How a dense MLP is made, whatever its family calls its parts.
+
+    Raises:
+        ValueError: The MLP has none of the known forms.
+    """
+
+    def __init__(self, mlp: nn.Module):
+        for up_names, down_name, gated in _DENSE_FORMS:
+            if all(isinstance(getattr(mlp, name, None), nn.Linear) for name in (*up_names, down_name)):
+                break
+        else:
+            raise ValueError(
+                f"A {type(mlp).__name__} cannot be made sparse: it has none of the forms gate/up/down or fc1/fc2."
+            )
+        activation = next((name for name in _ACTIVATION_NAMES if callable(getattr(mlp, name, None))), None)
+        if activation is None:
+            raise ValueError(f"A {type(mlp).__name__} cannot be made sparse: its activation is not known.")
+        self.up_names, self.down_name, self.gated = up_names, down_name, gated
+        self.act_fn = getattr(mlp, activation)
+        down = getattr(mlp, down_name)
+        self.hidden_size, self.intermediate_size = down.out_features, down.in_features
+        self.biased = down.bias is not None
+
+    def expert_tensors(self, dense: dict[str, torch.Tensor], num_experts: int) -> dict[str, torch.Tensor]:
+        """Returns the experts' tensors, every expert a copy of the dense MLP that `dense` holds the weights of."""
+        up_name = "gate_up_proj" if self.gated else "up_proj"
+        tensors = {}
+        for kind, suffix in (("weight", ""), ("bias", "_bias")):
+            if kind == "weight" or self.biased:
+                up = [dense[f"{name}.{kind}"] for name in self.up_names]
+                up = up[0] if len(up) == 1 else torch.cat(up)
+                down = dense[f"{self.down_name}.{kind}"]
+                tensors[f"{up_name}{suffix}"] = up.expand(num_experts, *up.shape).contiguous()
+                tensors[f"down_proj{suffix}"] = down.expand(num_experts, *down.shape).contiguous()
+        return tensors
+
+
+class SparseMoeBlock(nn.Module):
+    r"""
+    A mixture of experts in the place of a dense MLP.
+
+    With `p = softmax(gate(x))` over all experts, in fp32, and `T` the `k` experts of the largest `p`:
+
+    - `k = 1`: `y = p_e * expert_e(x)`, the probability as it is.
+    - `k > 1`: `y = sum over e in T of p_e / (sum over T of p) * expert_e(x)` (`norm_topk_prob`).
+    - with a capacity, an expert takes `max(ceil(k * tokens / num_experts * capacity_factor), min_capacity)` tokens, by
+      position, first choices before second ones; what is over is dropped before the weights are normalised.
+    - residual: `y = c_0 * y + c_1 * mlp(x)` with `c = softmax(coefficient(x))`.
+    - meta expert: `y = y + meta_expert(x)`.
+
+    Args:
+        config (`MoellavaConfig`): The model's config, with `moe_config`.
+        mlp (`nn.Module`): The dense MLP whose form the experts take; kept as the residual MLP where there is one.
+    """
+
+    def __init__(self, config, mlp: nn.Module):
+        super().__init__()
+        moe, form = config.moe_config, DenseForm(mlp)
+        self.num_experts = moe.num_experts
+        self.top_k = moe.num_experts_per_tok
+        self.norm_topk_prob = moe.norm_topk_prob
+        self.jitter_noise = moe.router_jitter_noise
+        self.sample_second_expert = moe.sample_second_expert
+        self.capacity_factor = moe.capacity_factor
+        self.eval_capacity_factor = moe.eval_capacity_factor
+        self.min_capacity = moe.min_capacity
+        self.gate = nn.Linear(form.hidden_size, moe.num_experts, bias=moe.router_bias)
+        self.gate.requires_grad_(not moe.freeze_router)
+        self.experts = _EXPERTS[form.gated, form.biased](
+            config, moe.num_experts, form.hidden_size, form.intermediate_size, form.act_fn
+        )
+        self.coefficient = nn.Linear(form.hidden_size, 2) if moe.use_residual else None
+        self.mlp = mlp if moe.use_residual else None
+        self.meta_expert = copy.deepcopy(mlp) if moe.use_meta_expert else None
+        # 1 for tokens, 0 for padding, of shape (batch_size * sequence_length); set by the model where a capacity needs
+        # it, and left there for the recomputation of gradient checkpointing.
+        self.token_mask: torch.Tensor | None = None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Takes and returns hidden states of shape `(batch_size, sequence_length, hidden_size)`."""
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (batch_size * sequence_length, hidden_size)
+        router_logits = self.router_logits(tokens)
+        collected = _router_logits_of_pass.get()
+        if collected is not None:
+            collected.append(router_logits)
+        weights, index = self.route(router_logits)
+        output = self.experts(tokens, index, weights.to(tokens.dtype))
+        if self.coefficient is not None:
+            coefficient = torch.softmax(self.coefficient(tokens), dim=-1)  # (tokens, 2)
+            output = coefficient[:, :1] * output + coefficient[:, 1:] * self.mlp(tokens)
+        if self.meta_expert is not None:
+            output = output + self.meta_expert(tokens)
+        return output.reshape(hidden_states.shape)
+
+    def router_logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Returns the router's logits in fp32, of shape `(num_tokens, num_experts)`."""
+        with torch.autocast(device_type=tokens.device.type, enabled=False):
+            tokens = tokens.float()
+            if self.training and self.jitter_noise > 0:
+                noise = torch.empty_like(tokens).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
+                tokens = tokens * noise
+            bias = None if self.gate.bias is None else self.gate.bias.float()
+            return F.linear(tokens, self.gate.weight.float(), bias)
+
+    def route(self, router_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Chooses experts.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: The weights in fp32 and the experts, both `(num_tokens, k)`.
+        """
+        probabilities = torch.softmax(router_logits, dim=-1, dtype=torch.float)
+        if self.training and self.sample_second_expert and self.top_k == 2:
+            first = probabilities.argmax(dim=-1, keepdim=True)
+            noise = -torch.log(-torch.log(torch.rand_like(router_logits).clamp_min(1e-20)))  # Gumbel
+            second = (router_logits + noise).scatter(1, first, float("-inf")).argmax(dim=-1, keepdim=True)
+            index = torch.cat([first, second], dim=-1)
+            weights = probabilities.gather(1, index)
+        else:
+            weights, index = torch.topk(probabilities, self.top_k, dim=-1)
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if factor is not None:
+            weights = weights * self._within_capacity(index, factor)
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).eps)
+        return weights, index
+
+    def _within_capacity(self, index: torch.Tensor, factor: float) -> torch.Tensor:
+        """Returns 1 for every choice that its expert has room for and 0 for the others, of shape `(num_tokens, k)`."""
+        num_tokens, num_choices = index.shape
+        chosen = F.one_hot(index, self.num_experts)  # (num_tokens, k, num_experts)
+        mask = self.token_mask
+        if mask is not None:
+            chosen = chosen * mask.view(-1, 1, 1).to(chosen.dtype)
+            count = mask.sum()
+        else:
+            count = torch.full((), num_tokens, device=index.device)
+        capacity = torch.ceil(count / self.num_experts * num_choices * factor).clamp_min(self.min_capacity)
+        # In the order of the queue: all first choices by position, then all second ones.
+        queue = chosen.transpose(0, 1).reshape(num_choices * num_tokens, self.num_experts)
+        place = (queue.cumsum(dim=0) * queue).sum(dim=-1)  # counted from 1
+        within = (place <= capacity).view(num_choices, num_tokens).transpose(0, 1)
+        return within.to(torch.float)
+
+
+class RouterLogits:
+    """Collects the router logits of the blocks that run within the `with` block, layer by layer.
+
+    Of several threads, each collects those of its own forward pass.
+    """
+
+    def __enter__(self) -> list[torch.Tensor]:
+        collected: list[torch.Tensor] = []
+        self._token = _router_logits_of_pass.set(collected)
+        return collected
+
+    def __exit__(self, *exception) -> None:
+        _router_logits_of_pass.reset(self._token)
+
+
+def load_balancing_loss(router_logits: tuple[torch.Tensor, ...], mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The auxiliary loss of Switch Transformers (Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6), summed over the
+    layers as MoE-LLaVA does: `num_experts * sum over experts of (mean probability * share of first choices)`.
+
+    Args:
+        router_logits (`tuple[torch.Tensor]`): Of every sparse layer, `(batch_size * sequence_length, num_experts)`.
+        mask (`torch.Tensor` of shape `(batch_size * sequence_length)`, *optional*): 0 for what does not count.
+
+    Returns:
+        `torch.Tensor` of shape `()`: 1 per layer when the load is even.
+    """
+    total = None
+    for logits in router_logits:
+        weight = torch.ones_like(logits[:, :1]) if mask is None else mask.to(logits).unsqueeze(-1)
+        count = weight.sum().clamp_min(1)
+        probabilities = torch.softmax(logits, dim=-1, dtype=torch.float)
+        first = F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).to(probabilities)
+        mean_probability = (probabilities * weight).sum(dim=0) / count
+        share = (first * weight).sum(dim=0) / count
+        loss = logits.shape[-1] * (mean_probability * share).sum()
+        total = loss if total is None else total + loss.to(total.device)
+    return total
+
+
+def dense_mlps(language_model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
+    """Returns the name and the module of the MLP of every layer of a language model's body.
+
+    Raises:
+        ValueError: The layers have no MLP of a known form; the message says whether they are sparse already.
+    """
+    model_type = language_model.config.model_type
+    num_layers = language_model.config.num_hidden_layers
+    found = {}
+    for name, module in language_model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            for index, layer in enumerate(module):
+                mlp = getattr(layer, "mlp", None)
+                if mlp is None:
+                    kind = "is sparse already" if _is_sparse(layer) else "keeps its MLP in no module of its own"
+                    raise ValueError(f"A {model_type} language model cannot be made sparse: its layer {index} {kind}.")
+                if _is_sparse(mlp):
+                    raise ValueError(
+                        f"A {model_type} language model is sparse already: its layer {index} holds a "
+                        f"{type(mlp).__name__}. Leave moe_config out to use it as it is."
+                    )
+                found[index] = (f"{name}.{index}.mlp", mlp)
+            return found
+    raise ValueError(f"A {model_type} language model cannot be made sparse: its layers were not found.")
+
+
+def _is_sparse(module: nn.Module) -> bool:
+    return any(hasattr(child, "experts") for child in module.modules())
+
+
+def make_sparse(language_model: nn.Module, config) -> None:
+    """Puts a `SparseMoeBlock` in the place of the MLP of every layer that `config.moe_config.layers` names.
+
+    Args:
+        language_model (`nn.Module`): The body of the language model.
+        config (`MoellavaConfig`): The model's config.
+
+    Raises:
+        ValueError: A layer cannot be made sparse.
+    """
+    mlps = dense_mlps(language_model)
+    for index in config.moe_config.layers:
+        name, mlp = mlps[index]
+        language_model.set_submodule(name, SparseMoeBlock(config, mlp))
+
+
+__all__ = [
+    "DenseForm",
+    "RouterLogits",
+    "SparseMoeBlock",
+    "dense_mlps",
+    "load_balancing_loss",
+    "make_sparse",
+]

@@ -1,0 +1,564 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a checkpoint is made of, told by its config and the headers of its weight files.
+
+No weight is read and no code of the checkpoint is run, so that a checkpoint can be looked at before it is trusted, and
+one on the Hub before it is downloaded.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import huggingface_hub.errors
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .configuration import MoellavaConfig, MoellavaEncoderConfig, MoellavaProjectorConfig
+from .configuration.registry_moellava import ENCODERS, PROJECTORS
+from .loading import context_length
+from .modeling.encoders_moellava import encoder_for
+from .sources import Source, read_tensors
+
+
+PART_NAMES = ("vision_tower", "multi_modal_projector", "language_model", "lm_head")
+
+_TORCH_NAMES = {"BF16": "bfloat16", "BOOL": "bool", "F16": "float16", "F32": "float32", "F64": "float64"}
+_NOT_A_NUMBER_OF_BITS = {"BOOL": 8}
+# What torch's normalisation layers keep beside their parameters.
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+# What bitsandbytes keeps beside a quantised weight.
+_QUANTISATION_STATE = re.compile(
+    r"(?P<weight>.+\.weight)\.(absmax|nested_absmax|nested_quant_map|quant_map|quant_state\.bitsandbytes__\w+)"
+    r"|(?P<module>.+)\.(SCB|weight_format)"
+)
+_PACKED_4BIT = re.compile(r"(.+)\.quant_state\.bitsandbytes__(\w+)")
+
+
+class Parameters(NamedTuple):
+    """A number of parameters: all there are, and those that one token passes through."""
+
+    total: int
+    active: int
+
+
+class Bytes(NamedTuple):
+    """A size in bytes: of the weight files, and of the weights in memory in the checkpoint's own dtype."""
+
+    disk: int
+    memory: int
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightGroup:
+    """Weights of one shape under one name in layers that repeat.
+
+    Attributes:
+        name (`str`): The name within the part, with `*` in the place of numbers.
+        shape (`tuple[int, ...]`): The shape of each.
+        dtype (`str`): The dtype that they are stored in; `"nf4"` or `"fp4"` for packed 4-bit weights.
+        count (`int`): How many there are.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One part of the model: `vision_tower`, `multi_modal_projector`, `language_model` or `lm_head`.
+
+    Attributes:
+        name (`str`): The part's place in the model.
+        type (`str`): The `model_type` of its config, or the projector's registered name.
+        source (`str`, *optional*): The folder or Hub id that it was assembled from, as the checkpoint remembers it.
+        parameters (`Parameters`): How many parameters it has; a tied head has none of its own.
+        bytes (`Bytes`): How large they are.
+        groups (`list[WeightGroup]`): Its weights, in their order in the file.
+    """
+
+    name: str
+    type: str
+    source: str | None
+    parameters: Parameters
+    bytes: Bytes
+    groups: list[WeightGroup]
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderFacts:
+    """The vision encoder. What only the code of somebody's own encoder could tell is `None`.
+
+    Attributes:
+        type (`str`): The encoder's registered name.
+        model_type (`str`): The `model_type` of the tower's config.
+        num_hidden_layers (`int`, *optional*): The tower's layers.
+        hidden_size (`int`, *optional*): The tower's width.
+        image_size (`int`, *optional*): The side in pixels of the pictures that the tower gets.
+        native_image_size (`int`, *optional*): The side that it was made for.
+        vision_feature_layer (`int` or `list[int]`): As configured.
+        feature_layers (`list[int]`, *optional*): The same, counted from 0, the output of the embeddings.
+        vision_feature_select_strategy (`str`): Which tokens are taken.
+        num_features (`int`, *optional*): The tokens of one picture that the projector gets.
+        feature_size (`int`, *optional*): Their width.
+    """
+
+    type: str
+    model_type: str
+    num_hidden_layers: int | None
+    hidden_size: int | None
+    image_size: int | None
+    native_image_size: int | None
+    vision_feature_layer: int | list[int]
+    feature_layers: list[int] | None
+    vision_feature_select_strategy: str
+    num_features: int | None
+    feature_size: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectorFacts:
+    """The projector: its registered name, and the fields of its own."""
+
+    type: str
+    fields: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelFacts:
+    """The language model.
+
+    Attributes:
+        model_type (`str`): The `model_type` of its config.
+        num_hidden_layers (`int`, *optional*): Its layers.
+        hidden_size (`int`, *optional*): Its width.
+        vocab_size (`int`): The rows of its vocabulary.
+        context_length (`int`): The positions that it takes.
+        tie_word_embeddings (`bool`): Whether the head is the embedding.
+        num_experts (`int`, *optional*): The routed experts of a layer, of a model that is a mixture by itself.
+        num_experts_per_tok (`int`, *optional*): How many of them a token passes through.
+    """
+
+    model_type: str
+    num_hidden_layers: int | None
+    hidden_size: int | None
+    vocab_size: int
+    context_length: int
+    tie_word_embeddings: bool
+    num_experts: int | None
+    num_experts_per_tok: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSummary:
+    """What a checkpoint is made of; `inspect_checkpoint` returns it.
+
+    Attributes:
+        checkpoint (`str`): The folder or Hub id.
+        encoder (`EncoderFacts`), projector (`ProjectorFacts`), language_model (`LanguageModelFacts`): The parts.
+        tokens_per_image (`int`): How many tokens one picture becomes in the language model.
+        image_size (`int`, *optional*): The side in pixels of the pictures that the tower gets.
+        image_aspect_ratio (`str`): `"pad"` or `"square"`.
+        image_token_id (`int`): The id of the placeholder.
+        dtype (`str`): The dtype that the model is loaded in when nobody asks for another.
+        quantization (`str`, *optional*): The method that the weights are quantised with.
+        parameters (`Parameters`): Of the whole model.
+        bytes (`Bytes`): Of the whole model; `disk` is the size of the weight files.
+        parts (`list[Part]`): The weights, part by part.
+        own_code (`list[str]`): The parts of the author's own, such as `"projector 'gated'"`, that are not registered
+            here: loading the checkpoint runs the code that it carries, and needs `trust_remote_code=True`.
+        transformers_version (`str`, *optional*): The version that saved it.
+    """
+
+    checkpoint: str
+    encoder: EncoderFacts
+    projector: ProjectorFacts
+    language_model: LanguageModelFacts
+    tokens_per_image: int
+    image_size: int | None
+    image_aspect_ratio: str
+    image_token_id: int
+    dtype: str
+    quantization: str | None
+    parameters: Parameters
+    bytes: Bytes
+    parts: list[Part]
+    own_code: list[str]
+    transformers_version: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as dictionaries, lists, texts and numbers, ready for `json.dumps`."""
+        return _plain(self)
+
+
+def inspect_checkpoint(
+    path_or_id: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    proxies: dict[str, str] | None = None,
+    trust_remote_code: bool = False,
+) -> CheckpointSummary:
+    r"""
+    Tells what a checkpoint of this package is made of, from `config.json` and the headers of its weight files.
+
+    Of a checkpoint on the Hub only these are fetched. No weight is loaded and no code of the checkpoint is run.
+
+    Args:
+        path_or_id (`str` or `os.PathLike`): A folder or a Hub id.
+        revision, token, cache_dir, local_files_only, force_download, proxies (*optional*):
+            As in transformers' `from_pretrained`.
+        trust_remote_code (`bool`, *optional*): Without effect, so that options can be shared with the functions that
+            load.
+
+    Raises:
+        FileNotFoundError: A path that does not exist, or a checkpoint without weights.
+        OSError: A Hub repository that does not exist, cannot be reached or may not be read.
+        ValueError: A folder that is no model, a model of another kind, or a damaged file.
+
+    Example:
+
+    ```python
+    >>> from moellava import inspect_checkpoint
+
+    >>> summary = inspect_checkpoint("my-model")
+    >>> summary.tokens_per_image, summary.parameters.total
+    ```"""
+    hub_options = {
+        "revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only or None,
+        "force_download": force_download or None, "proxies": proxies,
+    }  # fmt: skip
+    source = Source(path_or_id, {name: value for name, value in hub_options.items() if value is not None})
+    fields = source.config_dict()
+    if fields.get("model_type") != MoellavaConfig.model_type:
+        raise ValueError(
+            f"{source} is a model of type {fields.get('model_type')!r}, not a checkpoint of this package (type "
+            f"{MoellavaConfig.model_type!r}). A language model becomes one by `moellava assemble`."
+        )
+    own_code = _own_code(fields)
+    config = MoellavaConfig.from_dict(dict(fields)) if not own_code else _config_without_code(source, fields)
+    headers, disk = _read_headers(source)
+    parts = _parts(config, headers, _dtype_name(config.dtype))
+    encoder = _encoder_facts(config)
+    return CheckpointSummary(
+        checkpoint=source.name,
+        encoder=encoder,
+        projector=_projector_facts(config),
+        language_model=_language_facts(config.text_config),
+        tokens_per_image=config.image_seq_length,
+        image_size=encoder.image_size,
+        image_aspect_ratio=config.image_aspect_ratio,
+        image_token_id=config.image_token_id,
+        dtype=_dtype_name(config.dtype) or _most_common_dtype(headers),
+        quantization=(fields.get("quantization_config") or {}).get("quant_method"),
+        parameters=Parameters(*map(sum, zip(*(part.parameters for part in parts), strict=True))),
+        bytes=Bytes(disk, sum(part.bytes.memory for part in parts)),
+        parts=parts,
+        own_code=own_code,
+        transformers_version=fields.get("transformers_version"),
+    )
+
+
+# The config
+
+
+def _own_code(fields: Mapping[str, Any]) -> list[str]:
+    encoder, projector = fields.get("encoder_type"), (fields.get("projector_config") or {}).get("type")
+    own = [] if encoder is None or encoder in ENCODERS else [f"encoder {encoder!r}"]
+    return own if projector is None or projector in PROJECTORS else [*own, f"projector {projector!r}"]
+
+
+def _config_without_code(source: Source, fields: Mapping[str, Any]) -> SimpleNamespace:
+    """Returns as much of the config as can be read without the code of a part of its author's own."""
+    missing = [
+        name for name in ("text_config", "vision_config", "image_seq_length", "image_token_id") if name not in fields
+    ]
+    if missing:
+        raise ValueError(f"The config of {source} has no {', '.join(missing)}. Save or download the model again.")
+    declared = {field.name: field.default for field in dataclasses.fields(MoellavaConfig)}
+    config = SimpleNamespace(**{**declared, **fields})
+    for name in ("text_config", "vision_config"):
+        part = dict(fields[name])
+        model_type = part.pop("model_type", None)
+        if model_type == MoellavaEncoderConfig.model_type:
+            setattr(config, name, MoellavaEncoderConfig(**part))
+        elif model_type in CONFIG_MAPPING:
+            setattr(config, name, AutoConfig.for_model(model_type, **part))
+        else:
+            raise ValueError(f"{name}.model_type of {source} is {model_type!r}, which transformers does not have.")
+    return config
+
+
+def _encoder_facts(config: Any) -> EncoderFacts:
+    vision = config.vision_config
+    encoder = encoder_for(config) if config.encoder_type in (None, *ENCODERS.names()) else None
+    hidden_size = getattr(vision, "hidden_size", None)
+    return EncoderFacts(
+        type=encoder.encoder_type if encoder else config.encoder_type,
+        model_type=vision.model_type,
+        num_hidden_layers=encoder.num_hidden_layers if encoder else None,
+        hidden_size=hidden_size if isinstance(hidden_size, int) else None,
+        image_size=encoder.image_size if encoder else config.image_size or getattr(vision, "image_size", None),
+        native_image_size=encoder.native_image_size if encoder else getattr(vision, "image_size", None),
+        vision_feature_layer=config.vision_feature_layer,
+        feature_layers=encoder.feature_layers if encoder else None,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_features=encoder.num_selected_tokens if encoder else None,
+        feature_size=encoder.feature_size if encoder else None,
+    )
+
+
+def _projector_facts(config: Any) -> ProjectorFacts:
+    projector = config.projector_config
+    if isinstance(projector, MoellavaProjectorConfig):
+        return ProjectorFacts(projector.type, projector.fields)
+    common = {"model_type", "type", *MoellavaProjectorConfig().to_dict()}
+    if projector["type"] in PROJECTORS:
+        common -= set(PROJECTORS.fields(projector["type"]))
+    else:
+        # A field of the built-in MLP may be one of this projector's too.
+        common -= set(PROJECTORS.fields(MoellavaProjectorConfig.type))
+    return ProjectorFacts(projector["type"], {key: value for key, value in projector.items() if key not in common})
+
+
+def _language_facts(text: Any) -> LanguageModelFacts:
+    experts, chosen = _routing(text)
+    return LanguageModelFacts(
+        model_type=text.model_type,
+        num_hidden_layers=getattr(text, "num_hidden_layers", None),
+        hidden_size=getattr(text, "hidden_size", None),
+        vocab_size=text.vocab_size,
+        context_length=context_length(text),
+        tie_word_embeddings=bool(text.tie_word_embeddings),
+        num_experts=experts,
+        num_experts_per_tok=chosen,
+    )
+
+
+def _routing(config: Any) -> tuple[int | None, int | None]:
+    """Returns the number of routed experts of a layer, and of those that a token passes through."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)), None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    return (experts, chosen) if experts and isinstance(chosen, int) else (None, None)
+
+
+def _dtype_name(dtype: Any) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+# The weights
+
+
+class _Header(NamedTuple):
+    """What is known of a tensor without reading it; `packed` names the format of packed 4-bit weights."""
+
+    dtype: str  # as safetensors calls it
+    shape: tuple[int, ...]
+    packed: str | None = None
+    packed_shape: tuple[int, ...] | None = None
+
+    @property
+    def size(self) -> int:
+        """In bytes, as stored."""
+        return math.prod(self.shape) * _bits(self.dtype) // 8
+
+    @property
+    def elements(self) -> int:
+        if self.packed is None:
+            return math.prod(self.shape)
+        return math.prod(self.packed_shape) if self.packed_shape else 2 * self.size
+
+
+def _bits(dtype: str) -> int:
+    if dtype in _NOT_A_NUMBER_OF_BITS:
+        return _NOT_A_NUMBER_OF_BITS[dtype]
+    return int(re.search(r"\d+", dtype).group())  # F32, BF16, I64, F8_E4M3, ...
+
+
+def _read_headers(source: Source) -> tuple[dict[str, _Header], int]:
+    """Returns the header of every tensor, and the size of the weight files in bytes."""
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE or source.hub_options.get("local_files_only")
+    if not source.is_local and not offline:
+        headers, disk = _hub_headers(source)
+    else:
+        headers, disk = {}, 0
+        for path in source.weight_files():
+            headers |= _file_headers(path)
+            disk += path.stat().st_size
+    packed = {match.group(1): match.group(2) for name in headers if (match := _PACKED_4BIT.fullmatch(name))}
+    for weight, kind in packed.items():
+        if weight in headers:
+            state = headers[f"{weight}.quant_state.bitsandbytes__{kind}"]
+            headers[weight] = headers[weight]._replace(packed=kind, packed_shape=state.packed_shape)
+    return headers, disk
+
+
+def _file_headers(path: Any) -> dict[str, _Header]:
+    headers = {}
+    if path.suffix != ".safetensors":
+        for name, tensor in read_tensors(path):  # memory-mapped: no weight is read
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            known = {torch_name: key for key, torch_name in _TORCH_NAMES.items()}
+            headers[name] = _Header(
+                known.get(dtype, dtype.upper().replace("UINT", "U").replace("INT", "I")), tensor.shape
+            )
+        return headers
+    try:
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():
+                entry = file.get_slice(name)
+                header = _Header(entry.get_dtype(), tuple(entry.get_shape()))
+                if _PACKED_4BIT.fullmatch(name):  # a short text that tells the shape of the weight
+                    header = header._replace(packed_shape=tuple(json.loads(bytes(file.get_tensor(name)))["shape"]))
+                headers[name] = header
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} cannot be read as safetensors ({error}): it is cut off or damaged. Save or download it again."
+        ) from error
+    return headers
+
+
+def _hub_headers(source: Source) -> tuple[dict[str, _Header], int]:
+    revision = source.hub_options.get("revision")
+    hub = huggingface_hub.HfApi(token=source.hub_options.get("token"))
+    try:
+        metadata = hub.get_safetensors_metadata(source.name, revision=revision)
+    except huggingface_hub.errors.NotASafetensorsRepoError as error:
+        raise ValueError(
+            f"{source} has no safetensors weights, whose headers could be read. Download it first."
+        ) from error
+    except huggingface_hub.errors.SafetensorsParsingError as error:
+        raise ValueError(f"The weights of {source} are damaged: {error}") from error
+    headers = {
+        name: _Header(str(tensor.dtype), tuple(tensor.shape))
+        for file in metadata.files_metadata.values()
+        for name, tensor in file.tensors.items()
+    }
+    files = hub.get_paths_info(source.name, list(metadata.files_metadata), revision=revision)
+    return headers, sum(file.size for file in files)
+
+
+def _most_common_dtype(headers: Mapping[str, _Header]) -> str:
+    sizes: dict[str, int] = {}
+    for header in headers.values():
+        sizes[header.dtype] = sizes.get(header.dtype, 0) + header.size
+    dtype = max(sizes, key=sizes.__getitem__)
+    return _TORCH_NAMES.get(dtype, dtype.lower())
+
+
+def _parts(config: Any, headers: Mapping[str, _Header], dtype: str | None) -> list[Part]:
+    by_part: dict[str, dict[str, _Header]] = {name: {} for name in PART_NAMES}
+    for name, header in headers.items():
+        part, _, rest = name.removeprefix("model.").partition(".")
+        by_part.setdefault(part, {})[rest] = header
+    projector = config.projector_config
+    text_type = config.text_config.model_type
+    types = {
+        "vision_tower": config.vision_config.model_type,
+        "multi_modal_projector": projector["type"] if isinstance(projector, Mapping) else projector.type,
+        "language_model": text_type,
+        "lm_head": "tied to the embedding" if config.tie_word_embeddings and not by_part["lm_head"] else text_type,
+    }
+    sources = config.parts or {}
+    origins = {
+        "vision_tower": sources.get("vision_tower"),
+        "language_model": sources.get("language_model") or sources.get("model_path"),
+    }
+    origins["lm_head"] = origins["language_model"]
+    experts, chosen = _routing(config.text_config)
+    share = chosen / experts if experts else 1.0
+    return [
+        _part(
+            name, types.get(name, "unknown"), origins.get(name), own, dtype, share if name == "language_model" else 1.0
+        )
+        for name, own in by_part.items()
+    ]
+
+
+def _part(
+    name: str, kind: str, source: str | None, headers: Mapping[str, _Header], dtype: str | None, active_share: float
+) -> Part:
+    state = {}
+    for tensor in headers:
+        if match := _QUANTISATION_STATE.fullmatch(tensor):
+            state[tensor] = match.group("weight") or f"{match.group('module')}.weight"
+    quantised = set(state.values())
+    total, routed, disk, memory = 0, 0, 0, 0
+    for tensor, header in headers.items():
+        is_float = header.dtype.startswith(("F", "BF"))
+        disk += header.size
+        if tensor in state or tensor in quantised or not is_float or dtype not in _TORCH_NAMES.values():
+            memory += header.size
+        else:
+            memory += header.elements * _bits(next(key for key, value in _TORCH_NAMES.items() if value == dtype)) // 8
+        if tensor in state or tensor.rpartition(".")[2] in _BUFFERS or not (is_float or tensor in quantised):
+            continue
+        total += header.elements
+        if "experts" in tensor.split("."):
+            routed += header.elements
+    active = total - routed + round(routed * active_share)
+    shown = {tensor: header for tensor, header in headers.items() if tensor not in state}
+    return Part(name, kind, source, Parameters(total, active), Bytes(disk, memory), _groups(shown))
+
+
+def _groups(headers: Mapping[str, _Header]) -> list[WeightGroup]:
+    counts: dict[tuple[str, tuple[int, ...], str], int] = {}
+    for name, header in sorted(headers.items(), key=lambda item: _natural(item[0])):
+        pattern = ".".join("*" if word.isdigit() else word for word in name.split("."))
+        dtype = header.packed or _TORCH_NAMES.get(header.dtype, header.dtype.lower())
+        key = (pattern, tuple(header.packed_shape or header.shape), dtype)
+        counts[key] = counts.get(key, 0) + 1
+    return [WeightGroup(*key, count) for key, count in counts.items()]
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    return [(not word.isdigit(), int(word) if word.isdigit() else 0, word) for word in name.split(".")]
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return _plain(value._asdict())
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+__all__ = [
+    "Bytes",
+    "CheckpointSummary",
+    "EncoderFacts",
+    "LanguageModelFacts",
+    "Parameters",
+    "Part",
+    "ProjectorFacts",
+    "WeightGroup",
+    "inspect_checkpoint",
+]
