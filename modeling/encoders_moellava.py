@@ -101,6 +101,10 @@ class VisionEncoder:
                 f"The {self.vision_config.model_type} tower gives no patch token for pictures of {self.image_size} "
                 "pixels. Give a larger image_size."
             )
+        # Decided once: `features` runs at every forward, and measuring a tower is nothing that torch.compile can trace.
+        self._first_selected = 0 if self.strategy == "full" else self.num_prefix_tokens
+        asks = self.interpolates and self._interpolation_is_asked_for
+        self._tower_arguments = {"interpolate_pos_encoding": True} if asks else {}
 
     # What the tower gives
 
@@ -213,8 +217,9 @@ class VisionEncoder:
         return selected[0] if len(selected) == 1 else torch.cat(selected, dim=-1)
 
     def _hidden_states(self, tower: nn.Module, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        extra = {"interpolate_pos_encoding": True} if self.interpolates and self._interpolation_is_asked_for else {}
-        return tower(pixel_values, output_hidden_states=self._kept_layers, return_dict=True, **extra).hidden_states
+        return tower(
+            pixel_values, output_hidden_states=self._kept_layers, return_dict=True, **self._tower_arguments
+        ).hidden_states
 
     @property
     def _kept_layers(self) -> list[int] | bool:
@@ -222,9 +227,7 @@ class VisionEncoder:
         return self.feature_layers if SELECTS_HIDDEN_STATES else True
 
     def _select(self, tokens: torch.Tensor) -> torch.Tensor:  # (num_images, tokens, hidden_size)
-        if self.strategy == "cls":
-            return tokens[:, :1]
-        return tokens if self.strategy == "full" else tokens[:, self.num_prefix_tokens :]
+        return tokens[:, :1] if self.strategy == "cls" else tokens[:, self._first_selected :]
 
     @property
     def _constructor_arguments(self) -> dict[str, Any]:

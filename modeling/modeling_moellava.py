@@ -18,6 +18,7 @@ The tree is that of transformers' LLaVA: `model.vision_tower`, `model.multi_moda
 """
 
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -113,6 +114,26 @@ class MoellavaPreTrainedModel(PreTrainedModel):
             if initialize_parameters is not None and not getattr(module, "_parameters_initialized", False):
                 initialize_parameters()
                 module._parameters_initialized = True
+
+    # transformers 5.23 speaks of activation checkpointing and warns of these older names, which its documentation, PEFT
+    # and users' scripts go on using. They belong to this class, so they work on every version, without the warning.
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs):
+        """Computes activations anew in the backward pass instead of keeping them; arguments as in transformers."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self):
+        """Keeps activations for the backward pass again."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            super().gradient_checkpointing_disable()
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are computed anew in the backward pass."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
     def save_pretrained(
         self,

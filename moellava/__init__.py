@@ -39,6 +39,7 @@ _HOMES = {
     "inspect_checkpoint": "inspecting",
     "load_pretrained_model": "loading",
     "LoadedModel": "loading",
+    "upcycle": "upcycling",
 }
 
 __all__ = [*sorted(_HOMES), "__version__"]

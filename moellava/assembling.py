@@ -36,22 +36,22 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-from .chat_templates import multimodal_chat_template
+from .building import IMAGE_TOKEN, build, make_processor
 from .configuration import MoellavaConfig, MoellavaEncoderConfig
 from .configuration.registry_moellava import ENCODERS, PROJECTORS
 from .modeling import MoellavaForCausalLM
-from .modeling.encoders_moellava import VisionEncoder, detect_encoder_type
+from .modeling.encoders_moellava import detect_encoder_type
 from .modeling.language_moellava import check_head, own_causal_lm
-from .processing import MoellavaProcessor
 from .projector_files import read_projector
 from .request import LoadRequest, is_custom_encoder
 from .sources import OPEN_CLIP_CONFIG_NAME, Source
+from .upcycling import is_new_weight, upcycled
 
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_VISION_TOWER = "openai/clip-vit-large-patch14"
-IMAGE_TOKEN = "<image>"
+PROJECTOR_PREFIX = "model.multi_modal_projector."
 
 # What stands before the vision tower's weights in a model that holds one: CLIP and SigLIP, then vision-language models.
 _VISION_PREFIXES = ("vision_model.", "vision_tower.", "model.vision_tower.", "vision_encoder.")
@@ -285,35 +285,6 @@ def _plain_image_processor(encoder_type: str, fields: dict[str, Any]) -> Any:
     return transformers.CLIPImageProcessor(size=side, crop_size=side)
 
 
-def fit_image_processor(image_processor: Any, encoder: VisionEncoder) -> Any:
-    """Returns an image processor that gives pictures of the size that the encoder takes."""
-    if encoder.vision_config.model_type == "siglip2_vision_model":
-        # Its own processor cuts pictures into patches of any number; the encoder does that, of square pictures.
-        image_processor = transformers.SiglipImageProcessor(
-            size={"height": encoder.image_size, "width": encoder.image_size},
-            image_mean=image_processor.image_mean,
-            image_std=image_processor.image_std,
-            resample=image_processor.resample,
-        )
-    image_processor = copy.deepcopy(image_processor)
-    side = encoder.image_size
-    if encoder.interpolates or _output_side(image_processor) != side:
-        if getattr(image_processor, "crop_size", None) and getattr(image_processor, "do_center_crop", False):
-            image_processor.crop_size = type(image_processor.crop_size)(height=side, width=side)
-        size = image_processor.size
-        by_edge = "shortest_edge" in size and size["shortest_edge"] is not None
-        image_processor.size = type(size)(**({"shortest_edge": side} if by_edge else {"height": side, "width": side}))
-    return image_processor
-
-
-def _output_side(image_processor: Any) -> int | None:
-    """The side in pixels of what an image processor gives, or `None` where it is not square or not fixed."""
-    cropped = getattr(image_processor, "do_center_crop", False) and getattr(image_processor, "crop_size", None)
-    size = image_processor.crop_size if cropped else image_processor.size
-    height, width = (size.get("height"), size.get("width")) if hasattr(size, "get") else (None, None)
-    return height if height == width else None
-
-
 def add_image_token(tokenizer: Any, vocab_size: int, image_token: str = IMAGE_TOKEN) -> tuple[int, int]:
     """Makes sure that the tokenizer knows the image token.
 
@@ -377,7 +348,7 @@ def assemble(request: LoadRequest, device_map: Any = None) -> MoellavaForCausalL
     tensors.update({f"model.vision_tower.{name}": tensor for name, tensor in vision.tensors.items()})
 
     projector, projector_tensors = _projector_part(request, vision, text_config)
-    tensors.update({f"model.multi_modal_projector.{name}": tensor for name, tensor in projector_tensors.items()})
+    tensors.update({f"{PROJECTOR_PREFIX}{name}": tensor for name, tensor in projector_tensors.items()})
     config = MoellavaConfig(
         text_config=text_config,
         vision_config=vision.config,
@@ -387,10 +358,12 @@ def assemble(request: LoadRequest, device_map: Any = None) -> MoellavaForCausalL
         parts={"language_model": request.model_path, "vision_tower": _tower_name(request)},
         **{name: value for name, value in request.model_fields.items() if name != "encoder_type"},
     )
+    if request.moe is not None:
+        config, tensors = upcycled(config, tensors, request.moe)
     model = build(
         config,
         tensors,
-        new_parts=() if request.projector_path else ("model.multi_modal_projector.",),
+        is_new=lambda name: _is_new(name, request.projector_path is None, request.moe is not None),
         dtype=request.options["dtype"] or _dtype_of(language),
         device_map=device_map,
         quantization_config=request.options["quantization_config"],
@@ -405,6 +378,11 @@ def assemble(request: LoadRequest, device_map: Any = None) -> MoellavaForCausalL
         model.generation_config.suppress_tokens = list(range(language.config.vocab_size, rows))
     model.processor = make_processor(model, vision.image_processor, language.tokenizer)
     return model
+
+
+def _is_new(name: str, new_projector: bool, new_experts: bool) -> bool:
+    """Whether a weight is to be initialised, because no file has it."""
+    return (new_projector and name.startswith(PROJECTOR_PREFIX)) or (new_experts and is_new_weight(name))
 
 
 def _tower_name(request: LoadRequest) -> str | None:
@@ -486,51 +464,11 @@ def _dtype_of(language: LanguagePart) -> torch.dtype:
     return next((tensor.dtype for tensor in language.tensors.values() if tensor.is_floating_point()), torch.float32)
 
 
-def build(
-    config: MoellavaConfig, tensors: dict[str, torch.Tensor], new_parts: tuple[str, ...] = (), **options
-) -> MoellavaForCausalLM:
-    """Builds a model of a config and named weights.
-
-    Args:
-        config (`MoellavaConfig`): What it is made of.
-        tensors (`dict[str, torch.Tensor]`): Weights under the names of the tree, memory-mapped or not.
-        new_parts (`tuple[str, ...]`): Prefixes of the weights that are to be initialised where `tensors` lacks them.
-        options: Passed on to `from_pretrained`.
-
-    Raises:
-        ValueError: A weight is missing or has another shape than the config says.
-    """
-    options = {name: value for name, value in options.items() if value is not None}
-    try:
-        model, report = MoellavaForCausalLM.from_pretrained(
-            None, config=config, state_dict=tensors, output_loading_info=True, **options
-        )
-    except RuntimeError as error:
-        if "size mismatch" not in str(error) and "shape" not in str(error):
-            raise
-        raise ValueError(f"The weights do not have the shapes that the parts' configs say. {error}") from error
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith(new_parts))
-    if missing:
-        raise ValueError(
-            f"{len(missing)} weights are missing from the parts' files, the first of them {missing[:3]}. The files and "
-            "the configs beside them do not belong together, or a file is incomplete."
-        )
-    unexpected = sorted(report["unexpected_keys"])
-    if unexpected:
-        logger.info("Weights that no part uses: %s.", ", ".join(unexpected))
-    return model
-
-
-def make_processor(model: MoellavaForCausalLM, image_processor: Any, tokenizer: Any) -> MoellavaProcessor:
-    """Returns the processor that prepares text and pictures for a model."""
-    return MoellavaProcessor(
-        image_processor=fit_image_processor(image_processor, model.model.encoder),
-        tokenizer=tokenizer,
-        num_image_tokens=model.config.image_seq_length,
-        image_aspect_ratio=model.config.image_aspect_ratio,
-        image_token=IMAGE_TOKEN,
-        chat_template=multimodal_chat_template(tokenizer.chat_template, IMAGE_TOKEN),
-    )
-
-
-__all__ = ["assemble", "build", "make_processor", "read_language_model", "read_vision_tower"]
+__all__ = [
+    "PROJECTOR_PREFIX",
+    "assemble",
+    "check_projector",
+    "read_custom_encoder",
+    "read_language_model",
+    "read_vision_tower",
+]

@@ -41,13 +41,13 @@ from .sources import Source, read_tensors
 
 PART_NAMES = ("vision_tower", "multi_modal_projector", "language_model", "lm_head")
 
-_TORCH_NAMES = {"BF16": "bfloat16", "BOOL": "bool", "F16": "float16", "F32": "float32", "F64": "float64"}
-_NOT_A_NUMBER_OF_BITS = {"BOOL": 8}
+_SAFETENSORS_DTYPE = re.compile(r"(BF|F|I|U)(\d+)(_\w+)?")
+_TORCH_PREFIXES = {"BF": "bfloat", "F": "float", "I": "int", "U": "uint"}
 # What torch's normalisation layers keep beside their parameters.
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 # What bitsandbytes keeps beside a quantised weight.
 _QUANTISATION_STATE = re.compile(
-    r"(?P<weight>.+\.weight)\.(absmax|nested_absmax|nested_quant_map|quant_map|quant_state\.bitsandbytes__\w+)"
+    r"(?P<weight>.+)\.(absmax|nested_absmax|nested_quant_map|quant_map|quant_state\.bitsandbytes__\w+)"
     r"|(?P<module>.+)\.(SCB|weight_format)"
 )
 _PACKED_4BIT = re.compile(r"(.+)\.quant_state\.bitsandbytes__(\w+)")
@@ -155,8 +155,6 @@ class LanguageModelFacts:
         vocab_size (`int`): The rows of its vocabulary.
         context_length (`int`): The positions that it takes.
         tie_word_embeddings (`bool`): Whether the head is the embedding.
-        num_experts (`int`, *optional*): The routed experts of a layer, of a model that is a mixture by itself.
-        num_experts_per_tok (`int`, *optional*): How many of them a token passes through.
     """
 
     model_type: str
@@ -165,8 +163,21 @@ class LanguageModelFacts:
     vocab_size: int
     context_length: int
     tie_word_embeddings: bool
-    num_experts: int | None
-    num_experts_per_tok: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseFacts:
+    """The sparse layers of the language model.
+
+    Attributes:
+        num_experts (`int`): The routed experts of a layer.
+        num_experts_per_tok (`int`): How many of them a token passes through.
+        layers (`list[int]`): The layers that have experts.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+    layers: list[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +187,7 @@ class CheckpointSummary:
     Attributes:
         checkpoint (`str`): The folder or Hub id.
         encoder (`EncoderFacts`), projector (`ProjectorFacts`), language_model (`LanguageModelFacts`): The parts.
+        sparse (`SparseFacts`, *optional*): The experts; `None` for a dense model.
         tokens_per_image (`int`): How many tokens one picture becomes in the language model.
         image_size (`int`, *optional*): The side in pixels of the pictures that the tower gets.
         image_aspect_ratio (`str`): `"pad"` or `"square"`.
@@ -194,6 +206,7 @@ class CheckpointSummary:
     encoder: EncoderFacts
     projector: ProjectorFacts
     language_model: LanguageModelFacts
+    sparse: SparseFacts | None
     tokens_per_image: int
     image_size: int | None
     image_aspect_ratio: str
@@ -261,13 +274,15 @@ def inspect_checkpoint(
     own_code = _own_code(fields)
     config = MoellavaConfig.from_dict(dict(fields)) if not own_code else _config_without_code(source, fields)
     headers, disk = _read_headers(source)
-    parts = _parts(config, headers, _dtype_name(config.dtype))
+    sparse = _sparse_facts(config, headers)
+    parts = _parts(config, headers, _dtype_name(config.dtype), sparse)
     encoder = _encoder_facts(config)
     return CheckpointSummary(
         checkpoint=source.name,
         encoder=encoder,
         projector=_projector_facts(config),
         language_model=_language_facts(config.text_config),
+        sparse=sparse,
         tokens_per_image=config.image_seq_length,
         image_size=encoder.image_size,
         image_aspect_ratio=config.image_aspect_ratio,
@@ -345,7 +360,6 @@ def _projector_facts(config: Any) -> ProjectorFacts:
 
 
 def _language_facts(text: Any) -> LanguageModelFacts:
-    experts, chosen = _routing(text)
     return LanguageModelFacts(
         model_type=text.model_type,
         num_hidden_layers=getattr(text, "num_hidden_layers", None),
@@ -353,17 +367,22 @@ def _language_facts(text: Any) -> LanguageModelFacts:
         vocab_size=text.vocab_size,
         context_length=context_length(text),
         tie_word_embeddings=bool(text.tie_word_embeddings),
-        num_experts=experts,
-        num_experts_per_tok=chosen,
     )
 
 
-def _routing(config: Any) -> tuple[int | None, int | None]:
-    """Returns the number of routed experts of a layer, and of those that a token passes through."""
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    experts = next((getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)), None)
-    chosen = getattr(config, "num_experts_per_tok", None)
-    return (experts, chosen) if experts and isinstance(chosen, int) else (None, None)
+def _sparse_facts(config: Any, headers: Iterable[str]) -> SparseFacts | None:
+    """Reads our own `moe_config`, or the config of a language model that is a mixture by itself."""
+    routing = getattr(config, "moe_config", None) or config.text_config
+    read = routing.get if isinstance(routing, Mapping) else lambda name: getattr(routing, name, None)
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((read(name) for name in names if isinstance(read(name), int)), None)
+    layers = set()
+    for name in headers:
+        words = name.split(".")
+        if "experts" in words:
+            layers.add(next(int(word) for word in words if word.isdigit()))
+    chosen = read("num_experts_per_tok")
+    return SparseFacts(experts, chosen, sorted(layers)) if experts and isinstance(chosen, int) and layers else None
 
 
 def _dtype_name(dtype: Any) -> str | None:
@@ -376,7 +395,7 @@ def _dtype_name(dtype: Any) -> str | None:
 class _Header(NamedTuple):
     """What is known of a tensor without reading it; `packed` names the format of packed 4-bit weights."""
 
-    dtype: str  # as safetensors calls it
+    dtype: str  # as torch calls it
     shape: tuple[int, ...]
     packed: str | None = None
     packed_shape: tuple[int, ...] | None = None
@@ -384,7 +403,7 @@ class _Header(NamedTuple):
     @property
     def size(self) -> int:
         """In bytes, as stored."""
-        return math.prod(self.shape) * _bits(self.dtype) // 8
+        return math.prod(self.shape) * _itemsize(self.dtype)
 
     @property
     def elements(self) -> int:
@@ -392,11 +411,21 @@ class _Header(NamedTuple):
             return math.prod(self.shape)
         return math.prod(self.packed_shape) if self.packed_shape else 2 * self.size
 
+    @property
+    def is_floating_point(self) -> bool:
+        return self.dtype.startswith(("bfloat", "float"))
 
-def _bits(dtype: str) -> int:
-    if dtype in _NOT_A_NUMBER_OF_BITS:
-        return _NOT_A_NUMBER_OF_BITS[dtype]
-    return int(re.search(r"\d+", dtype).group())  # F32, BF16, I64, F8_E4M3, ...
+
+def _torch_name(dtype: str) -> str:
+    """Returns torch's name of a dtype, for safetensors' name."""
+    match = _SAFETENSORS_DTYPE.fullmatch(dtype)
+    if match is None:
+        return dtype.lower()
+    return f"{_TORCH_PREFIXES[match.group(1)]}{match.group(2)}{(match.group(3) or '').lower()}"
+
+
+def _itemsize(dtype: str) -> int:
+    return 1 if dtype == "bool" else int(re.search(r"\d+", dtype).group()) // 8  # float32, bfloat16, float8_e4m3, ...
 
 
 def _read_headers(source: Source) -> tuple[dict[str, _Header], int]:
@@ -421,17 +450,13 @@ def _file_headers(path: Any) -> dict[str, _Header]:
     headers = {}
     if path.suffix != ".safetensors":
         for name, tensor in read_tensors(path):  # memory-mapped: no weight is read
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            known = {torch_name: key for key, torch_name in _TORCH_NAMES.items()}
-            headers[name] = _Header(
-                known.get(dtype, dtype.upper().replace("UINT", "U").replace("INT", "I")), tensor.shape
-            )
+            headers[name] = _Header(_dtype_name(tensor.dtype), tuple(tensor.shape))
         return headers
     try:
         with safe_open(path, framework="np") as file:
             for name in file.keys():
                 entry = file.get_slice(name)
-                header = _Header(entry.get_dtype(), tuple(entry.get_shape()))
+                header = _Header(_torch_name(entry.get_dtype()), tuple(entry.get_shape()))
                 if _PACKED_4BIT.fullmatch(name):  # a short text that tells the shape of the weight
                     header = header._replace(packed_shape=tuple(json.loads(bytes(file.get_tensor(name)))["shape"]))
                 headers[name] = header
@@ -454,7 +479,7 @@ def _hub_headers(source: Source) -> tuple[dict[str, _Header], int]:
     except huggingface_hub.errors.SafetensorsParsingError as error:
         raise ValueError(f"The weights of {source} are damaged: {error}") from error
     headers = {
-        name: _Header(str(tensor.dtype), tuple(tensor.shape))
+        name: _Header(_torch_name(str(tensor.dtype)), tuple(tensor.shape))
         for file in metadata.files_metadata.values()
         for name, tensor in file.tensors.items()
     }
@@ -466,14 +491,13 @@ def _most_common_dtype(headers: Mapping[str, _Header]) -> str:
     sizes: dict[str, int] = {}
     for header in headers.values():
         sizes[header.dtype] = sizes.get(header.dtype, 0) + header.size
-    dtype = max(sizes, key=sizes.__getitem__)
-    return _TORCH_NAMES.get(dtype, dtype.lower())
+    return max(sizes, key=sizes.__getitem__)
 
 
-def _parts(config: Any, headers: Mapping[str, _Header], dtype: str | None) -> list[Part]:
+def _parts(config: Any, headers: Mapping[str, _Header], dtype: str | None, sparse: SparseFacts | None) -> list[Part]:
     by_part: dict[str, dict[str, _Header]] = {name: {} for name in PART_NAMES}
     for name, header in headers.items():
-        part, _, rest = name.removeprefix("model.").partition(".")
+        part, _, rest = name.removeprefix("model.").partition(".")  # the base model saved alone has no "model."
         by_part.setdefault(part, {})[rest] = header
     projector = config.projector_config
     text_type = config.text_config.model_type
@@ -489,8 +513,7 @@ def _parts(config: Any, headers: Mapping[str, _Header], dtype: str | None) -> li
         "language_model": sources.get("language_model") or sources.get("model_path"),
     }
     origins["lm_head"] = origins["language_model"]
-    experts, chosen = _routing(config.text_config)
-    share = chosen / experts if experts else 1.0
+    share = sparse.num_experts_per_tok / sparse.num_experts if sparse else 1.0
     return [
         _part(
             name, types.get(name, "unknown"), origins.get(name), own, dtype, share if name == "language_model" else 1.0
@@ -509,17 +532,17 @@ def _part(
     quantised = set(state.values())
     total, routed, disk, memory = 0, 0, 0, 0
     for tensor, header in headers.items():
-        is_float = header.dtype.startswith(("F", "BF"))
+        is_quantised = tensor in quantised
         disk += header.size
-        if tensor in state or tensor in quantised or not is_float or dtype not in _TORCH_NAMES.values():
-            memory += header.size
+        if header.is_floating_point and dtype is not None and not is_quantised and tensor not in state:
+            memory += header.elements * _itemsize(dtype)
         else:
-            memory += header.elements * _bits(next(key for key, value in _TORCH_NAMES.items() if value == dtype)) // 8
-        if tensor in state or tensor.rpartition(".")[2] in _BUFFERS or not (is_float or tensor in quantised):
+            memory += header.size
+        if tensor in state or tensor.rpartition(".")[2] in _BUFFERS:
             continue
-        total += header.elements
-        if "experts" in tensor.split("."):
-            routed += header.elements
+        if header.is_floating_point or is_quantised:
+            total += header.elements
+            routed += header.elements if "experts" in tensor.split(".") else 0
     active = total - routed + round(routed * active_share)
     shown = {tensor: header for tensor, header in headers.items() if tensor not in state}
     return Part(name, kind, source, Parameters(total, active), Bytes(disk, memory), _groups(shown))
@@ -529,8 +552,7 @@ def _groups(headers: Mapping[str, _Header]) -> list[WeightGroup]:
     counts: dict[tuple[str, tuple[int, ...], str], int] = {}
     for name, header in sorted(headers.items(), key=lambda item: _natural(item[0])):
         pattern = ".".join("*" if word.isdigit() else word for word in name.split("."))
-        dtype = header.packed or _TORCH_NAMES.get(header.dtype, header.dtype.lower())
-        key = (pattern, tuple(header.packed_shape or header.shape), dtype)
+        key = (pattern, header.packed_shape or header.shape, header.packed or header.dtype)
         counts[key] = counts.get(key, 0) + 1
     return [WeightGroup(*key, count) for key, count in counts.items()]
 
@@ -559,6 +581,7 @@ __all__ = [
     "Parameters",
     "Part",
     "ProjectorFacts",
+    "SparseFacts",
     "WeightGroup",
     "inspect_checkpoint",
 ]

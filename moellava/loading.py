@@ -21,7 +21,8 @@ import torch
 from transformers import AutoProcessor, BitsAndBytesConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from .assembling import assemble, build, check_projector, make_processor, read_vision_tower
+from .assembling import PROJECTOR_PREFIX, assemble, check_projector, read_vision_tower
+from .building import build, make_processor
 from .configuration import MoellavaConfig
 from .configuration.checkpoint_moellava import AUTO_MAP
 from .configuration.registry_moellava import ENCODERS, PROJECTORS
@@ -29,6 +30,7 @@ from .modeling import MoellavaForCausalLM
 from .projector_files import read_projector
 from .request import LoadRequest, read_request
 from .sources import Source
+from .upcycling import is_new_weight, upcycled, with_moe_changes
 
 
 logger = logging.getLogger(__name__)
@@ -67,8 +69,9 @@ def load_pretrained_model(
     Loads a checkpoint, or assembles a model from a language model, a vision tower and a projector.
 
     Every setting may be given by keyword, in a dictionary or object as first argument, or in the objects
-    `custom_vision_config` and `projector_config`. Where they disagree: the keyword, then the object or dictionary, then
-    the checkpoint's own config, then the default. `docs/configuration.md` lists every field and its older names.
+    `custom_vision_config`, `projector_config` and `moe_config`. Where they disagree: the keyword, then the object or
+    dictionary, then the checkpoint's own config, then the default. `docs/configuration.md` lists every field and its
+    older names.
 
     Args:
         model_path (`str`, `os.PathLike`, `Mapping` or object):
@@ -108,7 +111,7 @@ def load_pretrained_model(
     >>> from moellava import load_pretrained_model
 
     >>> model, image_processor, tokenizer, context_len = load_pretrained_model(
-    ...     {"model_name_or_path": "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "mm_vision_tower": "openai/clip-vit-large-patch14"}
+    ...     "TinyLlama/TinyLlama-1.1B-Chat-v1.0", mm_vision_tower="openai/clip-vit-large-patch14", projector_type="mlp"
     ... )
     ```"""
     keywords = {
@@ -153,46 +156,83 @@ def _load_checkpoint(source: Source, fields: dict[str, Any], request: LoadReques
     if own_code:
         return _load_with_its_own_code(source, own_code, request, options)
     config = MoellavaConfig.from_dict(dict(fields))
-    projector = _changed_projector(config, request)
-    new_tower = request.vision_tower is not None and request.vision_tower != (config.parts or {}).get("vision_tower")
-    changed = {name: value for name, value in request.model_fields.items() if getattr(config, name) != value}
     processor = AutoProcessor.from_pretrained(source.name, **source.hub_options)
+    changed = {name: value for name, value in request.model_fields.items() if getattr(config, name) != value}
+    if request.moe is not None and config.moe_config is not None:
+        changed["moe_config"] = with_moe_changes(config, request.moe)
+    if _takes_other_parts(config, request):
+        return _load_with_other_parts(source, config, processor, changed, request, options)
+    if changed:
+        config = _with_changes(config, changed)
+    model = MoellavaForCausalLM.from_pretrained(source.name, config=config, **source.hub_options, **options)
+    model.processor = make_processor_like(processor, model) if changed else processor
+    return model
 
-    if not new_tower and projector is None and request.projector_path is None:
-        if changed:
-            config = _with_changes(config, changed)
-        model = MoellavaForCausalLM.from_pretrained(source.name, config=config, **source.hub_options, **options)
-        model.processor = processor if not changed else make_processor_like(processor, model)
-        return model
 
+def _takes_other_parts(config: MoellavaConfig, request: LoadRequest) -> bool:
+    """Whether a request asks for other weights than those that the checkpoint holds."""
+    return (
+        _asks_for_another_tower(config, request)
+        or request.projector_path is not None
+        or _changed_projector(config, request) is not None
+        or (request.moe is not None and config.moe_config is None)
+    )
+
+
+def _asks_for_another_tower(config: MoellavaConfig, request: LoadRequest) -> bool:
+    return request.vision_tower is not None and request.vision_tower != (config.parts or {}).get("vision_tower")
+
+
+def _load_with_other_parts(
+    source: Source,
+    config: MoellavaConfig,
+    processor: Any,
+    changed: dict[str, Any],
+    request: LoadRequest,
+    options: dict[str, Any],
+) -> MoellavaForCausalLM:
+    """Loads a checkpoint with another tower or projector, or upcycled."""
     tensors = source.tensors()
-    prefix = "model.multi_modal_projector."
-    new_parts: tuple[str, ...] = ()
-    if new_tower:
+    new_projector = False
+    if _asks_for_another_tower(config, request):
         vision = read_vision_tower(Source(request.vision_tower, request.hub_options), changed.get("encoder_type"))
         changed |= {"vision_config": vision.config, "encoder_type": vision.encoder_type}
         changed["parts"] = {**(config.parts or {}), "vision_tower": request.vision_tower}
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.vision_tower.")}
-        tensors |= {f"model.vision_tower.{name}": tensor for name, tensor in vision.tensors.items()}
+        tensors = _with_part(tensors, "model.vision_tower.", vision.tensors)
         processor.image_processor = vision.image_processor
+    projector = _changed_projector(config, request)
     if request.projector_path is not None:
-        projector, file_tensors = read_projector(request.projector_path, projector or {})
-        changed["projector_config"] = projector
+        changed["projector_config"], file_tensors = read_projector(request.projector_path, projector or {})
         config = _with_changes(config, changed)
         check_projector(request.projector_path, file_tensors, config)
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
-        tensors |= {f"{prefix}{name}": tensor for name, tensor in file_tensors.items()}
+        tensors = _with_part(tensors, PROJECTOR_PREFIX, file_tensors)
     else:
         if projector is not None:
             changed["projector_config"] = projector
         config = _with_changes(config, changed)
-        if projector is not None or not _projector_fits(tensors, prefix, config):
+        new_projector = projector is not None or not _projector_fits(tensors, config)
+        if new_projector:
             logger.warning("The projector of %s does not fit what was asked for; a new one is initialised.", source)
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
-            new_parts = (prefix,)
-    model = build(config, tensors, new_parts=new_parts, **options)
+            tensors = _with_part(tensors, PROJECTOR_PREFIX, {})
+    new_experts = request.moe is not None and config.moe_config is None
+    if new_experts:
+        config, tensors = upcycled(config, tensors, request.moe)
+    model = build(
+        config,
+        tensors,
+        is_new=lambda name: (
+            (new_projector and name.startswith(PROJECTOR_PREFIX)) or (new_experts and is_new_weight(name))
+        ),
+        **options,
+    )
     model.processor = make_processor_like(processor, model)
     return model
+
+
+def _with_part(tensors: dict[str, torch.Tensor], prefix: str, part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the weights with those of one part replaced."""
+    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+    return others | {f"{prefix}{name}": tensor for name, tensor in part.items()}
 
 
 def _with_changes(config: MoellavaConfig, changed: dict[str, Any]) -> MoellavaConfig:
@@ -202,8 +242,12 @@ def _with_changes(config: MoellavaConfig, changed: dict[str, Any]) -> MoellavaCo
     return MoellavaConfig.from_dict(fields | changed)
 
 
-def _projector_fits(tensors: dict[str, torch.Tensor], prefix: str, config: MoellavaConfig) -> bool:
-    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def _projector_fits(tensors: dict[str, torch.Tensor], config: MoellavaConfig) -> bool:
+    own = {
+        name.removeprefix(PROJECTOR_PREFIX): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(PROJECTOR_PREFIX)
+    }
     try:
         check_projector("the checkpoint", own, config)
     except ValueError as error:

@@ -25,7 +25,6 @@ Everything else is refused with a `ValueError` that names what was found.
 
 import json
 import os
-import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -33,10 +32,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 from transformers.utils import logging
+
+from .sources import read_tensors
 
 
 logger = logging.get_logger(__name__)
@@ -269,32 +269,7 @@ def _visual_key(key: str) -> str | None:
 
 def _read_visual_file(path: Path) -> dict[str, torch.Tensor]:
     """Reads the visual weights of one file, memory-mapped."""
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                names = {key: name for key in file.keys() if (name := _visual_key(key)) is not None}
-                return {name: file.get_tensor(key) for key, name in names.items()}
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} cannot be read as safetensors ({error}). It is probably truncated; download it again."
-            ) from error
-
-    with path.open("rb") as file:
-        # torch can only map its zip format. Files of torch before 1.6 are read into memory, and as safely.
-        is_zip = file.read(4) == b"PK\x03\x04"
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a file of tensors ({error}). It is truncated (download it again), or holds "
-            "Python objects other than tensors, which are never loaded."
-        ) from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected a state dict, from names to tensors.")
-    names = {key: name for key in content if isinstance(key, str) and (name := _visual_key(key)) is not None}
-    return {name: content[key] for key, name in names.items() if isinstance(content[key], torch.Tensor)}
+    return {name: tensor for key, tensor in read_tensors(path) if (name := _visual_key(key)) is not None}
 
 
 # Conversion

@@ -30,6 +30,7 @@ from .configuration.names_moellava import (
     PROJECTOR_FIELD_NAMES,
     VISION_FIELD_NAMES,
     canonical_encoder_type,
+    canonical_moe,
     canonical_projector,
     canonical_strategy,
     translate_fields,
@@ -65,7 +66,7 @@ _MODEL_OPTIONS = (
     "use_kernels",
     "use_safetensors",
 )
-_PART_OPTIONS = ("custom_vision_config", "projector_config")
+_PART_OPTIONS = ("custom_vision_config", "moe_config", "projector_config")
 
 
 @dataclasses.dataclass
@@ -79,6 +80,7 @@ class LoadRequest:
         encoder_fields (`dict`): Fields of an encoder of the user's own.
         projector (`dict`, *optional*): The projector's `type` and fields, as far as given.
         projector_path (`str`, *optional*): A file with the projector's weights.
+        moe (`dict`, *optional*): Fields of `MoellavaMoeConfig`, as far as given, and `router_path`.
         model_fields (`dict`): Fields of `MoellavaConfig`.
         claims (`dict`): What the user says of a part that the part itself tells.
         options, hub_options, model_options (`dict`): How to load.
@@ -90,6 +92,7 @@ class LoadRequest:
     encoder_fields: dict[str, Any] = dataclasses.field(default_factory=dict)
     projector: dict[str, Any] | None = None
     projector_path: str | None = None
+    moe: dict[str, Any] | None = None
     model_fields: dict[str, Any] = dataclasses.field(default_factory=dict)
     claims: dict[str, Any] = dataclasses.field(default_factory=dict)
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -151,6 +154,7 @@ def read_request(configuration: Any, keywords: Mapping[str, Any]) -> LoadRequest
         encoder_fields=merged.get("encoder", {}),
         projector=projector or None,
         projector_path=_path_or_none(path),
+        moe=merged.get("moe"),
         model_fields=model_fields,
         claims=merged.get("check", {}),
         options=options,
@@ -220,6 +224,8 @@ def _read_layer(given: Mapping[str, Any], origin: str) -> dict[str, dict[str, An
     if "custom_vision_config" in parts:
         for section, fields in _read_vision(parts["custom_vision_config"]).items():
             sections.setdefault(section, {}).update(fields)
+    if "moe_config" in parts:
+        sections["moe"] = _read_moe(parts["moe_config"])
     if "projector" in sections:
         sections["projector"] = canonical_projector_fields(sections["projector"])
     if "projector_config" in parts:
@@ -275,6 +281,12 @@ def _read_projector(value: Any, flat_type: str | None) -> dict[str, Any]:
         if any(name not in PROJECTORS.fields(kind) for name in canonical if name != "type"):
             del fields["hidden_size"]
     return canonical_projector_fields(fields)
+
+
+def _read_moe(value: Any) -> dict[str, Any]:
+    fields = _as_fields(value, "moe_config")
+    router_path = _path_or_none(fields.pop("router_path", None))
+    return canonical_moe(fields) | ({} if router_path is None else {"router_path": router_path})
 
 
 def _stacked_projector(lower: dict[str, Any] | None, upper: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -19,7 +19,9 @@ Nothing here decides what a part is; it finds files, opens them, and says clearl
 import json
 import os
 import pickle
-from collections.abc import Iterator
+import re
+import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from transformers.utils import cached_file
 CONFIG_NAME = "config.json"
 OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
 _WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
+# What torch.load's parsers raise on files that are cut off or no weight files at all.
+_DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, struct.error)
 
 
 class Source:
@@ -85,13 +89,26 @@ class Source:
         """Returns the content of `config.json`.
 
         Raises:
-            ValueError: There is none: the source is no model.
+            FileNotFoundError: It is no folder, and no file of that name could be had from the Hub.
+            ValueError: There is none: the source is no model. Or it does not tell the `model_type`.
         """
         config = self.read_json(CONFIG_NAME)
+        if config is None and not self.is_local:
+            raise FileNotFoundError(
+                f"There is no folder {self.name!r}, and no {CONFIG_NAME} of a Hub repository of that name could be "
+                "had: it has none, or neither the Hub can be reached nor the local cache holds it. Give the path of a "
+                "folder with a model, or check the id and the connection."
+            )
         if config is None:
-            held = f" It holds: {', '.join(sorted(os.listdir(self.name))[:8]) or 'nothing'}." if self.is_local else ""
+            held = ", ".join(sorted(os.listdir(self.name))[:8]) or "nothing"
             raise ValueError(
-                f"{self.name} is no model: it has no {CONFIG_NAME}.{held} Expected what save_pretrained writes."
+                f"{self.name} is no model: it has no {CONFIG_NAME}. It holds: {held}. Expected what save_pretrained "
+                "writes."
+            )
+        if not isinstance(config.get("model_type"), str):
+            raise ValueError(
+                f"The {CONFIG_NAME} of {self.name} does not tell what the model is: its model_type is "
+                f"{config.get('model_type')!r}. Expected what save_pretrained writes, such as 'llama'."
             )
         return config
 
@@ -108,14 +125,23 @@ class Source:
                 return [single]
             index = self.read_json(f"{name}.index.json")
             if index is not None:
-                return [self._shard(shard, name) for shard in sorted(set(index.get("weight_map", {}).values()))]
+                weight_map = index.get("weight_map")
+                if not isinstance(weight_map, dict) or not weight_map:
+                    raise ValueError(
+                        f"{name}.index.json of {self.name} has no weight_map from weights to files. Save or download "
+                        "the model again."
+                    )
+                return [self._shard(shard, name) for shard in sorted(set(map(str, weight_map.values())))]
         raise FileNotFoundError(
             f"{self.name} has no weights: expected {' or '.join(_WEIGHT_NAMES)}, or an index of shards of one of them."
         )
 
     def _shard(self, shard: str, index: str) -> Path:
-        if not isinstance(shard, str) or shard != os.path.basename(shard) or shard in ("", ".", ".."):
-            raise ValueError(f"{index}.index.json of {self.name} names {shard!r}; expected the plain name of a file.")
+        if shard != os.path.basename(shard) or shard in ("", ".", ".."):
+            raise ValueError(
+                f"{index}.index.json of {self.name} names {shard!r}; expected the plain name of a file beside it. "
+                "Nothing outside the folder is read."
+            )
         path = self.find(shard)
         if path is None:
             raise FileNotFoundError(
@@ -138,6 +164,9 @@ def _looks_like_a_path(name: str) -> bool:
 def read_tensors(path: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields the tensors of one weight file by name, memory-mapped.
 
+    Args:
+        path (`str` or `os.PathLike`): A safetensors file, or any other name for what `torch.save` writes.
+
     Raises:
         ValueError: The file is damaged, or a pickle of more than tensors.
     """
@@ -149,26 +178,42 @@ def read_tensors(path: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor]]:
                     yield name, file.get_tensor(name)
         except SafetensorError as error:
             raise ValueError(
-                f"{path} cannot be read as safetensors ({error}): it is cut off or damaged. Save or download it again."
+                f"{path} cannot be read as safetensors ({error}): it is truncated or damaged. Save or download it "
+                "again."
             ) from error
         return
+    yield from _read_pickle(path).items()
+
+
+def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    with path.open("rb") as file:
+        # torch can only map its zip format. Files of torch before 1.6 are read into memory, and as safely.
+        is_zip = file.read(4) == b"PK\x03\x04"
     try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        content = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
     except pickle.UnpicklingError as error:
+        # torch's own text advises to load it all the same.
+        asked_for = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"{path} is a pickle that asks for more than tensors, so that loading it could run code; it is refused. "
-            f"Convert it to safetensors where you trust it. ({str(error).splitlines()[0]})"
+            f"{path} holds Python objects other than tensors, which are never loaded, since they could run code"
+            f"{f' (it asks for {asked_for[1]})' if asked_for else ''}. Convert it to safetensors where you trust it."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+    except _DAMAGE as error:
+        reason = str(error).partition(". ")[0] or type(error).__name__
         raise ValueError(
-            f"{path} cannot be read by torch.load ({error}): it is cut off, damaged, or no weight file."
+            f"{path} cannot be read as a file of tensors ({reason}): it is truncated, damaged, or no weight file. Save "
+            "or download it again."
         ) from error
-    content = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
-        raise ValueError(f"{path} holds something else than named tensors. Expected a state dict.")
-    yield from content.items()
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected a state dict, from names to tensors.")
+    tensors = {
+        name: tensor for name, tensor in content.items() if isinstance(name, str) and isinstance(tensor, torch.Tensor)
+    }
+    if content and not tensors:
+        raise ValueError(f"{path} holds no tensors by name; expected a state dict, from names to tensors.")
+    return tensors
 
 
 __all__ = ["CONFIG_NAME", "OPEN_CLIP_CONFIG_NAME", "Source", "read_tensors"]

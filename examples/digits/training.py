@@ -1,0 +1,126 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Training with `transformers.Trainer`: what turns examples into batches, and the run itself."""
+
+import random
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from scans import PHRASINGS, Example, answer_to, draw
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+
+def conversation(question: str, answer: str | None = None, picture: Any = None) -> list[dict[str, Any]]:
+    """A question, with or without its picture and its answer, in the form that chat templates take."""
+    image = {"type": "image"} if picture is None else {"type": "image", "image": picture}
+    messages = [{"role": "user", "content": [image, {"type": "text", "text": question}]}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
+
+
+class Lessons(Dataset):
+    """The training examples, drawn a little differently and asked about in another way each time."""
+
+    def __init__(self, examples: Sequence[Example], seed: int = 0):
+        self.examples = examples
+        self.random = random.Random(seed)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.examples[index]
+        question = self.random.choice(list(PHRASINGS))
+        return {
+            "picture": draw(example.scan, wobble=self.random),
+            "question": question,
+            "answer": answer_to(question, example.digit),
+        }
+
+
+class AnswerCollator:
+    """Makes a batch with the model's processor; only the answers are to be learnt."""
+
+    def __init__(self, processor: Any):
+        self.processor = processor
+        self.answer_length = cache(self._answer_length)
+
+    def __call__(self, lessons: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Returns the model's inputs, and `labels` (batch, tokens) that are -100 except where an answer stands."""
+        batch = self.processor.apply_chat_template(
+            [conversation(lesson["question"], lesson["answer"], lesson["picture"]) for lesson in lessons],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        )
+        labels = torch.full_like(batch["input_ids"], -100)
+        for row, lesson in enumerate(lessons):
+            tokens = batch["attention_mask"][row].nonzero().flatten()  # without the padding, on whichever side it is
+            answer = tokens[-self.answer_length(lesson["question"], lesson["answer"]) :]
+            labels[row, answer] = batch["input_ids"][row, answer]
+        return {**batch, "labels": labels}
+
+    def _answer_length(self, question: str, answer: str) -> int:
+        """Returns how many tokens the answer adds to the prompt, the end of the turn included."""
+        prompt, whole = (
+            self.processor.tokenizer(
+                self.processor.apply_chat_template(messages, add_generation_prompt=not answered),
+                add_special_tokens=False,
+            )["input_ids"]
+            for messages, answered in ((conversation(question), False), (conversation(question, answer), True))
+        )
+        if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
+            raise ValueError(f"The prompt of {question!r} is not where the conversation with {answer!r} begins.")
+        return len(whole) - len(prompt)
+
+
+class LossInBar(ProgressCallback):
+    """The Trainer's progress bar, with the loss at its end instead of a line for each log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
+
+
+def train(model: PreTrainedModel, examples: Sequence[Example], folder: str, epochs: float, seed: int = 0) -> Trainer:
+    """Trains all parts of `model`, which holds its processor, in place."""
+    arguments = TrainingArguments(
+        output_dir=folder,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=64,
+        learning_rate=3e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=50,
+        weight_decay=0.05,
+        max_grad_norm=1.0,
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        use_cpu=True,
+        seed=seed,
+    )
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=Lessons(examples, seed), data_collator=AnswerCollator(model.processor)
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(LossInBar)
+    trainer.train()
+    return trainer

@@ -1,0 +1,115 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The last step of every way to a model: a config and named weights become a model, and a model gets its processor."""
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+
+from .chat_templates import multimodal_chat_template
+from .configuration import MoellavaConfig
+from .modeling import MoellavaForCausalLM
+from .modeling.encoders_moellava import VisionEncoder
+from .processing import MoellavaProcessor
+
+
+logger = logging.getLogger(__name__)
+
+IMAGE_TOKEN = "<image>"
+
+
+def build(
+    config: MoellavaConfig,
+    tensors: dict[str, torch.Tensor],
+    is_new: Callable[[str], bool] = lambda name: False,
+    **options,
+) -> MoellavaForCausalLM:
+    """Builds a model of a config and named weights.
+
+    Args:
+        config (`MoellavaConfig`): What it is made of.
+        tensors (`dict[str, torch.Tensor]`): Weights under the names of the tree, memory-mapped or not.
+        is_new (callable): Which weights, by name, are to be initialised where `tensors` lacks them.
+        options: Passed on to `from_pretrained`.
+
+    Raises:
+        ValueError: A weight is missing or has another shape than the config says.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    try:
+        model, report = MoellavaForCausalLM.from_pretrained(
+            None, config=config, state_dict=tensors, output_loading_info=True, **options
+        )
+    except RuntimeError as error:
+        if "size mismatch" not in str(error) and "shape" not in str(error):
+            raise
+        raise ValueError(f"The weights do not have the shapes that the parts' configs say. {error}") from error
+    missing = sorted(name for name in report["missing_keys"] if not is_new(name))
+    if missing:
+        raise ValueError(
+            f"{len(missing)} weights are missing from the parts' files, the first of them {missing[:3]}. The files and "
+            "the configs beside them do not belong together, or a file is incomplete."
+        )
+    unexpected = sorted(report["unexpected_keys"])
+    if unexpected:
+        logger.info("Weights that no part uses: %s.", ", ".join(unexpected))
+    return model
+
+
+def make_processor(model: MoellavaForCausalLM, image_processor: Any, tokenizer: Any) -> MoellavaProcessor:
+    """Returns the processor that prepares text and pictures for a model."""
+    return MoellavaProcessor(
+        image_processor=fit_image_processor(image_processor, model.model.encoder),
+        tokenizer=tokenizer,
+        num_image_tokens=model.config.image_seq_length,
+        image_aspect_ratio=model.config.image_aspect_ratio,
+        image_token=IMAGE_TOKEN,
+        chat_template=multimodal_chat_template(tokenizer.chat_template, IMAGE_TOKEN),
+    )
+
+
+def fit_image_processor(image_processor: Any, encoder: VisionEncoder) -> Any:
+    """Returns an image processor that gives pictures of the size that the encoder takes."""
+    if encoder.vision_config.model_type == "siglip2_vision_model":
+        # Its own processor cuts pictures into patches of any number; the encoder does that, of square pictures.
+        image_processor = transformers.SiglipImageProcessor(
+            size={"height": encoder.image_size, "width": encoder.image_size},
+            image_mean=image_processor.image_mean,
+            image_std=image_processor.image_std,
+            resample=image_processor.resample,
+        )
+    image_processor = copy.deepcopy(image_processor)
+    side = encoder.image_size
+    if encoder.interpolates or _output_side(image_processor) != side:
+        if getattr(image_processor, "crop_size", None) and getattr(image_processor, "do_center_crop", False):
+            image_processor.crop_size = type(image_processor.crop_size)(height=side, width=side)
+        size = image_processor.size
+        by_edge = "shortest_edge" in size and size["shortest_edge"] is not None
+        image_processor.size = type(size)(**({"shortest_edge": side} if by_edge else {"height": side, "width": side}))
+    return image_processor
+
+
+def _output_side(image_processor: Any) -> int | None:
+    """The side in pixels of what an image processor gives, or `None` where it is not square or not fixed."""
+    cropped = getattr(image_processor, "do_center_crop", False) and getattr(image_processor, "crop_size", None)
+    size = image_processor.crop_size if cropped else image_processor.size
+    height, width = (size.get("height"), size.get("width")) if hasattr(size, "get") else (None, None)
+    return height if height == width else None
+
+
+__all__ = ["IMAGE_TOKEN", "build", "fit_image_processor", "make_processor"]
