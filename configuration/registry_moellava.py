@@ -44,17 +44,19 @@ def known_names(name: object, known: Iterable[str]) -> str:
     return f"{suggestion} Known: {', '.join(known) or 'none'}."
 
 
+_built_in_parts: tuple | None = None
+
+
 def _load_built_in_parts() -> None:
     """Imports the files whose parts register themselves; at the first look-up, since they import torch's modules."""
-    global _built_in_parts_loaded
-    if not _built_in_parts_loaded:
-        _built_in_parts_loaded = True  # set first: the files below register parts, which asks for them again
+    global _built_in_parts
+    if _built_in_parts is None:
+        _built_in_parts = ()  # set first: the files below register parts, which asks for them again
         # Of each file a name that it binds before its first decorator, since it may itself be the one being imported.
-        from ..modeling.encoders_moellava import VisionEncoder  # noqa: F401
-        from ..modeling.projectors_moellava import register_projector  # noqa: F401
+        from ..modeling.encoders_moellava import VisionEncoder
+        from ..modeling.projectors_moellava import nn
 
-
-_built_in_parts_loaded = False
+        _built_in_parts = (VisionEncoder, nn)
 
 
 class Registry:
@@ -111,7 +113,7 @@ class Registry:
 
     def __contains__(self, name: object) -> bool:
         _load_built_in_parts()
-        return name in self._classes
+        return isinstance(name, str) and name in self._classes
 
     def names(self) -> list[str]:
         """The registered names, sorted."""

@@ -499,7 +499,8 @@ class CustomEncoder(VisionEncoder):
         return size
 
     def _check_image_size(self) -> None:
-        self._measured_shapes  # noqa: B018  the module itself decides, by running
+        if not self._measured_shapes:  # the module itself decides what it takes, by running
+            raise ValueError(f"The encoder {self.encoder_type!r} returns no features.")
 
     @functools.cached_property
     def _meta_tower(self) -> nn.Module:

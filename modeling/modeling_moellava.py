@@ -189,6 +189,7 @@ class MoellavaModel(MoellavaPreTrainedModel):
             self.encoder.feature_size, config.text_config.hidden_size, **config.projector_config.fields
         )
         self.language_model = AutoModel.from_config(config.text_config)
+        # CODEPATH: sparse checkpoints (MoE-LLaVA's kind) have a moe_config, dense ones (LLaVA's kind) have none.
         if config.moe_config is not None:
             make_sparse(self.language_model, config)
         # transformers adds the blocks of the tower and the language model; a projector stays on one device as a whole.
@@ -315,6 +316,7 @@ class MoellavaModel(MoellavaPreTrainedModel):
             "return_dict": True,
             **kwargs,
         }
+        # CODEPATH: sparse checkpoints have a moe_config; dense ones and natively sparse language models have none.
         if self.config.moe_config is None:
             # A language model that is sparse by itself returns its routers' logits, and takes no notice of None.
             if output_router_logits is not None:

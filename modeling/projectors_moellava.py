@@ -40,6 +40,8 @@ from ..configuration.registry_moellava import register_projector
 # from the start, since equal ones get equal gradients and would stay equal for ever.
 _LEARNED_TOKENS_STD = 0.02
 
+_WIDEST_DEFAULT_LATENTS = 1024
+
 # The head width that `num_attention_heads=None` aims at, and the narrowest one it settles for.
 _USUAL_HEAD_WIDTH = 64
 _NARROWEST_HEAD_WIDTH = 8
@@ -393,14 +395,15 @@ class PerceiverProjector(nn.Module):
     names `latents`, `layers.*` and `norm.*` are those of transformers' `Idefics2PerceiverResampler`. The blocks run
     without dropout, and with PyTorch's scaled dot product attention whatever the text model uses.
 
-    A block has about `16 * latent_dim ** 2` weights: with the default `latent_dim` and a text model 4096 wide, three
-    of them have 0.8 billion. Give a smaller `latent_dim` for a smaller projector.
+    A block has about `16 * latent_dim ** 2` weights, which is why `latent_dim` does not grow with the text model by
+    default: at 1024 three blocks have 50 million, at 4096 they would have 0.8 billion.
 
     Args:
         vision_hidden_size (`int`): Width of the image features.
         text_hidden_size (`int`): Width of the text model's embeddings.
         num_latents (`int`, defaults to 64): Number of learned latents.
-        latent_dim (`int`, *optional*): Width of the latents and the blocks; `None` means `text_hidden_size`.
+        latent_dim (`int`, *optional*): Width of the latents and the blocks; `None` means
+            `text_hidden_size`, at most 1024.
         num_hidden_layers (`int`, defaults to 3): Number of blocks, Idefics2's resampler depth.
         num_attention_heads (`int`, *optional*): Number of attention heads, a divisor of `latent_dim`. `None` means
             heads 64 wide, or the nearest width that divides.
@@ -428,8 +431,9 @@ class PerceiverProjector(nn.Module):
         rms_norm_eps: float = 1e-6,
     ):
         super().__init__()
+        _check_positive_int("perceiver", text_hidden_size=text_hidden_size)
         if latent_dim is None:
-            latent_dim = text_hidden_size
+            latent_dim = min(text_hidden_size, _WIDEST_DEFAULT_LATENTS)
         _check_positive_int(
             "perceiver",
             vision_hidden_size=vision_hidden_size,

@@ -85,6 +85,7 @@ class _Experts(nn.Module):
     gated: bool
     biased: bool
 
+    # trf-ignore: TRF029  the sizes are those of the dense MLP, whatever its family's config calls them
     def __init__(self, config, num_experts: int, hidden_size: int, intermediate_size: int, act_fn: nn.Module):
         super().__init__()
         self.num_experts = num_experts

@@ -21,6 +21,8 @@ import copy
 import logging
 import math
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +42,7 @@ from .building import IMAGE_TOKEN, build, make_processor
 from .configuration import MoellavaConfig, MoellavaEncoderConfig
 from .configuration.registry_moellava import ENCODERS, PROJECTORS
 from .modeling import MoellavaForCausalLM
-from .modeling.encoders_moellava import detect_encoder_type
+from .modeling.encoders_moellava import detect_encoder_type, encoder_for
 from .modeling.language_moellava import check_head, own_causal_lm
 from .projector_files import read_projector
 from .request import LoadRequest, is_custom_encoder
@@ -58,25 +60,25 @@ _VISION_PREFIXES = ("vision_model.", "vision_tower.", "model.vision_tower.", "vi
 
 
 class VisionPart(NamedTuple):
-    """A vision tower's config, its weights under the names of its own module, and its image processor."""
+    """A vision tower's config, what opens its weights (under its own module's names), and its image processor."""
 
     encoder_type: str
     config: PreTrainedConfig
-    tensors: dict[str, torch.Tensor]
+    tensors: Callable[[], dict[str, torch.Tensor]]
     image_processor: Any
 
 
 class LanguagePart(NamedTuple):
-    """A language model's config, its weights under the names of our tree, its tokenizer and generation config."""
+    """A language model's config, what opens its weights (under our names), its tokenizer and generation config."""
 
     config: PreTrainedConfig
-    tensors: dict[str, torch.Tensor]
+    tensors: Callable[[], dict[str, torch.Tensor]]
     tokenizer: Any
     generation_config: GenerationConfig | None
 
 
 def read_language_model(source: Source) -> LanguagePart:
-    """Opens a language model.
+    """Opens a language model, but for its weights.
 
     Raises:
         ValueError: It is no decoder with a `ForCausalLM` class in transformers, or its head computes the logits in a
@@ -87,10 +89,14 @@ def read_language_model(source: Source) -> LanguagePart:
     tokenizer = AutoTokenizer.from_pretrained(
         source.name, trust_remote_code=source.trust_remote_code, **source.hub_options
     )
-    generation_config = None
-    if source.find("generation_config.json") is not None:
-        generation_config = GenerationConfig.from_pretrained(source.name, **source.hub_options)
-    return LanguagePart(config, _language_tensors(source, config), tokenizer, generation_config)
+    return LanguagePart(config, partial(_language_tensors, source, config), tokenizer, read_generation_config(source))
+
+
+def read_generation_config(source: Source) -> GenerationConfig | None:
+    """Returns the generation config of a source, or `None` where it has none."""
+    if source.find("generation_config.json") is None:
+        return None
+    return GenerationConfig.from_pretrained(source.name, **source.hub_options)
 
 
 def _text_config(source: Source) -> PreTrainedConfig:
@@ -197,8 +203,7 @@ def read_vision_tower(source: Source, encoder_type: str | None = None) -> Vision
         )
     encoder_type = encoder_type or detect_encoder_type(config.model_type)
     unused = getattr(ENCODERS[encoder_type], "unused_weights", ())
-    tensors = _tower_tensors(source, config, is_composite)
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
+    tensors = partial(_tower_tensors, source, config, is_composite, unused)
     return VisionPart(encoder_type, config, tensors, load_image_processor(source))
 
 
@@ -211,8 +216,8 @@ def _open_clip_tower(source: Source, encoder_type: str | None) -> VisionPart:
 
     if encoder_type not in (None, "biomedclip", "clip"):
         raise ValueError(
-            f"encoder_type is {encoder_type!r}, but {source} is an open_clip checkpoint. Use encoder_type='biomedclip', "
-            "or leave it out."
+            f"encoder_type is {encoder_type!r}, but {source} is an open_clip checkpoint. Use "
+            "encoder_type='biomedclip', or leave it out."
         )
     tower = read_open_clip(source.find)
     detected = "biomedclip" if tower.vision_config.model_type == "vit" else detect_encoder_type("clip_vision_model")
@@ -221,20 +226,29 @@ def _open_clip_tower(source: Source, encoder_type: str | None) -> VisionPart:
             f"encoder_type is {encoder_type!r}, but the tower of {source} is a {tower.vision_config.model_type}. Use "
             f"encoder_type={detected!r}, or leave it out."
         )
-    return VisionPart(detected, tower.vision_config, tower.state_dict, tower.image_processor)
+    return VisionPart(detected, tower.vision_config, lambda: tower.state_dict, tower.image_processor)
 
 
-def _tower_tensors(source: Source, config: PreTrainedConfig, is_composite: bool) -> dict[str, torch.Tensor]:
+def _tower_tensors(
+    source: Source, config: PreTrainedConfig, is_composite: bool, unused: tuple[str, ...]
+) -> dict[str, torch.Tensor]:
     """Returns a tower's weights under the names of its own module; a head or a text tower beside it is left out."""
     raw = source.tensors()
     prefixes = _VISION_PREFIXES if is_composite else (f"{MODEL_MAPPING[type(config)].base_model_prefix}.",)
-    for prefix in prefixes:
-        own = {name.removeprefix(prefix): tensor for name, tensor in raw.items() if name.startswith(prefix)}
-        if own:
-            return own
-    if is_composite:
-        raise ValueError(f"{source} has no weights of a vision tower: expected names that begin with {prefixes[0]!r}.")
-    return raw
+    prefix = next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in raw)), None)
+    if prefix is None and is_composite:
+        raise ValueError(
+            f"{source} has no weights of a vision tower: expected names that begin with {prefixes[0]!r}. Give a "
+            "checkpoint of the whole model, or of its tower alone."
+        )
+    prefix = prefix or ""
+    own = {name.removeprefix(prefix): tensor for name, tensor in raw.items() if name.startswith(prefix)}
+    own = {name: tensor for name, tensor in own.items() if not name.startswith(unused)}
+    if len(own) < len(raw):
+        logger.info(
+            "%s: %s of %s weights are no vision tower's and are skipped.", source, len(raw) - len(own), len(raw)
+        )
+    return own
 
 
 def load_image_processor(source: Source) -> Any:
@@ -257,14 +271,14 @@ def load_image_processor(source: Source) -> Any:
 def read_custom_encoder(encoder_type: str, source: Source | None, fields: dict[str, Any]) -> VisionPart:
     """Makes the part of a user's own encoder, whose class may know how to read a source (`read_source`)."""
     encoder_class = ENCODERS[encoder_type]
-    tensors, image_processor = {}, None
+    tensors, image_processor = dict, None
     if source is not None:
         reader = getattr(encoder_class, "read_source", None)
         if reader is None:
-            tensors = source.tensors()
+            tensors = source.tensors
         else:
-            read_fields, tensors = reader(source.name, **source.hub_options)
-            fields = {**read_fields, **fields}
+            read_fields, read_tensors = reader(source.name, **source.hub_options)
+            fields, tensors = {**read_fields, **fields}, lambda: read_tensors
         if source.find("preprocessor_config.json") is not None or source.find("processor_config.json") is not None:
             image_processor = load_image_processor(source)
     fields = ENCODERS.complete_fields(encoder_type, fields)
@@ -310,7 +324,7 @@ def _prepare_tokenizer(tokenizer: Any) -> None:
             raise ValueError("The tokenizer has no pad, unknown or end token to pad batches with. Give it a pad token.")
 
 
-def _grow_vocabulary(tensors: dict[str, torch.Tensor], config: PreTrainedConfig, rows: int) -> None:
+def _grow_embeddings(tensors: dict[str, torch.Tensor], config: PreTrainedConfig, rows: int) -> None:
     """Adds rows to embedding and head, each the mean of those that are there; the others stay as they are."""
     own = own_causal_lm(config)
     body = _module_name(own, own.get_input_embeddings()).removeprefix(f"{own.base_model_prefix}.")
@@ -320,7 +334,6 @@ def _grow_vocabulary(tensors: dict[str, torch.Tensor], config: PreTrainedConfig,
             mean = tensor.float().mean(dim=0, keepdim=True).to(tensor.dtype)
             new = mean.expand(rows - tensor.shape[0], *tensor.shape[1:])
             tensors[name] = torch.cat([tensor, new])
-    config.vocab_size = rows
 
 
 def assemble(request: LoadRequest, device_map: Any = None) -> MoellavaForCausalLM:
@@ -336,35 +349,41 @@ def assemble(request: LoadRequest, device_map: Any = None) -> MoellavaForCausalL
         ValueError: A part is not what it should be, or the parts do not fit together.
     """
     language = read_language_model(Source(request.model_path, request.hub_options))
-    vision = _vision_part(request)
-    _report_claims(request, vision)
+    vision = read_vision_part(request)
     text_config = copy.deepcopy(language.config)
-    tensors = dict(language.tensors)
     _prepare_tokenizer(language.tokenizer)
-    image_token_id, rows = add_image_token(language.tokenizer, text_config.vocab_size)
-    grown = rows > text_config.vocab_size
-    if grown:
-        _grow_vocabulary(tensors, text_config, rows)
-    tensors.update({f"model.vision_tower.{name}": tensor for name, tensor in vision.tensors.items()})
-
-    projector, projector_tensors = _projector_part(request, vision, text_config)
-    tensors.update({f"{PROJECTOR_PREFIX}{name}": tensor for name, tensor in projector_tensors.items()})
+    image_token_id, text_config.vocab_size = add_image_token(language.tokenizer, text_config.vocab_size)
+    projector, projector_tensors = dict(request.projector or {}), None
+    if request.projector_path is not None:
+        projector, projector_tensors = read_projector(request.projector_path, projector)
     config = MoellavaConfig(
         text_config=text_config,
         vision_config=vision.config,
-        projector_config=projector,
+        projector_config={"type": "mlp", **projector},
         encoder_type=vision.encoder_type,
         image_token_id=image_token_id,
         parts={"language_model": request.model_path, "vision_tower": _tower_name(request)},
         **{name: value for name, value in request.model_fields.items() if name != "encoder_type"},
     )
+    shapes = projector_shapes(config)
+    if projector_tensors is not None:
+        projector_tensors = fit_projector(request.projector_path, projector_tensors, config, shapes)
+
+    # What can be wrong apart from the weights has been found by now.
+    tensors = language.tensors()
+    dtype = request.options["dtype"] or _dtype_of(language.config, tensors)
+    grown = text_config.vocab_size > language.config.vocab_size
+    if grown:
+        _grow_embeddings(tensors, text_config, text_config.vocab_size)
+    tensors |= {f"model.vision_tower.{name}": tensor for name, tensor in vision.tensors().items()}
+    tensors |= {f"{PROJECTOR_PREFIX}{name}": tensor for name, tensor in (projector_tensors or {}).items()}
     if request.moe is not None:
         config, tensors = upcycled(config, tensors, request.moe)
     model = build(
         config,
         tensors,
         is_new=lambda name: _is_new(name, request.projector_path is None, request.moe is not None),
-        dtype=request.options["dtype"] or _dtype_of(language),
+        dtype=dtype,
         device_map=device_map,
         quantization_config=request.options["quantization_config"],
         **request.model_options,
@@ -375,7 +394,7 @@ def assemble(request: LoadRequest, device_map: Any = None) -> MoellavaForCausalL
         model.generation_config.pad_token_id = language.tokenizer.pad_token_id
     if grown:
         # The added rows are no words of the language model; without them it says what it said before.
-        model.generation_config.suppress_tokens = list(range(language.config.vocab_size, rows))
+        model.generation_config.suppress_tokens = list(range(language.config.vocab_size, text_config.vocab_size))
     model.processor = make_processor(model, vision.image_processor, language.tokenizer)
     return model
 
@@ -391,58 +410,65 @@ def _tower_name(request: LoadRequest) -> str | None:
     return request.vision_tower or DEFAULT_VISION_TOWER
 
 
-def _vision_part(request: LoadRequest) -> VisionPart:
+def read_vision_part(request: LoadRequest) -> VisionPart:
+    """Opens the vision tower that a request names, or the default one."""
     encoder_type = request.model_fields.get("encoder_type")
     name = _tower_name(request)
     if encoder_type is not None:
         ENCODERS[encoder_type]
     source = None if name is None else Source(name, request.hub_options)
     if encoder_type is not None and is_custom_encoder(encoder_type):
-        return read_custom_encoder(encoder_type, source, request.encoder_fields)
-    return read_vision_tower(source, encoder_type)
+        vision = read_custom_encoder(encoder_type, source, request.encoder_fields)
+    else:
+        vision = read_vision_tower(source, encoder_type)
+    report_claims(request, vision.config, name)
+    return vision
 
 
-def _report_claims(request: LoadRequest, vision: VisionPart) -> None:
-    claimed, actual = request.claims.get("mm_hidden_size"), getattr(vision.config, "hidden_size", None)
+def report_claims(request: LoadRequest, vision_config: PreTrainedConfig, tower: str | None) -> None:
+    """Warns where the user says of the vision tower what it is not."""
+    claimed, actual = request.claims.get("mm_hidden_size"), getattr(vision_config, "hidden_size", None)
     if claimed is not None and actual is not None and claimed != actual:
         logger.warning(
             "mm_hidden_size is given as %s, but the vision tower %s is %s wide; the tower's width is used.",
-            claimed, _tower_name(request), actual,
+            claimed, tower, actual,
         )  # fmt: skip
 
 
-def _projector_part(
-    request: LoadRequest, vision: VisionPart, text_config: PreTrainedConfig
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Returns the projector's fields and, where a file is given, its weights."""
-    fields = dict(request.projector or {})
-    tensors = {}
-    if request.projector_path is not None:
-        fields, tensors = read_projector(request.projector_path, fields)
-    fields = {"type": "mlp", **fields}
-    PROJECTORS.check_fields(fields["type"], [name for name in fields if name != "type"])
-    if tensors:
-        probe = MoellavaConfig(
-            text_config=text_config,
-            vision_config=vision.config,
-            projector_config=fields,
-            encoder_type=vision.encoder_type,
-            image_token_id=0,
-            **{name: value for name, value in request.model_fields.items() if name != "encoder_type"},
-        )
-        check_projector(request.projector_path, tensors, probe)
-    return fields, tensors
+def projector_shapes(config: MoellavaConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the name and shape of every weight of a config's projector.
 
-
-def check_projector(path: str | os.PathLike, tensors: dict[str, torch.Tensor], config: MoellavaConfig) -> None:
-    """Raises a ValueError that lists every key and shape of a projector file which does not fit."""
-    from .modeling.encoders_moellava import encoder_for
-
+    Raises:
+        ValueError: There is no such projector, as an identity between unequal widths.
+    """
     with torch.device("meta"):
         projector = PROJECTORS[config.projector_config.type](
             encoder_for(config).feature_size, config.text_config.hidden_size, **config.projector_config.fields
         )
-    expected = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
+
+
+def fit_projector(
+    origin: str | os.PathLike,
+    tensors: dict[str, torch.Tensor],
+    config: MoellavaConfig,
+    expected: dict[str, tuple[int, ...]],
+) -> dict[str, torch.Tensor]:
+    """Returns a projector's weights under the names that the projector has; a prefix common to all is taken off.
+
+    Args:
+        origin (`str` or `os.PathLike`): Where the weights come from, for error messages.
+        tensors (`dict[str, torch.Tensor]`): The weights.
+        config (`MoellavaConfig`): What the projector is to be.
+        expected (`dict[str, tuple]`): Its `projector_shapes`.
+
+    Raises:
+        ValueError: They do not fit; the message lists every key and shape that does not.
+    """
+    prefix = os.path.commonprefix(list(tensors))
+    prefix = prefix[: prefix.rfind(".") + 1]
+    if prefix and set(tensors) == {f"{prefix}{name}" for name in expected}:
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     faults = [f"missing {name} {shape}" for name, shape in expected.items() if name not in given]
     faults += [f"unexpected {name} {shape}" for name, shape in given.items() if name not in expected]
@@ -453,22 +479,28 @@ def check_projector(path: str | os.PathLike, tensors: dict[str, torch.Tensor], c
     ]
     if faults:
         raise ValueError(
-            f"{path} does not fit a {config.projector_config.type!r} projector from {encoder_for(config).feature_size} "
-            f"to {config.text_config.hidden_size}: {'; '.join(faults)}."
+            f"{origin} does not fit a {config.projector_config.type!r} projector from "
+            f"{encoder_for(config).feature_size} to {config.text_config.hidden_size}: {'; '.join(faults)}. Name the "
+            "type and the fields of the projector that was saved, or give another file."
         )
+    return tensors
 
 
-def _dtype_of(language: LanguagePart) -> torch.dtype:
-    if isinstance(language.config.dtype, torch.dtype):
-        return language.config.dtype
-    return next((tensor.dtype for tensor in language.tensors.values() if tensor.is_floating_point()), torch.float32)
+def _dtype_of(config: PreTrainedConfig, tensors: dict[str, torch.Tensor]) -> torch.dtype:
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    return next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
 
 
 __all__ = [
     "PROJECTOR_PREFIX",
     "assemble",
-    "check_projector",
+    "fit_projector",
+    "projector_shapes",
     "read_custom_encoder",
+    "read_generation_config",
     "read_language_model",
+    "read_vision_part",
     "read_vision_tower",
+    "report_claims",
 ]

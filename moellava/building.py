@@ -15,6 +15,7 @@
 
 import copy
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,7 @@ IMAGE_TOKEN = "<image>"
 
 def build(
     config: MoellavaConfig,
-    tensors: dict[str, torch.Tensor],
+    tensors: dict[str, torch.Tensor] | str | os.PathLike,
     is_new: Callable[[str], bool] = lambda name: False,
     **options,
 ) -> MoellavaForCausalLM:
@@ -43,7 +44,8 @@ def build(
 
     Args:
         config (`MoellavaConfig`): What it is made of.
-        tensors (`dict[str, torch.Tensor]`): Weights under the names of the tree, memory-mapped or not.
+        tensors (`dict[str, torch.Tensor]`, `str` or `os.PathLike`):
+            Weights under the names of the tree, memory-mapped or not; or a checkpoint, a folder or a Hub id.
         is_new (callable): Which weights, by name, are to be initialised where `tensors` lacks them.
         options: Passed on to `from_pretrained`.
 
@@ -51,24 +53,34 @@ def build(
         ValueError: A weight is missing or has another shape than the config says.
     """
     options = {name: value for name, value in options.items() if value is not None}
-    try:
-        model, report = MoellavaForCausalLM.from_pretrained(
-            None, config=config, state_dict=tensors, output_loading_info=True, **options
+    name, state_dict = (None, tensors) if isinstance(tensors, dict) else (tensors, None)
+    # A weight of another shape is ignored only to be told of below: transformers' own error does not name it.
+    model, report = MoellavaForCausalLM.from_pretrained(
+        name, config=config, state_dict=state_dict, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    origin = "the parts' files" if name is None else f"the files of {name}"
+    misfits = sorted(report["mismatched_keys"])
+    if misfits:
+        faults = [f"{key} is {tuple(found)}, expected {tuple(expected)}" for key, found, expected in misfits]
+        raise ValueError(
+            f"{len(misfits)} weight(s) of {origin} have another shape than the config says: {_first_few(faults)}. The "
+            "files and the configs beside them do not belong together: save or download them again."
         )
-    except RuntimeError as error:
-        if "size mismatch" not in str(error) and "shape" not in str(error):
-            raise
-        raise ValueError(f"The weights do not have the shapes that the parts' configs say. {error}") from error
-    missing = sorted(name for name in report["missing_keys"] if not is_new(name))
+    missing = sorted(key for key in report["missing_keys"] if not is_new(key))
     if missing:
         raise ValueError(
-            f"{len(missing)} weights are missing from the parts' files, the first of them {missing[:3]}. The files and "
-            "the configs beside them do not belong together, or a file is incomplete."
+            f"{len(missing)} weight(s) are missing from {origin}: {_first_few(missing)}. A file is incomplete, or the "
+            "files and the configs beside them do not belong together: save or download them again."
         )
-    unexpected = sorted(report["unexpected_keys"])
-    if unexpected:
-        logger.info("Weights that no part uses: %s.", ", ".join(unexpected))
+    if report["missing_keys"]:
+        logger.info("newly initialised: %s", ", ".join(sorted(report["missing_keys"])))
+    if report["unexpected_keys"]:
+        logger.info("skipped, since no part uses them: %s", ", ".join(sorted(report["unexpected_keys"])))
     return model
+
+
+def _first_few(entries: list[str]) -> str:
+    return "; ".join(entries[:4]) + (f"; and {len(entries) - 4} more" if len(entries) > 4 else "")
 
 
 def make_processor(model: MoellavaForCausalLM, image_processor: Any, tokenizer: Any) -> MoellavaProcessor:

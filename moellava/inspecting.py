@@ -29,10 +29,9 @@ from typing import Any, NamedTuple
 import huggingface_hub
 import huggingface_hub.errors
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .configuration import MoellavaConfig, MoellavaEncoderConfig, MoellavaProjectorConfig
+from .configuration import MoellavaConfig, MoellavaProjectorConfig
+from .configuration.configuration_moellava import _part_config
 from .configuration.registry_moellava import ENCODERS, PROJECTORS
 from .loading import context_length
 from .modeling.encoders_moellava import encoder_for
@@ -301,7 +300,8 @@ def inspect_checkpoint(
 
 
 def _own_code(fields: Mapping[str, Any]) -> list[str]:
-    encoder, projector = fields.get("encoder_type"), (fields.get("projector_config") or {}).get("type")
+    encoder, projector = fields.get("encoder_type"), fields.get("projector_config")
+    projector = projector.get("type") if isinstance(projector, Mapping) else None
     own = [] if encoder is None or encoder in ENCODERS else [f"encoder {encoder!r}"]
     return own if projector is None or projector in PROJECTORS else [*own, f"projector {projector!r}"]
 
@@ -316,14 +316,7 @@ def _config_without_code(source: Source, fields: Mapping[str, Any]) -> SimpleNam
     declared = {field.name: field.default for field in dataclasses.fields(MoellavaConfig)}
     config = SimpleNamespace(**{**declared, **fields})
     for name in ("text_config", "vision_config"):
-        part = dict(fields[name])
-        model_type = part.pop("model_type", None)
-        if model_type == MoellavaEncoderConfig.model_type:
-            setattr(config, name, MoellavaEncoderConfig(**part))
-        elif model_type in CONFIG_MAPPING:
-            setattr(config, name, AutoConfig.for_model(model_type, **part))
-        else:
-            raise ValueError(f"{name}.model_type of {source} is {model_type!r}, which transformers does not have.")
+        setattr(config, name, _part_config(name, fields[name], {"model_type": None}))
     return config
 
 

@@ -13,15 +13,26 @@
 # limitations under the License.
 """`load_pretrained_model`: one call from a configuration to a model that is ready to use."""
 
+import importlib
 import logging
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoProcessor, BitsAndBytesConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from .assembling import PROJECTOR_PREFIX, assemble, check_projector, read_vision_tower
+from .assembling import (
+    PROJECTOR_PREFIX,
+    assemble,
+    fit_projector,
+    projector_shapes,
+    read_generation_config,
+    read_vision_part,
+    report_claims,
+)
 from .building import build, make_processor
 from .configuration import MoellavaConfig
 from .configuration.checkpoint_moellava import AUTO_MAP
@@ -37,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 # Left in full precision when a model is quantised: small, and what the rest depends on.
 _UNQUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+
+# What a device_map may say beside devices: transformers' ways of spreading a model, and where it may be put off to.
+_PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
 
 
 class LoadedModel(NamedTuple):
@@ -121,15 +135,11 @@ def load_pretrained_model(
     if model_name is not None:
         logger.debug("model_name %r has no effect: what a checkpoint is, its config tells.", model_name)
     request = read_request(model_path, keywords)
-    _show_logs(request)
     placement = _placement(request.options["device"], request.options["device_map"])
     request.options["quantization_config"] = _quantization(request.options)
-
-    if request.model_base is not None:
-        model = _load_adapter(request, placement)
-    else:
-        model = _load(request, placement)
-    _log_parts(model, request)
+    with _logs_shown(request.options["encoder_debug"] or request.options["projector_debug"]):
+        model = _load(request, placement) if request.model_base is None else _load_adapter(request, placement)
+        _log_parts(model, request)
     return LoadedModel(
         model, model.processor.image_processor, model.processor.tokenizer, context_length(model.config.text_config)
     )
@@ -156,17 +166,31 @@ def _load_checkpoint(source: Source, fields: dict[str, Any], request: LoadReques
     if own_code:
         return _load_with_its_own_code(source, own_code, request, options)
     config = MoellavaConfig.from_dict(dict(fields))
-    processor = AutoProcessor.from_pretrained(source.name, **source.hub_options)
+    processor = _read_processor(source)
     changed = {name: value for name, value in request.model_fields.items() if getattr(config, name) != value}
     if request.moe is not None and config.moe_config is not None:
         changed["moe_config"] = with_moe_changes(config, request.moe)
-    if _takes_other_parts(config, request):
-        return _load_with_other_parts(source, config, processor, changed, request, options)
-    if changed:
-        config = _with_changes(config, changed)
-    model = MoellavaForCausalLM.from_pretrained(source.name, config=config, **source.hub_options, **options)
-    model.processor = make_processor_like(processor, model) if changed else processor
-    return model
+    changed_config = config
+    if not _takes_other_parts(config, request):
+        if changed:
+            changed_config = _with_changes(config, changed)
+        if projector_shapes(changed_config) == projector_shapes(config):
+            report_claims(request, config.vision_config, f"of {source}")
+            source.tensors()  # opens every file, since transformers' errors on damaged ones do not say which it is
+            model = build(changed_config, source.name, **source.hub_options, **options)
+            model.processor = make_processor_like(processor, model) if changed else processor
+            return model
+    return _load_with_other_parts(source, config, processor, changed, request, options)
+
+
+def _read_processor(source: Source) -> Any:
+    try:
+        return AutoProcessor.from_pretrained(source.name, **source.hub_options)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"The processor of {source} cannot be loaded ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
+            "Expected processor_config.json and the tokenizer's files beside the model, as save_pretrained writes them."
+        ) from error
 
 
 def _takes_other_parts(config: MoellavaConfig, request: LoadRequest) -> bool:
@@ -192,28 +216,38 @@ def _load_with_other_parts(
     options: dict[str, Any],
 ) -> MoellavaForCausalLM:
     """Loads a checkpoint with another tower or projector, or upcycled."""
-    tensors = source.tensors()
-    new_projector = False
+    vision = None
     if _asks_for_another_tower(config, request):
-        vision = read_vision_tower(Source(request.vision_tower, request.hub_options), changed.get("encoder_type"))
+        vision = read_vision_part(request)
         changed |= {"vision_config": vision.config, "encoder_type": vision.encoder_type}
         changed["parts"] = {**(config.parts or {}), "vision_tower": request.vision_tower}
-        tensors = _with_part(tensors, "model.vision_tower.", vision.tensors)
         processor.image_processor = vision.image_processor
-    projector = _changed_projector(config, request)
-    if request.projector_path is not None:
-        changed["projector_config"], file_tensors = read_projector(request.projector_path, projector or {})
-        config = _with_changes(config, changed)
-        check_projector(request.projector_path, file_tensors, config)
-        tensors = _with_part(tensors, PROJECTOR_PREFIX, file_tensors)
     else:
-        if projector is not None:
-            changed["projector_config"] = projector
-        config = _with_changes(config, changed)
-        new_projector = projector is not None or not _projector_fits(tensors, config)
-        if new_projector:
-            logger.warning("The projector of %s does not fit what was asked for; a new one is initialised.", source)
-            tensors = _with_part(tensors, PROJECTOR_PREFIX, {})
+        report_claims(request, config.vision_config, f"of {source}")
+    projector, file_tensors = _changed_projector(config, request), None
+    if request.projector_path is not None:
+        own = {"type": config.projector_config.type, **config.projector_config.fields}
+        # Of an MLP the file itself tells what it is.
+        projector, file_tensors = read_projector(
+            request.projector_path, projector or ({} if own["type"] in ("linear", "mlp") else own)
+        )
+    if projector is not None:
+        changed["projector_config"] = projector
+    earlier_shapes, config = projector_shapes(config), _with_changes(config, changed)
+    shapes = projector_shapes(config)
+    if file_tensors is not None:
+        file_tensors = fit_projector(request.projector_path, file_tensors, config, shapes)
+
+    # What can be wrong apart from the weights has been found by now.
+    tensors = source.tensors()
+    if vision is not None:
+        tensors = _with_part(tensors, "model.vision_tower.", vision.tensors())
+    new_projector = file_tensors is None and (projector is not None or shapes != earlier_shapes)
+    if file_tensors is not None:
+        tensors = _with_part(tensors, PROJECTOR_PREFIX, file_tensors)
+    elif new_projector:
+        logger.warning("The projector of %s does not fit what was asked for; a new one is initialised.", source)
+        tensors = _with_part(tensors, PROJECTOR_PREFIX, {})
     new_experts = request.moe is not None and config.moe_config is None
     if new_experts:
         config, tensors = upcycled(config, tensors, request.moe)
@@ -225,6 +259,7 @@ def _load_with_other_parts(
         ),
         **options,
     )
+    model.generation_config = read_generation_config(source) or model.generation_config
     model.processor = make_processor_like(processor, model)
     return model
 
@@ -240,20 +275,6 @@ def _with_changes(config: MoellavaConfig, changed: dict[str, Any]) -> MoellavaCo
     if "vision_config" in changed and "encoder_type" not in changed:
         fields["encoder_type"] = None
     return MoellavaConfig.from_dict(fields | changed)
-
-
-def _projector_fits(tensors: dict[str, torch.Tensor], config: MoellavaConfig) -> bool:
-    own = {
-        name.removeprefix(PROJECTOR_PREFIX): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(PROJECTOR_PREFIX)
-    }
-    try:
-        check_projector("the checkpoint", own, config)
-    except ValueError as error:
-        logger.info("%s", error)
-        return False
-    return True
 
 
 def _changed_projector(config: MoellavaConfig, request: LoadRequest) -> dict[str, Any] | None:
@@ -279,11 +300,12 @@ def make_processor_like(processor: Any, model: MoellavaForCausalLM) -> Any:
 
 def _needs_its_own_code(fields: dict[str, Any]) -> str | None:
     """Returns the name of a part of the checkpoint that is not registered here, if there is one."""
-    projector = (fields.get("projector_config") or {}).get("type", "mlp")
-    encoder = fields.get("encoder_type")
-    if encoder is not None and encoder not in ENCODERS:
-        return encoder
-    return None if projector in PROJECTORS else projector
+    projector = fields.get("projector_config")
+    projector = projector.get("type") if isinstance(projector, dict) else None
+    for name, registry in ((fields.get("encoder_type"), ENCODERS), (projector, PROJECTORS)):
+        if isinstance(name, str) and name not in registry:
+            return name
+    return None
 
 
 def _load_with_its_own_code(source: Source, part: str, request: LoadRequest, options: dict[str, Any]) -> Any:
@@ -341,48 +363,80 @@ def context_length(text_config: Any) -> int:
 
 
 def _placement(device: Any, device_map: Any) -> Any:
-    """Returns the `device_map` for `from_pretrained`."""
+    """Returns the `device_map` for `from_pretrained`, of which every device is there."""
     if device_map is not None:
         if device is not None:
             raise ValueError(f"device is {str(device)!r} and device_map is {device_map!r}; give one of the two.")
+        for place in device_map.values() if isinstance(device_map, Mapping) else [device_map]:
+            if place not in _PLACEMENTS:
+                _device("device_map", place)
         return device_map
     if device is None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return {"": accelerator or torch.device("cpu")}
+    return {"": _device("device", device)}
+
+
+def _device(argument: str, given: Any) -> torch.device:
     try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device is {device!r}, which PyTorch does not know ({error}).") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+        device = torch.device(given)
+    except (RuntimeError, TypeError) as error:
+        placements = f", or one of {', '.join(_PLACEMENTS)}" if argument == "device_map" else ""
         raise ValueError(
-            "device is 'cuda', but this machine has no CUDA device that PyTorch can use. Use device='cpu'."
+            f"{argument} is {given!r}, which is no device. Expected such as 'cpu', 'cuda' or 'cuda:0'{placements}."
+        ) from error
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type)
+    if available is not None and not available():
+        raise ValueError(
+            f"{argument} is {given!r}, but this machine has no {device.type.upper()} device that PyTorch can use. Use "
+            f"{argument}='cpu', or leave it out to get the best device there is."
         )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device is 'mps', but this machine has none that PyTorch can use. Use device='cpu'.")
-    return {"": device}
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"{argument} is {given!r}, but this machine has {torch.cuda.device_count()} CUDA device(s), counted from 0."
+        )
+    return device
 
 
 def _quantization(options: dict[str, Any]) -> Any:
     if not options["load_4bit"] and not options["load_8bit"]:
         return options["quantization_config"]
+    try:
+        importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise ImportError(
+            f"{'load_4bit' if options['load_4bit'] else 'load_8bit'} needs bitsandbytes, which is not installed: "
+            "`pip install moellava[quantized]`."
+        ) from error
     if options["load_8bit"]:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(_UNQUANTISED))
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=options["dtype"] if isinstance(options["dtype"], torch.dtype) else torch.bfloat16,
+        bnb_4bit_compute_dtype=options["dtype"] or torch.bfloat16,
         llm_int8_skip_modules=list(_UNQUANTISED),
     )
 
 
-def _show_logs(request: LoadRequest) -> None:
-    """Makes the package's log visible where a user asked for it and has configured no logging."""
-    if request.options["encoder_debug"] or request.options["projector_debug"]:
-        package = logging.getLogger("moellava")
-        package.setLevel(logging.INFO)
-        if not package.hasHandlers():
-            package.addHandler(logging.StreamHandler())
+@contextmanager
+def _logs_shown(wanted: bool) -> Iterator[None]:
+    """Makes the package's log visible while a model is loaded whose user asked for it; on a terminal of its own where
+    no logging is configured."""
+    if not wanted:
+        yield
+        return
+    package = logging.getLogger("moellava")
+    level, handler = package.level, None if package.hasHandlers() else logging.StreamHandler()
+    package.setLevel(min(logging.INFO, package.getEffectiveLevel()))
+    if handler is not None:
+        package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
+        if handler is not None:
+            package.removeHandler(handler)
 
 
 def _log_parts(model: Any, request: LoadRequest) -> None:

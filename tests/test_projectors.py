@@ -536,7 +536,7 @@ def test_learned_tokens_differ(name):
 def test_default_number_of_heads(width, heads):
     with torch.device("meta"):
         qformer = QFormerProjector(VISION, TEXT, qformer_hidden_size=width, num_hidden_layers=1)
-        perceiver = PerceiverProjector(VISION, width, num_hidden_layers=1)
+        perceiver = PerceiverProjector(VISION, TEXT, latent_dim=width, num_hidden_layers=1)
     assert qformer.qformer.encoder.config.num_attention_heads == heads
     assert perceiver.layers[0].self_attn.num_heads == heads
     assert perceiver.layers[0].self_attn.head_dim * heads == width
@@ -551,10 +551,10 @@ def test_default_sizes_follow_the_text_width_and_the_papers():
     assert all(layer.has_cross_attention for layer in qformer.qformer.encoder.layer)
     assert qformer.qformer.encoder.layer[0].intermediate_query.dense.out_features == 3072
     assert qformer.language_projection.weight.shape == (2048, 768)
-    assert perceiver.latents.shape == (64, 2048)
+    assert perceiver.latents.shape == (64, 1024)
     assert len(perceiver.layers) == 3
-    assert perceiver.input_projection.weight.shape == (2048, 1024)
-    assert perceiver.output_projection.weight.shape == (2048, 2048)
+    assert perceiver.input_projection.weight.shape == (1024, 1024)
+    assert perceiver.output_projection.weight.shape == (2048, 1024)
 
 
 # Errors
