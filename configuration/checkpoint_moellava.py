@@ -19,11 +19,8 @@ cannot do this from a layout of several folders, so this file does; it travels t
 the package must be able to save itself again.
 """
 
-import ast
 import ctypes
 import errno
-import importlib.metadata
-import inspect
 import os
 import re
 import shutil
@@ -35,11 +32,12 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from .custom_code_moellava import CUSTOM_MODULE, custom_sources
+
 
 logger = logging.get_logger(__name__)
 
 ENTRY_MODULE = "moellava_entry"
-CUSTOM_MODULE = "moellava_custom"
 ROOMS = ("configuration", "modeling", "processing")
 
 # One entry file for all five: with several, transformers imports the same class once per file from a local folder, and
@@ -129,121 +127,17 @@ def export_code(
             or its file imports a module that no installed distribution provides.
     """
     folder = Path(folder)
-    written = []
-    flat = is_flat()
-    for name, path in travelling_files().items():
-        if name == f"{CUSTOM_MODULE}.py":
-            continue
-        source = path.read_text(encoding="utf-8")
-        written.append(_write(folder / name, source if flat else flatten_imports(source)))
-    written.append(_write(folder / f"{ENTRY_MODULE}.py", _ENTRY_SOURCE))
-
-    custom = folder / f"{CUSTOM_MODULE}.py"
-    if flat:
-        written.append(_write(custom, (Path(__file__).parent / custom.name).read_text(encoding="utf-8")))
-    elif parts is not None or earlier is None or not (Path(earlier) / custom.name).exists():
-        written += _export_custom_parts(folder, list(parts or ()))
-    return written
-
-
-def _write(path: Path, source: str) -> Path:
-    path.write_text(source, encoding="utf-8")
-    return path
-
-
-def _export_custom_parts(folder: Path, parts: list[type]) -> list[Path]:
-    """Copies the files of the parts that are not of this package, and writes the module that imports them."""
-    package = __name__.rpartition(".configuration.")[0]
-    custom = {part: _custom_source(part) for part in parts if not part.__module__.startswith(f"{package}.")}
-    written: dict[str, Path] = {}
-    for source_file in custom.values():
-        _copy_custom_file(source_file, folder, written)
-    lines = ['"""The parts of this model that its author wrote: importing this registers them."""', ""]
-    lines += [f"from .{_custom_name(source_file)} import {part.__name__}" for part, source_file in custom.items()]
-    lines += ["", "", f"CUSTOM_PARTS = [{', '.join(part.__name__ for part in custom)}]", ""]
-    return [*written.values(), _write(folder / f"{CUSTOM_MODULE}.py", "\n".join(lines))]
-
-
-def _custom_source(part: type) -> Path:
-    try:
-        source_file = inspect.getsourcefile(part)
-    except TypeError:
-        source_file = None
-    if part.__module__ == "__main__" or source_file is None or not Path(source_file).is_file():
-        raise ValueError(
-            f"{part.__qualname__} cannot travel in a checkpoint, because it is defined in "
-            f"{'a script' if part.__module__ == '__main__' else 'no file'}. Move it into a Python file of its own and "
-            "import it from there."
-        )
-    return Path(source_file)
-
-
-def _custom_name(source_file: Path) -> str:
-    stem = re.sub(r"\W", "_", source_file.stem)
-    return stem if stem.startswith("custom_") else f"custom_{stem}"
-
-
-def _copy_custom_file(source_file: Path, folder: Path, written: dict[str, Path]) -> None:
-    """Copies a user's file and the siblings that it imports relatively, under flat names."""
-    name = _custom_name(source_file)
-    if name in written:
-        return
-    source = source_file.read_text(encoding="utf-8")
-    tree = ast.parse(source, filename=str(source_file))
-    lines = source.splitlines(keepends=True)
-    written[name] = folder / f"{name}.py"
-    for node in [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]:
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                _check_importable(alias.name, source_file)
-        elif node.level == 0 and (node.module == "moellava" or node.module.startswith("moellava.")):
-            lines[node.lineno - 1] = _flat_package_import(node, source_file)
-            for index in range(node.lineno, node.end_lineno):
-                lines[index] = ""
-        elif node.level == 0:
-            _check_importable(node.module, source_file)
-        else:
-            sibling = source_file.parent / f"{node.module}.py" if node.level == 1 and node.module else None
-            if sibling is None or not sibling.is_file():
-                raise ValueError(
-                    f"{source_file} line {node.lineno}: a part that travels may import only files beside its own, as "
-                    "`from .name import x`."
-                )
-            _copy_custom_file(sibling, folder, written)
-            start = lines[node.lineno - 1]
-            lines[node.lineno - 1] = start.replace(f"from .{node.module} ", f"from .{_custom_name(sibling)} ", 1)
-    _write(written[name], "".join(lines))
-
-
-def _flat_package_import(node: ast.ImportFrom, source_file: Path) -> str:
-    """`from moellava import X` becomes `from .file_that_defines_X import X`."""
-    homes: dict[str, list[str]] = {}
-    public = sys.modules[node.module] if node.module in sys.modules else None
-    for alias in node.names:
-        value = getattr(public, alias.name, None)
-        home = getattr(value, "__module__", None)
-        if inspect.ismethod(value):  # the registering decorators are bound methods of their registry
-            home = "registry_moellava"
-        home = "" if home is None else home.rpartition(".")[2]
-        if f"{home}.py" not in travelling_files():
-            raise ValueError(
-                f"{source_file} line {node.lineno}: `{alias.name}` of `{node.module}` does not travel in a checkpoint. "
-                "A part may import register_encoder, register_projector, and what the configuration, modeling and "
-                "processing folders define."
-            )
-        homes.setdefault(home, []).append(alias.name + (f" as {alias.asname}" if alias.asname else ""))
-    indent = " " * node.col_offset
-    return "".join(f"{indent}from .{home} import {', '.join(names)}\n" for home, names in homes.items())
-
-
-def _check_importable(module: str, source_file: Path) -> None:
-    top = module.partition(".")[0]
-    if top in sys.stdlib_module_names or top in importlib.metadata.packages_distributions():
-        return
-    raise ValueError(
-        f"{source_file} imports `{module}`, which no installed distribution provides, so a checkpoint could not be "
-        f"loaded elsewhere. Put the code into the same file, or beside it and import it as `from .{top} import ...`."
-    )
+    files = travelling_files()
+    if is_flat():
+        sources = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    else:
+        sources = {name: flatten_imports(path.read_text(encoding="utf-8")) for name, path in files.items()}
+        if parts is not None or earlier is None or not (Path(earlier) / f"{CUSTOM_MODULE}.py").exists():
+            sources |= custom_sources(parts or (), files)
+    sources[f"{ENTRY_MODULE}.py"] = _ENTRY_SOURCE
+    for name, source in sources.items():
+        (folder / name).write_text(source, encoding="utf-8")
+    return [folder / name for name in sources]
 
 
 @contextmanager

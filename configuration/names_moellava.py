@@ -26,7 +26,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .registry_moellava import known_names
+from .registry_moellava import PROJECTORS, known_names
 
 
 # name -> (section, canonical name)
@@ -68,9 +68,8 @@ FIELD_NAMES: dict[str, tuple[str, str]] = {
 }
 
 # Inside an object or dictionary that describes one part, short names are unambiguous.
-PROJECTOR_FIELD_NAMES = {"projector_type": "type", "mm_projector_type": "type", "image_projector_type": "type"} | {
-    "num_layers": "num_hidden_layers",
-    "mm_projector_hidden_size": "hidden_size",
+PROJECTOR_FIELD_NAMES = {name: place[1] for name, place in FIELD_NAMES.items() if place[0] == "projector"} | {
+    "num_layers": "num_hidden_layers"
 }
 VISION_FIELD_NAMES: dict[str, tuple[str, str]] = {
     **{name: place for name, place in FIELD_NAMES.items() if place[0] in ("model", "check")},
@@ -82,6 +81,7 @@ VISION_FIELD_NAMES: dict[str, tuple[str, str]] = {
     "type": ("model", "encoder_type"),
     "select_layer": ("model", "vision_feature_layer"),
     "select_feature": ("model", "vision_feature_select_strategy"),
+    "use_encoder_framework": ("check", "use_encoder_framework"),  # chose between two loaders of the older builder
 }
 
 # `hidden_size` means the width of the projector's own layers, which Q-Former and Perceiver call by other names.
@@ -119,29 +119,40 @@ _MOE_FIELDS_WITHOUT_EFFECT = ("ep_size", "moe_enable", "train_modules")
 
 ENCODER_ALIASES = {"sigclip": "siglip", "medclip": "biomedclip"}
 STRATEGY_ALIASES = {"cls_patch": "full"}
+# The values of fields of the model that take one of a few words.
+CHOICES = {
+    "image_aspect_ratio": ("pad", "square"),
+    "vision_feature_select_strategy": ("default", "patch", "cls", "full"),
+}
 _MLP_TYPE = re.compile(r"mlp(\d+)x_gelu")
 
 
 def canonical_encoder_type(encoder_type: str) -> str:
     """Returns the registry's name of an encoder, for any accepted spelling."""
-    return ENCODER_ALIASES.get(encoder_type, encoder_type)
+    return ENCODER_ALIASES.get(encoder_type, encoder_type) if isinstance(encoder_type, str) else encoder_type
 
 
 def canonical_strategy(strategy: str) -> str:
     """Returns the name that `vision_feature_select_strategy` takes, for any accepted spelling."""
-    return STRATEGY_ALIASES.get(strategy, strategy)
+    return STRATEGY_ALIASES.get(strategy, strategy) if isinstance(strategy, str) else strategy
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises a ValueError unless a field's value is one of the words that it takes."""
+    if value not in choices:
+        raise ValueError(f"Unknown {name} {value!r}{known_names(value, choices)}")
 
 
 def canonical_projector(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Translates a projector's fields to those of its class.
 
     `{"type": "mlp2x_gelu"}` becomes `{"type": "mlp", "num_hidden_layers": 2}`, and `hidden_size` becomes the width
-    field of the type.
+    field of the type. A field that the class itself calls so is left alone.
 
     Raises:
         ValueError: The type says another number of layers than `num_hidden_layers`, or two names of one field differ.
     """
-    fields = {key: value for key, value in fields.items() if value is not None}
+    fields = _under_own_names(fields)
     kind = fields.get("type", "mlp")
     match = _MLP_TYPE.fullmatch(kind) if isinstance(kind, str) else None
     if match is not None:
@@ -152,12 +163,30 @@ def canonical_projector(fields: Mapping[str, Any]) -> dict[str, Any]:
                 f"{fields['num_hidden_layers']}. Give one of the two."
             )
         kind = "mlp"
-    width = PROJECTOR_WIDTH_FIELDS.get(kind)
-    if width is not None and "hidden_size" in fields:
+    width = PROJECTOR_WIDTH_FIELDS.get(kind) if isinstance(kind, str) else None
+    if width is not None and "hidden_size" in fields and "hidden_size" not in PROJECTORS.fields(kind):
         value = fields.pop("hidden_size")
         if fields.setdefault(width, value) != value:
             raise ValueError(f"hidden_size is {value} and {width} is {fields[width]}; they are one field. Give one.")
     return {**fields, "type": kind}
+
+
+def _under_own_names(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Renames the fields of a projector that have several names, except where its class has a field of that name."""
+    names = [name for name, canonical in PROJECTOR_FIELD_NAMES.items() if canonical == "type"]
+    kind = next((fields[name] for name in ("type", *names) if fields.get(name) is not None), None)
+    own = PROJECTORS.fields(kind) if kind in PROJECTORS else ()
+    canonical: dict[str, Any] = {}
+    for name, value in fields.items():
+        if value is None:
+            continue
+        renamed = name if name in own else PROJECTOR_FIELD_NAMES.get(name, name)
+        if canonical.setdefault(renamed, value) != value:
+            raise ValueError(
+                f"Two values are given for the projector's {renamed}: {canonical[renamed]!r} and {value!r} (as {name!r}). "
+                "Give one of them."
+            )
+    return canonical
 
 
 def canonical_moe(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,6 +259,7 @@ def translate_fields(
 
 
 __all__ = [
+    "CHOICES",
     "FIELD_NAMES",
     "MOE_FIELD_NAMES",
     "PROJECTOR_FIELD_NAMES",
@@ -238,5 +268,6 @@ __all__ = [
     "canonical_moe",
     "canonical_projector",
     "canonical_strategy",
+    "check_choice",
     "translate_fields",
 ]

@@ -17,6 +17,7 @@ The tree is that of transformers' LLaVA: `model.vision_tower`, `model.multi_moda
 `lm_head`.
 """
 
+import copy
 import os
 import warnings
 from dataclasses import dataclass
@@ -406,6 +407,14 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
     ) -> BaseModelOutputWithPooling:
         """Encodes and projects pictures; see `MoellavaModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
+
+    def generate(self, *args, mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None, **kwargs):
+        """Generates tokens; arguments as in transformers, and those of `forward`."""
+        if mm_encoder_outputs is not None:
+            # With beams, or several sequences for a prompt, transformers repeats the features in the very object that
+            # it is given: the next question about the same pictures would get those of others.
+            kwargs["mm_encoder_outputs"] = {name: copy.copy(output) for name, output in mm_encoder_outputs.items()}
+        return super().generate(*args, **kwargs)
 
     @can_return_tuple
     def forward(

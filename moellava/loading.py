@@ -36,6 +36,7 @@ from .assembling import (
 from .building import build, make_processor
 from .configuration import MoellavaConfig
 from .configuration.checkpoint_moellava import AUTO_MAP
+from .configuration.names_moellava import canonical_projector
 from .configuration.registry_moellava import ENCODERS, PROJECTORS
 from .modeling import MoellavaForCausalLM
 from .projector_files import read_projector
@@ -283,7 +284,8 @@ def _changed_projector(config: MoellavaConfig, request: LoadRequest) -> dict[str
     own = {"type": config.projector_config.type, **config.projector_config.fields}
     if asked is None:
         return None
-    if asked.get("type", own["type"]) == own["type"]:
+    asked = canonical_projector({"type": own["type"], **asked})
+    if asked["type"] == own["type"]:
         if all(own.get(name) == value for name, value in asked.items()):
             return None
         asked = own | asked
@@ -322,6 +324,7 @@ def _load_with_its_own_code(source: Source, part: str, request: LoadRequest, opt
         )
     model_class = get_class_from_dynamic_module(AUTO_MAP["AutoModelForCausalLM"], source.name, **source.hub_options)
     processor_class = get_class_from_dynamic_module(AUTO_MAP["AutoProcessor"], source.name, **source.hub_options)
+    source.tensors()  # opens every file, since transformers' errors on damaged ones do not say which it is
     model = model_class.from_pretrained(source.name, **source.hub_options, **options)
     model.processor = processor_class.from_pretrained(source.name, **source.hub_options)
     return model

@@ -22,10 +22,12 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+import torch
+
 from .configuration.names_moellava import (
+    CHOICES,
     FIELD_NAMES,
     PROJECTOR_FIELD_NAMES,
     VISION_FIELD_NAMES,
@@ -33,6 +35,7 @@ from .configuration.names_moellava import (
     canonical_moe,
     canonical_projector,
     canonical_strategy,
+    check_choice,
     translate_fields,
 )
 from .configuration.registry_moellava import PROJECTORS, known_names
@@ -52,7 +55,13 @@ _OPTIONS: dict[str, Any] = {
     "projector_debug": False,
     "quantization_config": None,
 }
-_OPTION_NAMES = {"torch_dtype": "dtype", "load_in_4bit": "load_4bit", "load_in_8bit": "load_8bit"}
+_OPTION_NAMES = {
+    "load_in_4bit": "load_4bit",
+    "load_in_8bit": "load_8bit",
+    "precision": "dtype",
+    "torch_dtype": "dtype",
+}
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "trust_remote_code")
 _MODEL_OPTIONS = (
     "attn_implementation",
@@ -66,7 +75,16 @@ _MODEL_OPTIONS = (
     "use_kernels",
     "use_safetensors",
 )
-_PART_OPTIONS = ("custom_vision_config", "moe_config", "projector_config")
+# Objects and dictionaries that describe one part each, and what the older builder's files call them.
+_PARTS: dict[str, tuple[str, str]] = {
+    "custom_vision_config": ("part", "custom_vision_config"),
+    "image_encoder": ("part", "custom_vision_config"),
+    "vision_config": ("part", "custom_vision_config"),
+    "moe_config": ("part", "moe_config"),
+    "projector": ("part", "projector_config"),
+    "projector_config": ("part", "projector_config"),
+    "video_encoder": ("video", "video_encoder"),
+}
 
 
 @dataclasses.dataclass
@@ -103,6 +121,9 @@ class LoadRequest:
 def read_request(configuration: Any, keywords: Mapping[str, Any]) -> LoadRequest:
     """Makes one request of a configuration and keywords.
 
+    What is given by keyword wins over the objects `custom_vision_config`, `projector_config` and `moe_config`, and these
+    over the fields of the configuration. `None` counts as not given.
+
     Args:
         configuration (`str`, `os.PathLike`, `Mapping`, dataclass or object): The model's path, or a configuration.
         keywords (`Mapping[str, Any]`): What was given by keyword.
@@ -114,53 +135,83 @@ def read_request(configuration: Any, keywords: Mapping[str, Any]) -> LoadRequest
     if configuration is None or isinstance(configuration, str | os.PathLike):
         given = {"model_path": configuration}
     else:
-        given = _as_fields(configuration, "the configuration")
-    layers = [_read_layer(given, "the configuration"), _read_layer(keywords, "the arguments")]
+        given = _as_fields(configuration, "The configuration")
+    fields, parts = _read_layer(given, "the configuration")
+    keyword_fields, keyword_parts = _read_layer(keywords, "the arguments")
+    flat_type = (fields.get("projector", {}) | keyword_fields.get("projector", {})).get("type")
 
     merged: dict[str, dict[str, Any]] = {}
-    for layer in layers:  # the later one wins
+    for layer in (fields, _read_parts(parts, flat_type), _read_parts(keyword_parts, flat_type), keyword_fields):
         projector = _stacked_projector(merged.get("projector"), layer.get("projector"))
-        for section, fields in layer.items():
-            merged.setdefault(section, {}).update(fields)
+        for section, values in layer.items():
+            merged.setdefault(section, {}).update(values)
         if projector is not None:
             merged["projector"] = projector
 
-    source, model_fields = merged.get("source", {}), merged.get("model", {})
+    source = merged.get("source", {})
     if source.get("model_path") in (None, ""):
         raise ValueError(
             "No model to load: give model_path (or model_name_or_path), a checkpoint of this package or a language "
             "model, as a folder or a Hub id."
         )
-    if "encoder_type" in model_fields:
-        model_fields["encoder_type"] = canonical_encoder_type(model_fields["encoder_type"])
-    if "vision_feature_select_strategy" in model_fields:
-        strategy = canonical_strategy(model_fields["vision_feature_select_strategy"])
-        strategies = ("default", "patch", "cls", "full")
-        if strategy not in strategies:
-            raise ValueError(f"Unknown vision_feature_select_strategy {strategy!r}{known_names(strategy, strategies)}")
-        model_fields["vision_feature_select_strategy"] = strategy
-    options = {**_OPTIONS, **merged.get("option", {})}
-    if options["load_4bit"] and options["load_8bit"]:
-        raise ValueError("load_4bit and load_8bit are both set; a model is loaded in one of them. Leave one out.")
-    if options["quantization_config"] is not None and (options["load_4bit"] or options["load_8bit"]):
-        raise ValueError("quantization_config says how to quantise already; leave load_4bit and load_8bit out.")
-
     projector = merged.get("projector")
     path = projector.pop("path", None) if projector else None
     return LoadRequest(
-        model_path=os.fspath(source["model_path"]),
+        model_path=_path_or_none(source["model_path"]),
         model_base=_path_or_none(source.get("model_base")),
         vision_tower=_path_or_none(source.get("vision_tower")),
         encoder_fields=merged.get("encoder", {}),
         projector=projector or None,
         projector_path=_path_or_none(path),
         moe=merged.get("moe"),
-        model_fields=model_fields,
+        model_fields=_checked_model_fields(merged.get("model", {})),
         claims=merged.get("check", {}),
-        options=options,
+        options=_checked_options({**_OPTIONS, **merged.get("option", {})}),
         hub_options=merged.get("hub", {}),
         model_options=merged.get("loading", {}),
     )
+
+
+def _checked_model_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of `MoellavaConfig` under the values that it takes; what depends on the parts, it checks."""
+    if "encoder_type" in fields:
+        fields["encoder_type"] = canonical_encoder_type(fields["encoder_type"])
+    if "vision_feature_select_strategy" in fields:
+        fields["vision_feature_select_strategy"] = canonical_strategy(fields["vision_feature_select_strategy"])
+    for name, choices in CHOICES.items():
+        if name in fields:
+            check_choice(name, fields[name], choices)
+    if isinstance(fields.get("vision_feature_layer"), tuple):
+        fields["vision_feature_layer"] = list(fields["vision_feature_layer"])
+    return fields
+
+
+def _checked_options(options: dict[str, Any]) -> dict[str, Any]:
+    for name, default in _OPTIONS.items():
+        if isinstance(default, bool) and not isinstance(options[name], bool):
+            raise TypeError(f"{name} is {options[name]!r}; expected True or False.")
+    if options["load_4bit"] and options["load_8bit"]:
+        raise ValueError("load_4bit and load_8bit are both set; a model is loaded in one of them. Leave one out.")
+    if options["quantization_config"] is not None and (options["load_4bit"] or options["load_8bit"]):
+        raise ValueError("quantization_config says how to quantise already; leave load_4bit and load_8bit out.")
+    options["dtype"] = _dtype(options["dtype"])
+    return options
+
+
+def _dtype(given: Any) -> torch.dtype | None:
+    """Returns the dtype of that name, or `None` for the weights' own."""
+    if given in (None, "auto"):
+        return None
+    dtype = given
+    if isinstance(given, str):
+        name = given.removeprefix("torch.").lower()
+        dtype = getattr(torch, _SHORT_DTYPES.get(name, name), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(
+            f"dtype is {given!r}; expected a floating-point dtype of PyTorch or its name, such as 'bfloat16', or 'auto' "
+            "for the dtype that the weights are saved in."
+        )
+    return dtype
 
 
 def _path_or_none(value: Any) -> str | None:
@@ -168,25 +219,38 @@ def _path_or_none(value: Any) -> str | None:
         return None
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{value!r} is no path: expected a folder, a file or a Hub id as a string.")
-    return str(Path(value)) if isinstance(value, os.PathLike) else value
+    return os.fspath(value)
 
 
 def _as_fields(value: Any, origin: str) -> dict[str, Any]:
     """Returns the fields of a dictionary, a dataclass or an object with attributes."""
     if isinstance(value, Mapping):
         return dict(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if isinstance(value, type):
+        raise TypeError(f"{origin} is the class {value.__name__}; expected an instance of it: {value.__name__}().")
+    if dataclasses.is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, str | bytes | int | float | bool | list | tuple | set | type) or callable(value):
-        raise TypeError(
-            f"{origin} is a {type(value).__name__}; expected a dictionary, a dataclass instance or an object with "
-            "attributes."
-        )
-    names = [name for name in dir(value) if not name.startswith("_")]
-    fields = {name: getattr(value, name) for name in names if not callable(getattr(value, name))}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return value._asdict()
+    if callable(getattr(value, "model_dump", None)):  # pydantic's models, whose attributes include their machinery
+        return value.model_dump()
+    fields = {}
+    if not isinstance(value, str | bytes | int | float | complex | list | tuple | set | frozenset) and not callable(
+        value
+    ):
+        names = [name for name in dir(value) if not name.startswith("_")]
+        fields = {name: getattr(value, name) for name in names if not callable(getattr(value, name))}
     if not fields:
-        raise TypeError(f"{origin} is a {type(value).__name__} without attributes; expected a dictionary or dataclass.")
+        raise TypeError(
+            f"{origin} is {_shortened(value)} of type {type(value).__name__}; expected a dictionary, a dataclass "
+            "instance or an object with attributes."
+        )
     return fields
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _own_defaults(value: Any) -> dict[str, Any]:
@@ -197,40 +261,39 @@ def _own_defaults(value: Any) -> dict[str, Any]:
         return {
             field.name: field.default for field in dataclasses.fields(value) if field.default is not dataclasses.MISSING
         }
-    return {name: default for name, default in vars(type(value)).items() if not name.startswith("_")}
+    if isinstance(value, tuple):
+        return dict(getattr(value, "_field_defaults", {}))
+    fields = getattr(type(value), "model_fields", None)  # pydantic's
+    if isinstance(fields, Mapping):
+        return {name: getattr(field, "default", None) for name, field in fields.items()}
+    cls = type(value)
+    return {name: getattr(cls, name) for name in dir(cls) if not name.startswith("_")}
 
 
-def _read_layer(given: Mapping[str, Any], origin: str) -> dict[str, dict[str, Any]]:
-    """Sorts one layer of what was given into sections; its part objects win over its flat fields."""
-    flat, sections = {}, {}
-    parts = {name: given[name] for name in _PART_OPTIONS if given.get(name) is not None}
-    for name, value in given.items():
-        name = _OPTION_NAMES.get(name, name)
-        if name in _PART_OPTIONS:
-            continue
-        for section, names in (("option", _OPTIONS), ("hub", _HUB_OPTIONS), ("loading", _MODEL_OPTIONS)):
-            if name in names:
-                if value is not None:
-                    sections.setdefault(section, {})[name] = value
-                break
-        else:
-            flat[name] = value
-    others = dict.fromkeys((*_OPTIONS, *_HUB_OPTIONS, *_MODEL_OPTIONS, *_PART_OPTIONS), ("", ""))
-    for name in flat:
-        if name not in FIELD_NAMES:
-            raise ValueError(f"Unknown field {name!r} in {origin}{known_names(name, [*FIELD_NAMES, *others])}")
-    for section, fields in translate_fields(flat, origin).items():
-        sections.setdefault(section, {}).update(fields)
-    if "custom_vision_config" in parts:
-        for section, fields in _read_vision(parts["custom_vision_config"]).items():
-            sections.setdefault(section, {}).update(fields)
-    if "moe_config" in parts:
-        sections["moe"] = _read_moe(parts["moe_config"])
+def _read_layer(given: Mapping[str, Any], origin: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Sorts one layer of what was given into sections, and into the objects that describe one part each."""
+    known = {**FIELD_NAMES, **_PARTS, **{name: ("option", canonical) for name, canonical in _OPTION_NAMES.items()}}
+    for section, names in (("option", _OPTIONS), ("hub", _HUB_OPTIONS), ("loading", _MODEL_OPTIONS)):
+        known |= {name: (section, name) for name in names}
+    sections = translate_fields(given, origin, names=known)
+    if sections.pop("video", None):
+        raise ValueError(f"video_encoder is given in {origin}, but videos are not supported. Leave it out.")
+    parts = sections.pop("part", {})
     if "projector" in sections:
         sections["projector"] = canonical_projector_fields(sections["projector"])
+    return sections, parts
+
+
+def _read_parts(parts: Mapping[str, Any], flat_type: str | None) -> dict[str, dict[str, Any]]:
+    """Sorts the fields of the objects that describe one part each; `flat_type` is the projector's type beside them."""
+    sections: dict[str, dict[str, Any]] = {}
+    if "custom_vision_config" in parts:
+        sections = _read_vision(parts["custom_vision_config"])
+    if "moe_config" in parts:
+        sections["moe"] = _read_moe(parts["moe_config"])
     if "projector_config" in parts:
-        own = _read_projector(parts["projector_config"], sections.get("projector", {}).get("type"))
-        sections["projector"] = _stacked_projector(sections.get("projector"), own)
+        sections["projector"], claims = _read_projector(parts["projector_config"], flat_type)
+        sections["check"] = sections.get("check", {}) | claims
     return sections
 
 
@@ -256,31 +319,32 @@ def is_custom_encoder(encoder_type: str) -> bool:
     return encoder_type in ENCODERS and not issubclass(ENCODERS[encoder_type], VisionEncoder)
 
 
-def canonical_projector_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """`canonical_projector` for fields that may leave the type open."""
-    canonical = canonical_projector(fields)
-    return canonical if fields.get("type") is not None else {k: v for k, v in canonical.items() if k != "type"}
+def canonical_projector_fields(fields: Mapping[str, Any], kind: str | None = None) -> dict[str, Any]:
+    """`canonical_projector` for fields that may leave the type open; `kind` is the type where they do."""
+    if any(PROJECTOR_FIELD_NAMES.get(name, name) == "type" for name in fields):
+        return canonical_projector(fields)
+    canonical = canonical_projector({**fields, **({} if kind is None else {"type": kind})})
+    return {name: value for name, value in canonical.items() if name != "type"}
 
 
-def _read_projector(value: Any, flat_type: str | None) -> dict[str, Any]:
-    """Reads `projector_config`; the defaults of a user's class that the projector's type does not have are left out."""
-    if isinstance(value, str):
-        raise TypeError("projector_config is a str; expected a dictionary, a dataclass instance or an object.")
+def _read_projector(value: Any, flat_type: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads `projector_config`, and what it says of the tower; the defaults of a user's class that the projector's type
+    does not have are left out."""
     fields = _as_fields(value, "projector_config")
-    fields = {PROJECTOR_FIELD_NAMES.get(name, name): field for name, field in fields.items()}
-    defaults = {PROJECTOR_FIELD_NAMES.get(name, name): field for name, field in _own_defaults(value).items()}
-    kind = canonical_projector({"type": fields.get("type") or flat_type or "mlp"})["type"]
-    known = {"type", "path", "hidden_size", *PROJECTORS.fields(kind)}
-    for name in [name for name in fields if name not in known and defaults.get(name) == fields[name]]:
-        logger.info(
-            "The projector %r has no field %r; the default of projector_config's class is left out.", kind, name
-        )
-        del fields[name]
-    if "hidden_size" in fields and "hidden_size" in defaults and fields["hidden_size"] == defaults["hidden_size"]:
-        canonical = canonical_projector({"type": kind, "hidden_size": fields["hidden_size"]})
-        if any(name not in PROJECTORS.fields(kind) for name in canonical if name != "type"):
-            del fields["hidden_size"]
-    return canonical_projector_fields(fields)
+    claims = {name: field for name, field in fields.items() if FIELD_NAMES.get(name, ("", ""))[0] == "check"}
+    fields = {name: field for name, field in fields.items() if field is not None and name not in claims}
+    defaults = _own_defaults(value)
+    type_names = [name for name, canonical in PROJECTOR_FIELD_NAMES.items() if canonical == "type"]
+    given_type = next((fields[name] for name in ("type", *type_names) if name in fields), flat_type or "mlp")
+    known = {"type", "path", *PROJECTORS.fields(canonical_projector({"type": given_type})["type"])}
+    for name in [name for name in fields if name in defaults and defaults[name] == fields[name]]:
+        if set(canonical_projector({"type": given_type, name: fields[name]})) - known:
+            logger.info(
+                "The projector %r has no field %r; the default of projector_config's class is left out.",
+                given_type, name,
+            )  # fmt: skip
+            del fields[name]
+    return canonical_projector_fields(fields, flat_type), claims
 
 
 def _read_moe(value: Any) -> dict[str, Any]:
@@ -293,9 +357,12 @@ def _stacked_projector(lower: dict[str, Any] | None, upper: dict[str, Any] | Non
     """Lays one description of the projector over another; fields of another type than the upper one's are dropped."""
     if lower is None or upper is None:
         return upper if lower is None else lower
-    if "type" in upper and "type" in lower and upper["type"] != lower["type"]:
+    kind = upper.get("type", lower.get("type"))
+    if lower.get("type", kind) != kind:
         lower = {}
-    return {**lower, **upper}
+    # Under the names of the type that it turns out to be, so that `hidden_size` meets `qformer_hidden_size`.
+    stacked = {**canonical_projector_fields(lower, kind), **canonical_projector_fields(upper, kind)}
+    return stacked if kind is None else {**stacked, "type": kind}
 
 
 __all__ = ["LoadRequest", "canonical_projector_fields", "is_custom_encoder", "read_request"]

@@ -199,7 +199,7 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
             f"{f' (it asks for {asked_for[1]})' if asked_for else ''}. Convert it to safetensors where you trust it."
         ) from error
     except _DAMAGE as error:
-        reason = str(error).partition(". ")[0] or type(error).__name__
+        reason = f"{type(error).__name__}: {str(error).partition('. ')[0]}"
         raise ValueError(
             f"{path} cannot be read as a file of tensors ({reason}): it is truncated, damaged, or no weight file. Save "
             "or download it again."
