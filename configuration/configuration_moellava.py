@@ -19,45 +19,34 @@ without any other file.
 """
 
 import copy
+import functools
 import math
 import os
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, __version__
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from .checkpoint_moellava import AUTO_MAP, export_code
+from .custom_code_moellava import is_own_class
 from .names_moellava import (
+    CHOICES,
     FIELD_NAMES,
     MOE_FIELD_NAMES,
     canonical_encoder_type,
     canonical_moe,
     canonical_projector,
     canonical_strategy,
+    check_choice,
     translate_fields,
 )
-from .registry_moellava import ENCODERS, PROJECTORS, known_names
+from .registry_moellava import ENCODERS, FOREIGN_KEYS, PROJECTORS, known_names, plain_value
 
 
 logger = logging.get_logger(__name__)
-
-# Keys that a part's config may carry and that are data of somebody else's process: never acted on, never passed on.
-_FOREIGN_KEYS = (
-    "_attn_implementation",
-    "_attn_implementation_internal",
-    "_commit_hash",
-    "_experts_implementation",
-    "_experts_implementation_internal",
-    "_name_or_path",
-    "attn_implementation",
-    "auto_map",
-    "experts_implementation",
-    "name_or_path",
-    "transformers_version",
-    "trust_remote_code",
-)
 
 # Fields without a declaration of ours that transformers and its trainers pass to a config or set on one.
 _LIBRARY_FIELDS = frozenset(
@@ -86,6 +75,9 @@ _LIBRARY_FIELDS = frozenset(
     }
 )
 
+# What a field of a user's own encoder or projector cannot be called.
+RESERVED_FIELDS = frozenset({*dir(PreTrainedConfig()), *_LIBRARY_FIELDS, *FOREIGN_KEYS, "fields"})
+
 _DEFAULT_TEXT = {"model_type": "llama", "vocab_size": 32064}
 _DEFAULT_VISION = {
     "model_type": "clip_vision_model",
@@ -99,6 +91,26 @@ _DEFAULT_VISION = {
 }
 
 
+# What the classes of transformers raise on fields that make no sense, beside what @strict raises.
+_NONSENSE = (ArithmeticError, AttributeError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError)
+
+
+def _with_value_errors(cls: type) -> type:
+    """Makes a ValueError of what `@strict` raises on a wrong field, which is none."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def __init__(self, *args, **kwargs):
+        try:
+            init(self, *args, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(f"{cls.__name__}: {error.__cause__ or error}") from error
+
+    cls.__init__ = __init__
+    return cls
+
+
+@_with_value_errors
 @strict
 class MoellavaProjectorConfig(PreTrainedConfig):
     r"""
@@ -121,7 +133,7 @@ class MoellavaProjectorConfig(PreTrainedConfig):
         fields = canonical_projector({**kwargs, "type": self.type})
         self.type = fields.pop("type")
         fields = PROJECTORS.complete_fields(self.type, fields)
-        super().__post_init__(**{key: value for key, value in library.items() if key not in _FOREIGN_KEYS}, **fields)
+        super().__post_init__(**{key: value for key, value in library.items() if key not in FOREIGN_KEYS}, **fields)
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -129,6 +141,7 @@ class MoellavaProjectorConfig(PreTrainedConfig):
         return {name: getattr(self, name) for name in PROJECTORS.fields(self.type)}
 
 
+@_with_value_errors
 @strict
 class MoellavaEncoderConfig(PreTrainedConfig):
     r"""
@@ -142,15 +155,23 @@ class MoellavaEncoderConfig(PreTrainedConfig):
     model_type = "moellava_encoder"
 
     def __post_init__(self, **kwargs):
-        super().__post_init__(**{key: value for key, value in kwargs.items() if key not in _FOREIGN_KEYS})
+        library = {key: value for key, value in kwargs.items() if key in RESERVED_FIELDS}
+        fields = {
+            key: plain_value(value, f"vision_config.{key}") for key, value in kwargs.items() if key not in library
+        }
+        super().__post_init__(**{key: value for key, value in library.items() if key not in FOREIGN_KEYS}, **fields)
 
     @property
     def fields(self) -> dict[str, Any]:
         """Every field that is not common to all configs of transformers."""
-        common = vars(PreTrainedConfig())
-        return {name: value for name, value in vars(self).items() if name not in common}
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if name not in RESERVED_FIELDS and not name.startswith("_")
+        }
 
 
+@_with_value_errors
 @strict
 class MoellavaMoeConfig(PreTrainedConfig):
     r"""
@@ -208,15 +229,20 @@ class MoellavaMoeConfig(PreTrainedConfig):
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs):
-        library = {key: kwargs.pop(key) for key in list(kwargs) if key in _LIBRARY_FIELDS or key in _FOREIGN_KEYS}
+        library = {key: kwargs.pop(key) for key in list(kwargs) if key in _LIBRARY_FIELDS or key in FOREIGN_KEYS}
         fields = canonical_moe(kwargs)
         for name in fields:
             if name not in type(self).__annotations__:
                 raise ValueError(f"Unknown field {name!r} in moe_config{known_names(name, MOE_FIELD_NAMES)}")
+            earlier, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if earlier not in (default, fields[name]):
+                raise ValueError(
+                    f"moe_config gives {name} twice, as {earlier!r} and by an older name as {fields[name]!r}. Give one."
+                )
             setattr(self, name, fields[name])
         if self.norm_topk_prob is None:
             self.norm_topk_prob = self.num_experts_per_tok > 1
-        super().__post_init__(**{key: value for key, value in library.items() if key not in _FOREIGN_KEYS})
+        super().__post_init__(**{key: value for key, value in library.items() if key not in FOREIGN_KEYS})
         self._check()
 
     def _check(self) -> None:
@@ -233,6 +259,9 @@ class MoellavaMoeConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; expected a number above 0, or None to drop no token.")
+        for name in ("router_aux_loss_coef", "min_capacity"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a number from 0.")
         if not 0 <= self.router_jitter_noise < 1:
             raise ValueError(f"router_jitter_noise is {self.router_jitter_noise}; expected from 0 to below 1.")
 
@@ -251,6 +280,10 @@ class MoellavaMoeConfig(PreTrainedConfig):
         if isinstance(self.layers, str):
             if self.layers not in modes:
                 raise ValueError(f"Unknown choice of layers {self.layers!r}{known_names(self.layers, modes)}")
+            if not modes[self.layers]:
+                raise ValueError(
+                    f"layers is {self.layers!r}, which is none of a language model's {num_hidden_layers} layers."
+                )
             return list(modes[self.layers])
         wrong = [i for i in self.layers if not -num_hidden_layers <= i < num_hidden_layers]
         if wrong or not self.layers:
@@ -260,6 +293,7 @@ class MoellavaMoeConfig(PreTrainedConfig):
         return sorted({index % num_hidden_layers for index in self.layers})
 
 
+@_with_value_errors
 @strict
 class MoellavaConfig(PreTrainedConfig):
     r"""
@@ -336,44 +370,63 @@ class MoellavaConfig(PreTrainedConfig):
     encoder_type: str | None = None
     image_token_id: int = 32000
     vision_feature_layer: int | list[int] = -2
-    vision_feature_select_strategy: Literal["default", "patch", "cls", "full"] = "default"
+    vision_feature_select_strategy: str = "default"
     image_size: int | None = None
-    image_aspect_ratio: Literal["pad", "square"] = "pad"
+    image_aspect_ratio: str = "pad"
     image_seq_length: int | None = None
     parts: dict | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        self._take_other_names(kwargs)
+        claims = self._take_other_names(kwargs)
         self.text_config = _part_config("text_config", self.text_config, _DEFAULT_TEXT)
         self.vision_config = _part_config("vision_config", self.vision_config, _DEFAULT_VISION)
-        if not isinstance(self.projector_config, PreTrainedConfig):
-            self.projector_config = MoellavaProjectorConfig(**_without_model_type(self.projector_config))
+        if not isinstance(getattr(self.text_config, "vocab_size", None), int):
+            raise ValueError(
+                f"text_config describes a {self.text_config.model_type!r} model, which has no vocabulary; expected the "
+                "config of a language model."
+            )
+        self._check_claims(claims)
+        self.projector_config = _own_config("projector_config", self.projector_config, MoellavaProjectorConfig)
         if self.moe_config is not None:
-            if not isinstance(self.moe_config, PreTrainedConfig):
-                self.moe_config = MoellavaMoeConfig(**_without_model_type(self.moe_config))
+            self.moe_config = _own_config("moe_config", self.moe_config, MoellavaMoeConfig)
             self.moe_config.layers = self.moe_config.resolved_layers(self.text_config.num_hidden_layers)
-        self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         self.vision_feature_select_strategy = canonical_strategy(self.vision_feature_select_strategy)
-        for key in _FOREIGN_KEYS:
+        for name, choices in CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(
+                f"image_size is {self.image_size}; expected a number of pixels, or None for the tower's own."
+            )
+        for key in FOREIGN_KEYS:
             if key not in ("attn_implementation", "experts_implementation", "name_or_path"):  # the caller's own word
                 kwargs.pop(key, None)
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
         self._check_and_measure()
 
-    def _take_other_names(self, kwargs: dict[str, Any]) -> None:
-        """Moves the fields that `kwargs` gives by another name to where they belong, and refuses unknown ones."""
+    def _take_other_names(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Moves the fields that `kwargs` gives by another name to where they belong, and refuses unknown ones.
+
+        Returns:
+            `dict[str, Any]`: What is said of a part that the part itself tells.
+        """
         foreign = {
-            key: kwargs.pop(key) for key in list(kwargs) if key not in _LIBRARY_FIELDS and key not in _FOREIGN_KEYS
+            key: kwargs.pop(key) for key in list(kwargs) if key not in _LIBRARY_FIELDS and key not in FOREIGN_KEYS
         }
-        known = {name: place for name, place in FIELD_NAMES.items() if place[0] != "check"}
         for name in foreign:
-            if name not in known:
-                fields = [*self.default_field_names(), *known]
+            if name not in FIELD_NAMES:
+                fields = [*self.default_field_names(), *FIELD_NAMES]
                 raise ValueError(f"Unknown field {name!r} in {type(self).__name__}{known_names(name, fields)}")
-        sections = translate_fields(foreign, type(self).__name__, names=known)
+        sections = translate_fields(foreign, type(self).__name__)
         for name, value in sections.get("model", {}).items():
+            earlier = getattr(self, name)
+            if earlier not in (type(self).__dataclass_fields__[name].default, value):
+                other = next(key for key in foreign if FIELD_NAMES[key] == ("model", name))
+                raise ValueError(
+                    f"{name!r} is {earlier!r} and {other!r} is {value!r}, but they are one field. Give one."
+                )
             setattr(self, name, value)
         if "source" in sections:
             self.parts = {**(self.parts or {}), **sections["source"]}
@@ -381,6 +434,12 @@ class MoellavaConfig(PreTrainedConfig):
             given = self.projector_config
             given = {"type": given.type, **given.fields} if isinstance(given, MoellavaProjectorConfig) else given
             self.projector_config = {**(given or {}), **sections["projector"]}
+        return sections.get("check", {})
+
+    def _check_claims(self, claims: dict[str, Any]) -> None:
+        claimed, actual = claims.get("mm_hidden_size"), getattr(self.vision_config, "hidden_size", None)
+        if claimed is not None and actual is not None and claimed != actual:
+            logger.warning("mm_hidden_size is given as %s, but the vision tower is %s wide.", claimed, actual)
 
     @classmethod
     def default_field_names(cls) -> list[str]:
@@ -390,6 +449,7 @@ class MoellavaConfig(PreTrainedConfig):
     def _check_and_measure(self) -> None:
         """Checks that the parts fit together, and writes down what follows from them."""
         from ..modeling.encoders_moellava import encoder_for  # late: modeling is built on this file
+        from ..modeling.own_parts_moellava import measured_output_tokens
 
         vocab_size = self.text_config.vocab_size
         if not 0 <= self.image_token_id < vocab_size:
@@ -399,12 +459,21 @@ class MoellavaConfig(PreTrainedConfig):
             )
         if self.encoder_type is not None:
             self.encoder_type = canonical_encoder_type(self.encoder_type)
-        encoder = encoder_for(self)
+        try:
+            encoder = encoder_for(self)
+        except (ArithmeticError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"vision_config does not describe a {self.vision_config.model_type!r} tower that can be built "
+                f"({type(error).__name__}: {error}). Expected a config that transformers builds a vision model of."
+            ) from error
         self.encoder_type = encoder.encoder_type
         projector = PROJECTORS[self.projector_config.type]
-        count = getattr(projector, "num_output_tokens", None)
-        tokens = encoder.num_selected_tokens
-        self.image_seq_length = tokens if count is None else int(count(tokens, **self.projector_config.fields))
+        fields, tokens = self.projector_config.fields, encoder.num_selected_tokens
+        if is_own_class(projector):
+            widths = (encoder.feature_size, self.text_config.hidden_size)
+            self.image_seq_length = measured_output_tokens(projector, fields, tokens, widths)
+        else:
+            self.image_seq_length = projector.num_output_tokens(tokens, **fields)
 
     @property
     def _experts_implementation(self) -> str | None:
@@ -433,7 +502,7 @@ class MoellavaConfig(PreTrainedConfig):
         output = super().to_dict()
         for key in self.sub_configs:
             if isinstance(output.get(key), dict):
-                for foreign in _FOREIGN_KEYS:
+                for foreign in FOREIGN_KEYS:
                     output[key].pop(foreign, None)
         return output
 
@@ -441,9 +510,10 @@ class MoellavaConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         # A file may carry what a trainer wrote on the config, or a field of a later version: kept where it can do no
         # harm, and said. A field that a caller misspells is an error, in `__post_init__`.
-        declared = {*cls.__dataclass_fields__, *_LIBRARY_FIELDS, *FIELD_NAMES, *_FOREIGN_KEYS}
+        declared = {*cls.__dataclass_fields__, *_LIBRARY_FIELDS, *FIELD_NAMES, *FOREIGN_KEYS}
         strange = {key: value for key, value in config_dict.items() if key not in declared}
-        config_dict = {key: value for key, value in config_dict.items() if key in declared}
+        # What the file says of how to run the model is data; what the caller says of it is in `kwargs`.
+        config_dict = {key: value for key, value in config_dict.items() if key in declared and key not in FOREIGN_KEYS}
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
         for key, value in strange.items():
@@ -468,11 +538,20 @@ class MoellavaConfig(PreTrainedConfig):
 
 def _is_sparse(text_config: PreTrainedConfig) -> bool:
     """Whether a language model is a mixture of experts by itself."""
-    return any(isinstance(getattr(text_config, name, None), int) for name in ("num_experts", "num_local_experts"))
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return any(isinstance(getattr(text_config, name, None), int) for name in names)
 
 
-def _without_model_type(fields: dict[str, Any] | None) -> dict[str, Any]:
-    return {key: value for key, value in (fields or {}).items() if key != "model_type"}
+def _own_config(key: str, given: dict | PreTrainedConfig | None, config_class: type) -> PreTrainedConfig:
+    """Returns the config of a part that this package describes by a class of its own."""
+    if isinstance(given, PreTrainedConfig):
+        # By its name: loaded from a checkpoint, the class may be there twice.
+        if given.model_type != config_class.model_type:
+            raise ValueError(
+                f"{key} is a {type(given).__name__}; expected a {config_class.__name__}, or a dictionary of its fields."
+            )
+        return copy.deepcopy(given)
+    return config_class(**{name: value for name, value in (given or {}).items() if name != "model_type"})
 
 
 def _part_config(key: str, given: dict | PreTrainedConfig | None, default: dict[str, Any]) -> PreTrainedConfig:
@@ -485,7 +564,7 @@ def _part_config(key: str, given: dict | PreTrainedConfig | None, default: dict[
         config._name_or_path = ""
         return config
     fields = dict(default if given is None else given)
-    for foreign in _FOREIGN_KEYS:
+    for foreign in FOREIGN_KEYS:
         fields.pop(foreign, None)
     model_type = fields.pop("model_type", default["model_type"])
     if model_type == MoellavaEncoderConfig.model_type:
@@ -495,7 +574,14 @@ def _part_config(key: str, given: dict | PreTrainedConfig | None, default: dict[
             f"{key}.model_type is {model_type!r}, which transformers {__version__} does not have. Expected the type of "
             "one of its own models; code that a part brings with it is not run."
         )
-    return CONFIG_MAPPING[model_type](**fields)
+    try:
+        return CONFIG_MAPPING[model_type](**fields)
+    except _NONSENSE as error:
+        reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        raise ValueError(
+            f"{key} does not describe a {model_type!r} model ({type(reason).__name__}: {reason}). Expected the fields "
+            f"of transformers' {CONFIG_MAPPING[model_type].__name__}."
+        ) from error
 
 
 __all__ = ["MoellavaConfig", "MoellavaEncoderConfig", "MoellavaMoeConfig", "MoellavaProjectorConfig"]

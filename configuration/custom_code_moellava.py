@@ -25,7 +25,7 @@ import inspect
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from types import FunctionType
 
@@ -41,7 +41,7 @@ _IS_INSTALLED = __name__.endswith(".configuration.custom_code_moellava")
 # transformers finds the files that a file needs by looking for such lines (`get_relative_imports`), in strings too.
 _RELATIVE_IMPORT_LINE = re.compile(r"^\s*(?:from\s+\.(\S+)\s+import|import\s+\.(\S+)\s*$)", flags=re.MULTILINE)
 
-_API_SOURCE = '''"""What the files of this model's author find under the name `moellava`, where that package is not installed."""
+_API_SOURCE = '''"""What the files of this model's author find under the name `moellava`; it may be absent here."""
 
 import importlib
 import sys
@@ -161,7 +161,7 @@ def _registered_names(part: type) -> list[tuple[str, str]]:
 
 
 def registered_in(source: str) -> list[tuple[str, str]]:
-    """Returns the table and name of every part that a checkpoint's `moellava_custom.py` registers, without running it."""
+    """Returns the table and name of every part that a checkpoint's `moellava_custom.py` registers; it is not run."""
     return re.findall(r'^(ENCODERS|PROJECTORS)\.register\("(\w+)"', source, flags=re.MULTILINE)
 
 

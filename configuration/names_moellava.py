@@ -171,10 +171,15 @@ def canonical_projector(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, "type": kind}
 
 
+def given_type(fields: Mapping[str, Any]) -> Any:
+    """Returns what the fields of a projector say of its type, or `None`."""
+    names = ["type", *(name for name, canonical in PROJECTOR_FIELD_NAMES.items() if canonical == "type")]
+    return next((fields[name] for name in names if fields.get(name) is not None), None)
+
+
 def _under_own_names(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Renames the fields of a projector that have several names, except where its class has a field of that name."""
-    names = [name for name, canonical in PROJECTOR_FIELD_NAMES.items() if canonical == "type"]
-    kind = next((fields[name] for name in ("type", *names) if fields.get(name) is not None), None)
+    kind = given_type(fields)
     own = PROJECTORS.fields(kind) if kind in PROJECTORS else ()
     canonical: dict[str, Any] = {}
     for name, value in fields.items():
@@ -183,8 +188,8 @@ def _under_own_names(fields: Mapping[str, Any]) -> dict[str, Any]:
         renamed = name if name in own else PROJECTOR_FIELD_NAMES.get(name, name)
         if canonical.setdefault(renamed, value) != value:
             raise ValueError(
-                f"Two values are given for the projector's {renamed}: {canonical[renamed]!r} and {value!r} (as {name!r}). "
-                "Give one of them."
+                f"The projector's {renamed!r} is {canonical[renamed]!r} and, as {name!r}, {value!r}, but they are two "
+                "names of one field. Give one of them."
             )
     return canonical
 
@@ -199,6 +204,8 @@ def canonical_moe(fields: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: An unknown field, or layers with different numbers of experts.
     """
     fields = {key: value for key, value in fields.items() if value is not None}
+    if fields.get("moe_enable") is False:
+        raise ValueError("moe_enable is False, but moe_config describes sparse layers. Leave it out for a dense model.")
     if "moe_layers_idx" in fields:
         fields.pop("moe_mode", None)
     canonical = {}
@@ -269,5 +276,6 @@ __all__ = [
     "canonical_projector",
     "canonical_strategy",
     "check_choice",
+    "given_type",
     "translate_fields",
 ]

@@ -33,7 +33,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ..configuration.names_moellava import canonical_encoder_type
-from ..configuration.registry_moellava import ENCODERS, register_encoder
+from ..configuration.registry_moellava import ENCODERS, is_older_encoder, register_encoder
 from ..configuration.versions_moellava import SELECTS_HIDDEN_STATES
 
 
@@ -93,12 +93,12 @@ class VisionEncoder:
             )
         if self.strategy == "cls" and not self.has_class_token:
             raise ValueError(
-                f"vision_feature_select_strategy is 'cls', but a {self.vision_config.model_type} tower has no class "
+                f"vision_feature_select_strategy is 'cls', but a {self.tower_name} tower has no class "
                 "token. Use 'default' for its patch tokens, or 'full'."
             )
         if self.num_selected_tokens < 1:
             raise ValueError(
-                f"The {self.vision_config.model_type} tower gives no patch token for pictures of {self.image_size} "
+                f"The {self.tower_name} tower gives no patch token for pictures of {self.image_size} "
                 "pixels. Give a larger image_size."
             )
         # Decided once: `features` runs at every forward, and measuring a tower is nothing that torch.compile can trace.
@@ -107,6 +107,11 @@ class VisionEncoder:
         self._tower_arguments = {"interpolate_pos_encoding": True} if asks else {}
 
     # What the tower gives
+
+    @property
+    def tower_name(self) -> str:
+        """What error messages call the tower."""
+        return self.vision_config.model_type
 
     @property
     def num_hidden_layers(self) -> int:
@@ -121,9 +126,7 @@ class VisionEncoder:
         if size is None:
             size = self._image_size
         if size is None:
-            raise ValueError(
-                f"A {self.vision_config.model_type} tower does not tell its picture size: give image_size."
-            )
+            raise ValueError(f"A {self.tower_name} tower does not tell its picture size: give image_size.")
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         if height != width:
             raise ValueError(f"The tower takes pictures of {height}x{width} pixels; only square ones are supported.")
@@ -183,7 +186,7 @@ class VisionEncoder:
         counts = {self._measured_shapes[layer][1] for layer in self.feature_layers}
         if len(counts) > 1:
             raise ValueError(
-                f"The layers {self.feature_layers} of the {self.vision_config.model_type} tower give {sorted(counts)} "
+                f"The layers {self.feature_layers} of the {self.tower_name} tower give {sorted(counts)} "
                 "tokens, so that their features cannot be joined. Choose layers of one resolution."
             )
         return counts.pop()
@@ -213,7 +216,7 @@ class VisionEncoder:
             `torch.Tensor` of shape `(num_images, num_selected_tokens, feature_size)`.
         """
         hidden_states = self._hidden_states(tower, pixel_values)
-        selected = [self._select(_as_tokens(hidden_states[layer])) for layer in self.feature_layers]
+        selected = [self._select(as_tokens(hidden_states[layer])) for layer in self.feature_layers]
         return selected[0] if len(selected) == 1 else torch.cat(selected, dim=-1)
 
     def _hidden_states(self, tower: nn.Module, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -259,7 +262,7 @@ class VisionEncoder:
         hidden_states = self.num_hidden_layers + 1
         if not isinstance(layer, int) or isinstance(layer, bool) or not -hidden_states <= layer < hidden_states:
             raise ValueError(
-                f"vision_feature_layer {layer!r} is out of range: the {self.vision_config.model_type} tower has "
+                f"vision_feature_layer {layer!r} is out of range: the {self.tower_name} tower has "
                 f"{self.num_hidden_layers} layers, so expected an integer from {-hidden_states} to {hidden_states - 1} "
                 "(0 is the output of the embeddings)."
             )
@@ -270,7 +273,7 @@ class VisionEncoder:
             return
         if not self._can_interpolate:
             raise ValueError(
-                f"image_size is {self.image_size}, but the {self.vision_config.model_type} tower takes pictures of "
+                f"image_size is {self.image_size}, but the {self.tower_name} tower takes pictures of "
                 f"{self.native_image_size} pixels and cannot interpolate its position embeddings. Leave image_size out."
             )
         patch = getattr(self.vision_config, "patch_size", None)
@@ -346,10 +349,10 @@ def _measured_shapes(model_type: str, fields: str, image_size: int) -> list[tupl
             f"A {model_type} model cannot be a vision tower here: it returns no hidden states. Wrap it as an encoder of "
             "your own, see docs/extending.md."
         )
-    return [tuple(_as_tokens(hidden_state).shape) for hidden_state in hidden_states]
+    return [tuple(as_tokens(hidden_state).shape) for hidden_state in hidden_states]
 
 
-def _as_tokens(hidden_state: torch.Tensor) -> torch.Tensor:
+def as_tokens(hidden_state: torch.Tensor) -> torch.Tensor:
     """Lays out a feature map `(batch, width, height, width)` as tokens `(batch, tokens, width)`; tokens stay."""
     return hidden_state if hidden_state.dim() == 3 else hidden_state.flatten(2).transpose(1, 2)
 
@@ -461,75 +464,6 @@ class Dinov2Encoder(PatchTransformer):
 register_encoder("auto")(VisionEncoder)
 
 
-class CustomEncoder(VisionEncoder):
-    """Answers for a user's own `nn.Module`, of which everything is measured on the meta device."""
-
-    def __init__(self, config, encoder_type: str, module_class: type):
-        self.encoder_type = encoder_type
-        self.module_class = module_class
-        if config.vision_config.model_type != "moellava_encoder":
-            raise ValueError(
-                f"encoder_type is {encoder_type!r}, an encoder of your own, but vision_config.model_type is "
-                f"{config.vision_config.model_type!r}; expected 'moellava_encoder' and the fields of "
-                f"{module_class.__name__}."
-            )
-        self.fields = ENCODERS.complete_fields(encoder_type, config.vision_config.fields)
-        super().__init__(config)
-
-    def build(self) -> nn.Module:
-        return self.module_class(**self.fields)
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return len(self._measured_shapes) - 1
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        return getattr(self.module_class, "num_prefix_tokens", 0)
-
-    @property
-    def has_class_token(self) -> bool:
-        return self.num_prefix_tokens > 0
-
-    @property
-    def native_image_size(self) -> int:
-        size = self.fields.get("image_size", self._image_size)
-        if not isinstance(size, int):
-            raise ValueError(f"The encoder {self.encoder_type!r} needs its picture size in pixels: give image_size.")
-        return size
-
-    def _check_image_size(self) -> None:
-        if not self._measured_shapes:  # the module itself decides what it takes, by running
-            raise ValueError(f"The encoder {self.encoder_type!r} returns no features.")
-
-    @functools.cached_property
-    def _meta_tower(self) -> nn.Module:
-        with torch.device("meta"):
-            return self.build().eval()
-
-    @functools.cached_property
-    def _measured_shapes(self) -> list[tuple[int, int, int]]:
-        pixel_values = torch.empty(1, 3, self.image_size, self.image_size, device="meta")
-        try:
-            with torch.no_grad():
-                hidden_states = self._hidden_states(self._meta_tower, pixel_values)
-            return [tuple(_as_tokens(hidden_state).shape) for hidden_state in hidden_states]
-        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"The encoder {self.encoder_type!r} could not be run on pictures of shape "
-                f"{tuple(pixel_values.shape)} on the meta device ({type(error).__name__}: {error}). Its forward takes "
-                "pixel_values (batch, 3, height, width) and returns features (batch, tokens, width), or a list of them, "
-                "one per layer, without looking at the values."
-            ) from error
-
-    def _hidden_states(self, tower: nn.Module, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        output = tower(pixel_values)
-        if isinstance(output, torch.Tensor):
-            # One set of features stands for every layer that can be asked for by default (-1 and -2).
-            return (output, output)
-        return tuple(output if isinstance(output, list | tuple) else output.hidden_states)
-
-
 def detect_encoder_type(model_type: str) -> str:
     """Returns the encoder that answers for a tower's `model_type`: the one that names it, else `"auto"`."""
     for name in ENCODERS.names():
@@ -549,7 +483,10 @@ def encoder_for(config) -> VisionEncoder:
     encoder_class = ENCODERS[name]
     if issubclass(encoder_class, VisionEncoder):
         return encoder_class(config)
-    return CustomEncoder(config, name, encoder_class)
+    from .own_encoders_moellava import CustomEncoder, OlderEncoder  # late: it is built on this file
+
+    own_class = OlderEncoder if is_older_encoder(encoder_class) else CustomEncoder
+    return own_class(config, name, encoder_class)
 
 
-__all__ = ["VisionEncoder", "detect_encoder_type", "encoder_for"]
+__all__ = ["VisionEncoder", "as_tokens", "detect_encoder_type", "encoder_for"]

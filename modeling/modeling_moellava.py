@@ -20,10 +20,13 @@ The tree is that of transformers' LLaVA: `model.vision_tower`, `model.multi_moda
 import copy
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -33,10 +36,19 @@ from transformers.utils.generic import can_return_tuple
 
 from ..configuration.checkpoint_moellava import staged_folder
 from ..configuration.configuration_moellava import MoellavaConfig
+from ..configuration.custom_code_moellava import is_own_class
 from ..configuration.registry_moellava import PROJECTORS
 from .encoders_moellava import encoder_for
 from .language_moellava import apply_head, build_head
-from .sparse_moellava import RouterLogits, SparseMoeBlock, load_balancing_loss, make_sparse
+from .own_encoders_moellava import CustomEncoder
+from .own_parts_moellava import build_projector, initialize_part, make_projector
+from .sparse_moellava import (
+    RouterLogits,
+    TokenMask,
+    checkpoint_with_token_mask,
+    load_balancing_loss,
+    make_sparse,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -107,14 +119,19 @@ class MoellavaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def initialize_weights(self):
+        for module in self.modules():
+            if isinstance(module, MoellavaModel):
+                module.initialize_own_parts()
         super().initialize_weights()
         # A part's parameters that are no standard layer's (queries, latents): transformers' initialisation skips
         # modules of custom code that hold none of their own, so that a hook in `_init_weights` would not be reached.
         for module in self.modules():
             initialize_parameters = getattr(module, "initialize_parameters", None)
-            if initialize_parameters is not None and not getattr(module, "_parameters_initialized", False):
+            if initialize_parameters is None or getattr(module, "_parameters_initialized", False):
+                continue
+            if not all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
                 initialize_parameters()
-                module._parameters_initialized = True
+            module._parameters_initialized = True
 
     # transformers 5.23 speaks of activation checkpointing and warns of these older names, which its documentation, PEFT
     # and users' scripts go on using. They belong to this class, so they work on every version, without the warning.
@@ -130,6 +147,13 @@ class MoellavaPreTrainedModel(PreTrainedModel):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             super().gradient_checkpointing_disable()
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs
+    ):
+        # Every way to switch it on comes through here.
+        wrapped = partial(checkpoint_with_token_mask, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, wrapped, **kwargs)
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -185,17 +209,24 @@ class MoellavaModel(MoellavaPreTrainedModel):
         super().__init__(config)
         self.encoder = encoder_for(config)
         self.vision_tower = self.encoder.build()
-        projector_class = PROJECTORS[config.projector_config.type]
-        self.multi_modal_projector = projector_class(
-            self.encoder.feature_size, config.text_config.hidden_size, **config.projector_config.fields
-        )
+        self.multi_modal_projector = build_projector(config, self.encoder.feature_size)
         self.language_model = AutoModel.from_config(config.text_config)
         # CODEPATH: sparse checkpoints (MoE-LLaVA's kind) have a moe_config, dense ones (LLaVA's kind) have none.
         if config.moe_config is not None:
             make_sparse(self.language_model, config)
-        # transformers adds the blocks of the tower and the language model; a projector stays on one device as a whole.
+        # transformers adds the blocks of the tower and the language model; a projector stays on one device as a whole,
+        # and so does a tower whose blocks it does not know.
         self._no_split_modules = [type(self.multi_modal_projector).__name__]
+        if not isinstance(self.vision_tower, PreTrainedModel):
+            self._no_split_modules.append(type(self.vision_tower).__name__)
         self.post_init()
+
+    def initialize_own_parts(self) -> None:
+        """Gives what was not loaded of a user's own encoder or projector the values that its constructor gives."""
+        if isinstance(self.encoder, CustomEncoder):
+            initialize_part(self.vision_tower, self.encoder.make_tower)
+        if is_own_class(PROJECTORS[self.config.projector_config.type]):
+            initialize_part(self.multi_modal_projector, lambda: make_projector(self.config, self.encoder.feature_size))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -340,15 +371,14 @@ class MoellavaModel(MoellavaPreTrainedModel):
     ) -> tuple[BaseModelOutputWithPast, tuple[torch.Tensor, ...] | None]:
         """Runs the language model with our sparse layers in it; returns its output and the router logits, if wanted."""
         moe = self.config.moe_config
+        mask = None
         if moe.capacity_factor is not None or moe.eval_capacity_factor is not None:
-            mask = token_mask(inputs["attention_mask"], inputs["inputs_embeds"])
-            for module in self.language_model.modules():
-                if isinstance(module, SparseMoeBlock):
-                    module.token_mask = mask
-        if not (moe.output_router_logits if output_router_logits is None else output_router_logits):
-            return self.language_model(**inputs), None
-        with RouterLogits() as collected:
-            outputs = self.language_model(**inputs)
+            mask = token_mask(inputs["attention_mask"], inputs["inputs_embeds"].shape[1], inputs["past_key_values"])
+        with TokenMask(mask):
+            if not (moe.output_router_logits if output_router_logits is None else output_router_logits):
+                return self.language_model(**inputs), None
+            with RouterLogits() as collected:
+                outputs = self.language_model(**inputs)
         return outputs, tuple(collected)
 
 
@@ -444,7 +474,12 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
         The other arguments are those of `MoellavaModel.forward`.
         """
         wants_router_logits = self._wants_router_logits(output_router_logits)
-        balances = self.config.moe_config is not None and self.config.moe_config.router_aux_loss_coef > 0
+        is_upcycled = self.config.moe_config is not None
+        balances = is_upcycled and labels is not None and self.config.moe_config.router_aux_loss_coef > 0
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        mask = None
+        if is_upcycled and tokens is not None and (balances or wants_router_logits):
+            mask = token_mask(attention_mask, tokens.shape[1], past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -453,7 +488,7 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
-            output_router_logits=wants_router_logits or (balances and labels is not None) or output_router_logits,
+            output_router_logits=wants_router_logits or balances or output_router_logits,
             return_dict=True,
             **kwargs,
         )
@@ -468,7 +503,7 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
             )
         aux_loss = None
         if outputs.router_logits:
-            aux_loss = self._aux_loss(outputs.router_logits, attention_mask, logits)
+            aux_loss = self._aux_loss(outputs.router_logits, attention_mask, mask)
             if labels is not None:
                 loss = loss + self._aux_weight(labels, **kwargs) * aux_loss.to(loss.device)
         return MoellavaCausalLMOutputWithPast(
@@ -489,21 +524,17 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
         return bool(getattr(owner, "output_router_logits", False))
 
     def _aux_loss(
-        self, router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None, logits: torch.Tensor
+        self,
+        router_logits: tuple[torch.Tensor, ...],
+        attention_mask: torch.Tensor | None,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """The load-balancing loss: of our sparse layers, or as the language model's own family computes it."""
-        moe, text = self.config.moe_config, self.config.text_config
-        if moe is None:
-            num_experts = getattr(text, "num_local_experts", None) or text.num_experts
-            return load_balancing_loss_func(router_logits, num_experts, text.num_experts_per_tok, attention_mask)
-        if torch.is_grad_enabled() and self.training and not moe.freeze_router and not router_logits[0].requires_grad:
-            raise RuntimeError(
-                "The routers' logits have no gradient, so that the load-balancing loss cannot train them: reentrant "
-                "gradient checkpointing is on. Use gradient_checkpointing_kwargs={'use_reentrant': False}."
-            )
-        batch_size = logits.shape[0]
-        shape = (batch_size, router_logits[0].shape[0] // batch_size)
-        return load_balancing_loss(router_logits, token_mask(attention_mask, logits.new_empty(*shape, 0)))
+        if self.config.moe_config is not None:
+            return load_balancing_loss(router_logits, mask)
+        text = self.config.text_config
+        num_experts = getattr(text, "num_local_experts", None) or text.num_experts
+        return load_balancing_loss_func(router_logits, num_experts, text.num_experts_per_tok, attention_mask)
 
     def _aux_weight(self, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None, **kwargs):
         """The weight of the load-balancing loss beside the next-token loss.
@@ -517,13 +548,36 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
         return owner.router_aux_loss_coef * (labels[:, 1:] != -100).sum() / num_items_in_batch
 
 
-def token_mask(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor | None:
-    """Returns 1 for tokens and 0 for padding of this pass, of shape `(batch_size * sequence_length)`, or `None` where the
-    mask does not tell (none was given, or one of another form)."""
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+def token_mask(
+    attention_mask: torch.Tensor | dict | None, sequence_length: int, past_key_values: Cache | None
+) -> torch.Tensor | None:
+    """Tells which tokens of a pass are padding.
+
+    Args:
+        attention_mask (`torch.Tensor` or `dict`, *optional*): Of shape `(batch_size, all tokens so far)`; or, as
+            `generate` makes it for a static cache, `(batch_size, 1, sequence_length, keys)`: what each token sees.
+        sequence_length (`int`): The number of tokens of this pass.
+        past_key_values (`Cache`, *optional*): What there was before them.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size * sequence_length)`: 0 for padding; `None` where there is none.
+    """
+    if isinstance(attention_mask, dict):  # by kind of layer; what a token sees of itself is the same in all
+        attention_mask = next(iter(attention_mask.values()), None)
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() not in (2, 4):
         return None
-    # The mask covers cached tokens as well; those of this pass are the last.
-    return attention_mask[:, -inputs_embeds.shape[1] :].reshape(-1)
+    width = attention_mask.shape[-1]
+    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    first = width - sequence_length  # where a sliding window has dropped older ones
+    first = past.clamp_max(first) if isinstance(past, torch.Tensor) else min(past, first)
+    own = first + torch.arange(sequence_length, device=attention_mask.device)
+    if attention_mask.dim() == 2:
+        return attention_mask[:, own].reshape(-1)
+    # Padding is what is hidden from itself.
+    seen = attention_mask[:, 0, torch.arange(sequence_length, device=attention_mask.device), own]
+    if seen.is_floating_point():
+        seen = seen > torch.finfo(seen.dtype).min / 2
+    return seen.reshape(-1)
 
 
 def _floating_dtype(module: nn.Module) -> torch.dtype:

@@ -19,6 +19,9 @@ the other rows of a batch, this one does not: see `docs/design.md`.
 """
 
 import copy
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,11 +29,14 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.utils.generic import maybe_autocast
 from transformers.utils.output_capturing import CompileableContextVar
 
 
-# Where the blocks of a forward pass leave their router's logits, when somebody asks for them.
+# The blocks sit within another library's layers, which hand them hidden states and nothing else. What else there is of
+# a forward pass they find here: where to leave their routers' logits, and which tokens are padding.
 _router_logits_of_pass = CompileableContextVar("moellava_router_logits")
+_token_mask_of_pass = CompileableContextVar("moellava_token_mask")
 
 
 def sorted_mm_experts_forward(
@@ -38,8 +44,8 @@ def sorted_mm_experts_forward(
 ) -> torch.Tensor:
     """An experts implementation for the CPU: every touched expert multiplies its own tokens, and no other is visited.
 
-    `grouped_mm` does the same in one call, which is what graphs and accelerators need, and is used there; on the CPU its
-    kernel is slower than PyTorch's matrix product for many tokens (`benchmarks/moe.py`).
+    `grouped_mm` does the same in one call, which is what graphs and accelerators need, and is used there; on the CPU
+    its kernel is slower than PyTorch's matrix product for many tokens (`benchmarks/moe.py`).
 
     Args:
         hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`): What the experts get.
@@ -49,16 +55,19 @@ def sorted_mm_experts_forward(
     Returns:
         `torch.Tensor` of shape `(num_tokens, hidden_size)`.
     """
-    if hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
+    if hidden_states.device.type != "cpu" or torch.compiler.is_compiling() or self._is_expert_parallel:
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
     num_tokens, num_choices = top_k_index.shape
+    if num_tokens == 0:
+        return hidden_states
     experts_of_choices = top_k_index.reshape(-1)  # (num_tokens * k)
     order = torch.argsort(experts_of_choices, stable=True)
     counts = torch.bincount(experts_of_choices, minlength=self.num_experts).tolist()
     tokens_in_order = hidden_states[order // num_choices]
-    weights = self.expert_weights()
+    # Called by the class: `self` may be the experts of a language model that is sparse by itself.
+    weights = _Experts.expert_weights(self)
     outputs = [
-        self.run_expert(weights[expert], tokens)
+        _Experts.run_expert(self, weights[expert], tokens)
         for expert, tokens in enumerate(tokens_in_order.split(counts))
         if counts[expert]
     ]
@@ -92,17 +101,13 @@ class _Experts(nn.Module):
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.act_fn = act_fn
-        self._initializer_range = getattr(config.text_config, "initializer_range", None) or 0.02
-        width = (2 if self.gated else 1) * intermediate_size
-        setattr(self, self._up_name, nn.Parameter(torch.empty(num_experts, width, hidden_size)))
+        self._initializer_range = initializer_range(config)
+        width, up_name = (2 * intermediate_size, "gate_up_proj") if self.gated else (intermediate_size, "up_proj")
+        setattr(self, up_name, nn.Parameter(torch.empty(num_experts, width, hidden_size)))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         if self.biased:
-            setattr(self, f"{self._up_name}_bias", nn.Parameter(torch.empty(num_experts, width)))
+            setattr(self, f"{up_name}_bias", nn.Parameter(torch.empty(num_experts, width)))
             self.down_proj_bias = nn.Parameter(torch.empty(num_experts, hidden_size))
-
-    @property
-    def _up_name(self) -> str:
-        return "gate_up_proj" if self.gated else "up_proj"
 
     def initialize_parameters(self) -> None:
         """Draws the experts' weights that no checkpoint has given."""
@@ -112,23 +117,26 @@ class _Experts(nn.Module):
             else:
                 init.normal_(parameter, mean=0.0, std=self._initializer_range)
 
+    # These two read what `use_experts_implementation` says of a class, whichever it is.
+
     def expert_weights(self) -> list[tuple[torch.Tensor | None, ...]]:
         """Returns the weights of every expert: up, up's bias, down, down's bias."""
-        names = (self._up_name, f"{self._up_name}_bias", "down_proj", "down_proj_bias")
+        kinds = []
         # One `unbind` for all: taken one by one, every expert's gradient would be as large as that of all of them.
-        kinds = [getattr(self, name).unbind(0) if hasattr(self, name) else [None] * self.num_experts for name in names]
+        for name in ("gate_up_proj" if self.has_gate else "up_proj", "down_proj"):
+            kinds.append(getattr(self, name).unbind(0))
+            kinds.append(getattr(self, f"{name}_bias").unbind(0) if self.has_bias else [None] * self.num_experts)
         return list(zip(*kinds, strict=True))
 
     def run_expert(self, weights: tuple[torch.Tensor | None, ...], tokens: torch.Tensor) -> torch.Tensor:
         """Runs one expert on its tokens, `(num_tokens, hidden_size)` in and out."""
         up, up_bias, down, down_bias = weights
+        if self.is_transposed:
+            up, down = up.T, down.T
         hidden = F.linear(tokens, up, up_bias)
-        if self.gated:
-            gate, hidden = hidden.chunk(2, dim=-1)
-            hidden = self.act_fn(gate) * hidden
-        else:
-            hidden = self.act_fn(hidden)
-        return F.linear(hidden, down, down_bias)
+        hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
+        hidden = F.linear(hidden, down, down_bias)
+        return self.post_expert_norm(hidden) if getattr(self, "has_post_expert_norm", False) else hidden
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -180,7 +188,9 @@ _EXPERTS = {
 _DENSE_FORMS: tuple[tuple[tuple[str, ...], str, bool], ...] = (
     (("gate_proj", "up_proj"), "down_proj", True),
     (("gate_up_proj",), "down_proj", True),
+    (("up_proj",), "down_proj", False),
     (("fc1",), "fc2", False),
+    (("c_fc",), "c_proj", False),
     (("dense_h_to_4h",), "dense_4h_to_h", False),
 )
 _ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
@@ -194,34 +204,77 @@ class DenseForm:
     """
 
     def __init__(self, mlp: nn.Module):
-        for up_names, down_name, gated in _DENSE_FORMS:
-            if all(isinstance(getattr(mlp, name, None), nn.Linear) for name in (*up_names, down_name)):
-                break
-        else:
-            raise ValueError(
-                f"A {type(mlp).__name__} cannot be made sparse: it has none of the forms gate/up/down or fc1/fc2."
-            )
+        self.name = type(mlp).__name__
+        forms = (
+            form
+            for form in _DENSE_FORMS
+            if all(isinstance(getattr(mlp, name, None), nn.Linear) for name in (*form[0], form[1]))
+        )
+        up_names, down_name, gated = next(forms, (None, None, None))
+        if up_names is None:
+            raise ValueError(f"A {self.name} cannot be made sparse: it has none of the forms gate/up/down or fc1/fc2.")
         activation = next((name for name in _ACTIVATION_NAMES if callable(getattr(mlp, name, None))), None)
         if activation is None:
-            raise ValueError(f"A {type(mlp).__name__} cannot be made sparse: its activation is not known.")
+            raise ValueError(f"A {self.name} cannot be made sparse: its activation is not known.")
         self.up_names, self.down_name, self.gated = up_names, down_name, gated
         self.act_fn = getattr(mlp, activation)
         down = getattr(mlp, down_name)
         self.hidden_size, self.intermediate_size = down.out_features, down.in_features
         self.biased = down.bias is not None
+        kinds = [f"{name}.{kind}" for name in (*up_names, down_name) for kind in ("weight", "bias")[: 1 + self.biased]]
+        others = sorted({name for name, _ in mlp.named_parameters()} ^ set(kinds))
+        if others:
+            raise ValueError(f"A {self.name} cannot be made sparse: {', '.join(others)} have no place in an expert.")
+
+    def build_experts(self, config, num_experts: int) -> _Experts:
+        """Builds experts of this form, `config` being the model's."""
+        experts_class = _EXPERTS[self.gated, self.biased]
+        return experts_class(config, num_experts, self.hidden_size, self.intermediate_size, self.act_fn)
 
     def expert_tensors(self, dense: dict[str, torch.Tensor], num_experts: int) -> dict[str, torch.Tensor]:
         """Returns the experts' tensors, every expert a copy of the dense MLP that `dense` holds the weights of."""
         up_name = "gate_up_proj" if self.gated else "up_proj"
         tensors = {}
-        for kind, suffix in (("weight", ""), ("bias", "_bias")):
-            if kind == "weight" or self.biased:
-                up = [dense[f"{name}.{kind}"] for name in self.up_names]
-                up = up[0] if len(up) == 1 else torch.cat(up)
-                down = dense[f"{self.down_name}.{kind}"]
-                tensors[f"{up_name}{suffix}"] = up.expand(num_experts, *up.shape).contiguous()
-                tensors[f"down_proj{suffix}"] = down.expand(num_experts, *down.shape).contiguous()
+        for kind, suffix in (("weight", ""), ("bias", "_bias"))[: 1 + self.biased]:
+            up = torch.cat([dense[f"{name}.{kind}"] for name in self.up_names])
+            down = dense[f"{self.down_name}.{kind}"]
+            tensors[f"{up_name}{suffix}"] = up.repeat(num_experts, *[1] * up.dim())
+            tensors[f"down_proj{suffix}"] = down.repeat(num_experts, *[1] * down.dim())
         return tensors
+
+
+class Router(nn.Module):
+    """A linear layer that scores the experts, in fp32 whatever the model's dtype.
+
+    Args:
+        hidden_size (`int`): The width of what comes in.
+        num_experts (`int`): How many experts there are.
+        bias (`bool`): Whether there is a bias.
+        jitter_noise (`float`): In training, what comes in is multiplied by noise from `1 - x` to `1 + x`.
+        initializer_range (`float`): The standard deviation of new weights.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, bias: bool, jitter_noise: float, initializer_range: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
+        self.jitter_noise = jitter_noise
+        self._initializer_range = initializer_range
+
+    def initialize_parameters(self) -> None:
+        """Draws the weights that no checkpoint has given."""
+        init.normal_(self.weight, mean=0.0, std=self._initializer_range)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Takes tokens of shape `(num_tokens, hidden_size)`; returns logits, `(num_tokens, num_experts)`, in fp32."""
+        with maybe_autocast(device_type=tokens.device.type, enabled=False):
+            tokens = tokens.float()
+            if self.training and self.jitter_noise > 0:
+                noise = torch.empty_like(tokens).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
+                tokens = tokens * noise
+            return F.linear(tokens, self.weight.float(), None if self.bias is None else self.bias.float())
 
 
 class SparseMoeBlock(nn.Module):
@@ -248,30 +301,26 @@ class SparseMoeBlock(nn.Module):
         self.num_experts = moe.num_experts
         self.top_k = moe.num_experts_per_tok
         self.norm_topk_prob = moe.norm_topk_prob
-        self.jitter_noise = moe.router_jitter_noise
         self.sample_second_expert = moe.sample_second_expert
-        self.capacity_factor = moe.capacity_factor
-        self.eval_capacity_factor = moe.eval_capacity_factor
+        self.capacity_factor = _as_ratio(moe.capacity_factor)
+        self.eval_capacity_factor = _as_ratio(moe.eval_capacity_factor)
         self.min_capacity = moe.min_capacity
-        self.gate = nn.Linear(form.hidden_size, moe.num_experts, bias=moe.router_bias)
-        self.gate.requires_grad_(not moe.freeze_router)
-        self.experts = _EXPERTS[form.gated, form.biased](
-            config, moe.num_experts, form.hidden_size, form.intermediate_size, form.act_fn
+        self.gate = Router(
+            form.hidden_size, moe.num_experts, moe.router_bias, moe.router_jitter_noise, initializer_range(config)
         )
+        self.gate.requires_grad_(not moe.freeze_router)
+        self.experts = form.build_experts(config, moe.num_experts)
         self.coefficient = nn.Linear(form.hidden_size, 2) if moe.use_residual else None
         self.mlp = mlp if moe.use_residual else None
         self.meta_expert = copy.deepcopy(mlp) if moe.use_meta_expert else None
-        # 1 for tokens, 0 for padding, of shape (batch_size * sequence_length); set by the model where a capacity needs
-        # it, and left there for the recomputation of gradient checkpointing.
-        self.token_mask: torch.Tensor | None = None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Takes and returns hidden states of shape `(batch_size, sequence_length, hidden_size)`."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (batch_size * sequence_length, hidden_size)
-        router_logits = self.router_logits(tokens)
-        collected = _router_logits_of_pass.get()
-        if collected is not None:
-            collected.append(router_logits)
+        router_logits = self.gate(tokens)
+        collector = _router_logits_of_pass.get()
+        if collector is not None:
+            collector.add(router_logits)
         weights, index = self.route(router_logits)
         output = self.experts(tokens, index, weights.to(tokens.dtype))
         if self.coefficient is not None:
@@ -280,16 +329,6 @@ class SparseMoeBlock(nn.Module):
         if self.meta_expert is not None:
             output = output + self.meta_expert(tokens)
         return output.reshape(hidden_states.shape)
-
-    def router_logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Returns the router's logits in fp32, of shape `(num_tokens, num_experts)`."""
-        with torch.autocast(device_type=tokens.device.type, enabled=False):
-            tokens = tokens.float()
-            if self.training and self.jitter_noise > 0:
-                noise = torch.empty_like(tokens).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
-                tokens = tokens * noise
-            bias = None if self.gate.bias is None else self.gate.bias.float()
-            return F.linear(tokens, self.gate.weight.float(), bias)
 
     def route(self, router_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Chooses experts.
@@ -313,22 +352,32 @@ class SparseMoeBlock(nn.Module):
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).eps)
         return weights, index
 
-    def _within_capacity(self, index: torch.Tensor, factor: float) -> torch.Tensor:
+    def _within_capacity(self, index: torch.Tensor, factor: tuple[int, int]) -> torch.Tensor:
         """Returns 1 for every choice that its expert has room for and 0 for the others, of shape `(num_tokens, k)`."""
         num_tokens, num_choices = index.shape
         chosen = F.one_hot(index, self.num_experts)  # (num_tokens, k, num_experts)
-        mask = self.token_mask
+        mask = _token_mask_of_pass.get()
+        count = num_tokens
         if mask is not None:
-            chosen = chosen * mask.view(-1, 1, 1).to(chosen.dtype)
+            mask = mask.to(chosen)
+            chosen = chosen * mask.view(-1, 1, 1)
             count = mask.sum()
-        else:
-            count = torch.full((), num_tokens, device=index.device)
-        capacity = torch.ceil(count / self.num_experts * num_choices * factor).clamp_min(self.min_capacity)
+        capacity = -(-count * num_choices * factor[0] // (factor[1] * self.num_experts))  # rounded up
         # In the order of the queue: all first choices by position, then all second ones.
         queue = chosen.transpose(0, 1).reshape(num_choices * num_tokens, self.num_experts)
-        place = (queue.cumsum(dim=0) * queue).sum(dim=-1)  # counted from 1
-        within = (place <= capacity).view(num_choices, num_tokens).transpose(0, 1)
-        return within.to(torch.float)
+        place = (queue.cumsum(dim=0) * queue).sum(dim=-1)  # counted from 1; 0 for padding
+        within = (place <= capacity) | (place <= self.min_capacity)
+        return within.view(num_choices, num_tokens).transpose(0, 1).to(torch.float)
+
+
+def initializer_range(config) -> float:
+    """The standard deviation that the language model's family draws new weights with."""
+    return getattr(config.text_config, "initializer_range", None) or 0.02
+
+
+def _as_ratio(factor: float | None) -> tuple[int, int] | None:
+    """Returns a factor as the two whole numbers that it is written for: 1.1 is 11 / 10, as no float is."""
+    return None if factor is None else Fraction(str(factor)).as_integer_ratio()
 
 
 class RouterLogits:
@@ -338,17 +387,69 @@ class RouterLogits:
     """
 
     def __enter__(self) -> list[torch.Tensor]:
-        collected: list[torch.Tensor] = []
-        self._token = _router_logits_of_pass.set(collected)
-        return collected
+        self.collected: list[torch.Tensor] = []
+        self.with_grad = torch.is_grad_enabled()
+        self._token = _router_logits_of_pass.set(self)
+        return self.collected
 
     def __exit__(self, *exception) -> None:
         _router_logits_of_pass.reset(self._token)
 
+    def add(self, router_logits: torch.Tensor) -> None:
+        """Takes the logits of one layer, `(num_tokens, num_experts)`.
+
+        Raises:
+            ValueError: They have lost their gradient on the way.
+        """
+        if self.with_grad and not torch.is_grad_enabled():
+            raise ValueError(
+                "The load-balancing loss cannot train the routers, whose logits have no gradient: reentrant gradient "
+                "checkpointing is on. Use gradient_checkpointing_kwargs={'use_reentrant': False}, or "
+                "router_aux_loss_coef=0 to train without that loss."
+            )
+        self.collected.append(router_logits)
+
+
+class TokenMask:
+    """Tells the blocks that run within the `with` block which tokens are padding; every thread its own blocks.
+
+    Args:
+        mask (`torch.Tensor` of shape `(batch_size * sequence_length)`, *optional*): 0 for padding.
+    """
+
+    def __init__(self, mask: torch.Tensor | None):
+        self.mask = mask
+
+    def __enter__(self) -> None:
+        self._token = _token_mask_of_pass.set(self.mask)
+
+    def __exit__(self, *exception) -> None:
+        _token_mask_of_pass.reset(self._token)
+
+
+def checkpoint_with_token_mask(checkpoint: Callable, function: Callable, *args) -> Any:
+    """Runs gradient checkpointing so that the backward pass, which computes a layer anew, does so with the same mask.
+
+    Args:
+        checkpoint (callable): The checkpointing function.
+        function (callable): The layer, and its arguments `args`.
+    """
+    mask = _token_mask_of_pass.get()
+    if mask is None:
+        return checkpoint(function, *args)
+
+    def with_token_mask(*args):
+        if _token_mask_of_pass.get() is mask:
+            return function(*args)
+        with TokenMask(mask):
+            return function(*args)
+
+    return checkpoint(with_token_mask, *args)
+
 
 def load_balancing_loss(router_logits: tuple[torch.Tensor, ...], mask: torch.Tensor | None = None) -> torch.Tensor:
-    """The auxiliary loss of Switch Transformers (Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6), summed over the
-    layers as MoE-LLaVA does: `num_experts * sum over experts of (mean probability * share of first choices)`.
+    """The auxiliary loss of Switch Transformers (Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6), summed over
+    the layers as MoE-LLaVA does: `num_experts * sum over experts of (mean probability * share of first choices)`.
 
     Args:
         router_logits (`tuple[torch.Tensor]`): Of every sparse layer, `(batch_size * sequence_length, num_experts)`.
@@ -418,8 +519,11 @@ def make_sparse(language_model: nn.Module, config) -> None:
 
 __all__ = [
     "DenseForm",
+    "Router",
     "RouterLogits",
     "SparseMoeBlock",
+    "TokenMask",
+    "checkpoint_with_token_mask",
     "dense_mlps",
     "load_balancing_loss",
     "make_sparse",

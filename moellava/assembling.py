@@ -29,7 +29,6 @@ import torch
 import transformers
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoTokenizer,
     GenerationConfig,
     GraniteConfig,
@@ -40,13 +39,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from .building import IMAGE_TOKEN, build, make_processor
 from .configuration import MoellavaConfig, MoellavaEncoderConfig
-from .configuration.registry_moellava import ENCODERS, PROJECTORS
+from .configuration.checkpoint_moellava import travelling_files
+from .configuration.custom_code_moellava import custom_sources
+from .configuration.registry_moellava import ENCODERS
+from .custom_source import read_custom_tower
 from .modeling import MoellavaForCausalLM
 from .modeling.encoders_moellava import detect_encoder_type, encoder_for
 from .modeling.language_moellava import check_head, own_causal_lm
+from .modeling.own_parts_moellava import build_projector
 from .projector_files import read_projector
 from .request import LoadRequest, is_custom_encoder
-from .sources import OPEN_CLIP_CONFIG_NAME, Source
+from .sources import OPEN_CLIP_CONFIG_NAME, Source, load_image_processor
 from .upcycling import is_new_weight, upcycled
 
 
@@ -54,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_VISION_TOWER = "openai/clip-vit-large-patch14"
 PROJECTOR_PREFIX = "model.multi_modal_projector."
+TOWER_PREFIX = "model.vision_tower."
 
 # What stands before the vision tower's weights in a model that holds one: CLIP and SigLIP, then vision-language models.
 _VISION_PREFIXES = ("vision_model.", "vision_tower.", "model.vision_tower.", "vision_encoder.")
@@ -251,52 +255,10 @@ def _tower_tensors(
     return own
 
 
-def load_image_processor(source: Source) -> Any:
-    """Returns the image processor of a source.
-
-    Raises:
-        ValueError: It has none.
-    """
-    try:
-        return AutoImageProcessor.from_pretrained(
-            source.name, trust_remote_code=source.trust_remote_code, **source.hub_options
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{source} has no image processor ({str(error).splitlines()[0]}). Expected a preprocessor_config.json "
-            "beside the vision tower's weights."
-        ) from error
-
-
-def read_custom_encoder(encoder_type: str, source: Source | None, fields: dict[str, Any]) -> VisionPart:
-    """Makes the part of a user's own encoder, whose class may know how to read a source (`read_source`)."""
-    encoder_class = ENCODERS[encoder_type]
-    tensors, image_processor = dict, None
-    if source is not None:
-        reader = getattr(encoder_class, "read_source", None)
-        if reader is None:
-            tensors = source.tensors
-        else:
-            read_fields, read_tensors = reader(source.name, **source.hub_options)
-            fields, tensors = {**read_fields, **fields}, lambda: read_tensors
-        if source.find("preprocessor_config.json") is not None or source.find("processor_config.json") is not None:
-            image_processor = load_image_processor(source)
-    fields = ENCODERS.complete_fields(encoder_type, fields)
-    if image_processor is None:
-        make = getattr(encoder_class, "image_processor", None)
-        image_processor = make(**fields) if make is not None else _plain_image_processor(encoder_type, fields)
-    return VisionPart(encoder_type, MoellavaEncoderConfig(**fields), tensors, image_processor)
-
-
-def _plain_image_processor(encoder_type: str, fields: dict[str, Any]) -> Any:
-    size = fields.get("image_size")
-    if not isinstance(size, int):
-        raise ValueError(
-            f"The encoder {encoder_type!r} tells no image_size and has no image processor. Give its constructor an "
-            "image_size, or its class a static method image_processor(**fields) that returns one."
-        )
-    side = {"height": size, "width": size}
-    return transformers.CLIPImageProcessor(size=side, crop_size=side)
+def read_custom_encoder(encoder_type: str, source: Source | None, request: LoadRequest) -> VisionPart:
+    """Opens an encoder of the user's own; see `read_custom_tower`."""
+    tower = read_custom_tower(encoder_type, source, request.encoder_fields, request.model_fields)
+    return VisionPart(encoder_type, MoellavaEncoderConfig(**tower.fields), tower.tensors, tower.image_processor)
 
 
 def add_image_token(tokenizer: Any, vocab_size: int, image_token: str = IMAGE_TOKEN) -> tuple[int, int]:
@@ -368,6 +330,7 @@ def assemble(request: LoadRequest, device_map: Any = None) -> MoellavaForCausalL
     shapes = projector_shapes(config)
     if projector_tensors is not None:
         projector_tensors = fit_projector(request.projector_path, projector_tensors, config, shapes)
+    warn_of_parts_that_stay(config)
 
     # What can be wrong apart from the weights has been found by now.
     tensors = language.tensors()
@@ -375,14 +338,18 @@ def assemble(request: LoadRequest, device_map: Any = None) -> MoellavaForCausalL
     grown = text_config.vocab_size > language.config.vocab_size
     if grown:
         _grow_embeddings(tensors, text_config, text_config.vocab_size)
-    tensors |= {f"model.vision_tower.{name}": tensor for name, tensor in vision.tensors().items()}
+    tower_tensors = vision.tensors()
+    tensors |= {f"{TOWER_PREFIX}{name}": tensor for name, tensor in tower_tensors.items()}
     tensors |= {f"{PROJECTOR_PREFIX}{name}": tensor for name, tensor in (projector_tensors or {}).items()}
     if request.moe is not None:
         config, tensors = upcycled(config, tensors, request.moe)
     model = build(
         config,
         tensors,
-        is_new=lambda name: _is_new(name, request.projector_path is None, request.moe is not None),
+        is_new=lambda name: (
+            _is_new(name, request.projector_path is None, request.moe is not None)
+            or (not tower_tensors and name.startswith(TOWER_PREFIX))
+        ),
         dtype=dtype,
         device_map=device_map,
         quantization_config=request.options["quantization_config"],
@@ -397,6 +364,14 @@ def assemble(request: LoadRequest, device_map: Any = None) -> MoellavaForCausalL
         model.generation_config.suppress_tokens = list(range(language.config.vocab_size, text_config.vocab_size))
     model.processor = make_processor(model, vision.image_processor, language.tokenizer)
     return model
+
+
+def warn_of_parts_that_stay(config: MoellavaConfig) -> None:
+    """Warns where the model cannot be saved, since a part of the user's own is defined where it cannot travel."""
+    try:
+        custom_sources(config.part_classes(), travelling_files())
+    except ValueError as error:
+        logger.warning("The model can be used, but not saved. %s", error)
 
 
 def _is_new(name: str, new_projector: bool, new_experts: bool) -> bool:
@@ -418,7 +393,7 @@ def read_vision_part(request: LoadRequest) -> VisionPart:
         ENCODERS[encoder_type]
     source = None if name is None else Source(name, request.hub_options)
     if encoder_type is not None and is_custom_encoder(encoder_type):
-        vision = read_custom_encoder(encoder_type, source, request.encoder_fields)
+        vision = read_custom_encoder(encoder_type, source, request)
     else:
         vision = read_vision_tower(source, encoder_type)
     report_claims(request, vision.config, name)
@@ -442,9 +417,7 @@ def projector_shapes(config: MoellavaConfig) -> dict[str, tuple[int, ...]]:
         ValueError: There is no such projector, as an identity between unequal widths.
     """
     with torch.device("meta"):
-        projector = PROJECTORS[config.projector_config.type](
-            encoder_for(config).feature_size, config.text_config.hidden_size, **config.projector_config.fields
-        )
+        projector = build_projector(config, encoder_for(config).feature_size)
     return {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
 
 
@@ -465,10 +438,11 @@ def fit_projector(
     Raises:
         ValueError: They do not fit; the message lists every key and shape that does not.
     """
-    prefix = os.path.commonprefix(list(tensors))
-    prefix = prefix[: prefix.rfind(".") + 1]
-    if prefix and set(tensors) == {f"{prefix}{name}" for name in expected}:
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    common = os.path.commonprefix(list(tensors))
+    for prefix in [common[: place + 1] for place, character in enumerate(common) if character == "."]:
+        if set(tensors) == {f"{prefix}{name}" for name in expected}:
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+            break
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     faults = [f"missing {name} {shape}" for name, shape in expected.items() if name not in given]
     faults += [f"unexpected {name} {shape}" for name, shape in given.items() if name not in expected]
@@ -494,6 +468,7 @@ def _dtype_of(config: PreTrainedConfig, tensors: dict[str, torch.Tensor]) -> tor
 
 __all__ = [
     "PROJECTOR_PREFIX",
+    "TOWER_PREFIX",
     "assemble",
     "fit_projector",
     "projector_shapes",

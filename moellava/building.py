@@ -59,6 +59,8 @@ def build(
         name, config=config, state_dict=state_dict, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
     origin = "the parts' files" if name is None else f"the files of {name}"
+    if name is None:
+        model.name_or_path = model.config.name_or_path = ""  # transformers writes the string "None"
     misfits = sorted(report["mismatched_keys"])
     if misfits:
         faults = [f"{key} is {tuple(found)}, expected {tuple(expected)}" for key, found, expected in misfits]
@@ -107,7 +109,7 @@ def fit_image_processor(image_processor: Any, encoder: VisionEncoder) -> Any:
         )
     image_processor = copy.deepcopy(image_processor)
     side = encoder.image_size
-    if encoder.interpolates or _output_side(image_processor) != side:
+    if encoder.interpolates or output_side(image_processor) != side:
         if getattr(image_processor, "crop_size", None) and getattr(image_processor, "do_center_crop", False):
             image_processor.crop_size = type(image_processor.crop_size)(height=side, width=side)
         size = image_processor.size
@@ -116,7 +118,7 @@ def fit_image_processor(image_processor: Any, encoder: VisionEncoder) -> Any:
     return image_processor
 
 
-def _output_side(image_processor: Any) -> int | None:
+def output_side(image_processor: Any) -> int | None:
     """The side in pixels of what an image processor gives, or `None` where it is not square or not fixed."""
     cropped = getattr(image_processor, "do_center_crop", False) and getattr(image_processor, "crop_size", None)
     size = image_processor.crop_size if cropped else image_processor.size
@@ -124,4 +126,4 @@ def _output_side(image_processor: Any) -> int | None:
     return height if height == width else None
 
 
-__all__ = ["IMAGE_TOKEN", "build", "fit_image_processor", "make_processor"]
+__all__ = ["IMAGE_TOKEN", "build", "fit_image_processor", "make_processor", "output_side"]

@@ -775,7 +775,7 @@ def _print_summary(summary: "CheckpointSummary") -> None:
     from rich.text import Text
 
     # A pipe has no width: nothing is to be wrapped there.
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, soft_wrap=False)
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     console.print(Text(summary.checkpoint, style="bold"))
 
     overview = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -785,48 +785,51 @@ def _print_summary(summary: "CheckpointSummary") -> None:
         overview.add_row(label, Text(text))
     console.print(overview)
 
-    is_sparse = any(part.parameters.active != part.parameters.total for part in summary.parts)
+    is_sparse = summary.parameters.active != summary.parameters.total
     parts = Table(box=None, header_style="cyan", padding=(0, 2, 0, 0))
     parts.add_column("Part", overflow="fold")
-    parts.add_column("Type", overflow="fold")
     for header in ("Parameters", *(["Active"] if is_sparse else []), "On disk", "In memory"):
         parts.add_column(header, justify="right", no_wrap=True)
-    parts.add_column("From", overflow="fold")
-
-    def row(name: str, kind: str, of: Any, origin: str, **style: Any) -> None:
+    for name, of in [*((part.name, part) for part in summary.parts), ("total", summary)]:
         active = [f"{of.parameters.active:,}"] if is_sparse else []
-        cells = [name, kind, f"{of.parameters.total:,}", *active, _size(of.bytes.disk), _size(of.bytes.memory), origin]
-        parts.add_row(*map(Text, cells), **style)
-
-    for part in summary.parts:
-        row(part.name, part.type, part, part.source or "")
-    row("total", "", summary, "", style="bold")
+        cells = [name, f"{of.parameters.total:,}", *active, _size(of.bytes.disk), _size(of.bytes.memory)]
+        parts.add_row(*map(Text, cells), style="bold" if of is summary else None)
     console.print()
     console.print(parts)
 
     weights = Table(box=None, header_style="cyan", padding=(0, 2, 0, 0))
     weights.add_column("Weights", overflow="fold")
+    weights.add_column("Count", justify="right", no_wrap=True)
     weights.add_column("Shape", no_wrap=True)
     weights.add_column("Dtype", no_wrap=True)
-    weights.add_column("Count", justify="right", no_wrap=True)
     for part in summary.parts:
+        weights.add_row(Text(part.name, style="bold"))
         for group in part.groups:
-            shape = " × ".join(map(str, group.shape)) or "1"
-            weights.add_row(Text(f"{part.name}.{group.name}"), shape, group.dtype, str(group.count))
+            shape = " × ".join(map(str, group.shape)) or "scalar"
+            weights.add_row(Text(f"  {group.name}"), str(group.count), shape, group.dtype)
+        if not part.groups:
+            weights.add_row(Text(f"  {'tied to the embedding' if 'tied' in part.type else 'none'}", style="dim"))
     console.print()
     console.print(weights)
 
 
 def _overview(summary: "CheckpointSummary") -> Iterator[tuple[str, str]]:
     encoder, projector, language = summary.encoder, summary.projector, summary.language_model
+    origins = {part.name: part.source for part in summary.parts if part.source}
+
     tower = [encoder.model_type]
     if encoder.num_hidden_layers is not None:
         tower.append(f"{encoder.num_hidden_layers} layers")
     if encoder.hidden_size is not None:
         tower.append(f"{encoder.hidden_size} wide")
-    tower.append(f"features of layer {encoder.vision_feature_layer}")
-    tower.append(f"tokens: {encoder.vision_feature_select_strategy}")
+    layers = encoder.vision_feature_layer
+    layers = f"layer {layers}" if isinstance(layers, int) else f"layers {', '.join(map(str, layers))}"
+    strategies = {"cls": "class token", "full": "all tokens", "default": "patch tokens", "patch": "patch tokens"}
+    strategy = encoder.vision_feature_select_strategy
+    tower.append(f"{strategies.get(strategy, strategy)} of {layers}")
     yield "Encoder", f"{encoder.type}: {', '.join(tower)}"
+    if "vision_tower" in origins:
+        yield "", f"from {origins['vision_tower']}"
 
     fields = ", ".join(f"{name}={value}" for name, value in projector.fields.items() if value is not None)
     incoming = "" if encoder.num_features is None else f"{encoder.num_features} × {encoder.feature_size} → "
@@ -840,6 +843,8 @@ def _overview(summary: "CheckpointSummary") -> Iterator[tuple[str, str]]:
             f"{language.vocab_size}, context {language.context_length}"
         ),
     )
+    if "language_model" in origins:
+        yield "", f"from {origins['language_model']}"
     if summary.sparse is not None:
         sparse = summary.sparse
         yield (
@@ -850,7 +855,7 @@ def _overview(summary: "CheckpointSummary") -> Iterator[tuple[str, str]]:
             ),
         )
     size = "" if summary.image_size is None else f"{summary.image_size} × {summary.image_size} pixels, "
-    shape = {"pad": "padded to a square", "square": "resized by the image processor"}[summary.image_aspect_ratio]
+    shape = "padded to a square" if summary.image_aspect_ratio == "pad" else "as the image processor resizes it"
     yield "Picture", f"{size}{shape}; {summary.tokens_per_image} tokens"
 
     parameters = f"{_count(summary.parameters.total)} parameters"

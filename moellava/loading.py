@@ -26,6 +26,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from .assembling import (
     PROJECTOR_PREFIX,
+    TOWER_PREFIX,
     assemble,
     fit_projector,
     projector_shapes,
@@ -36,11 +37,12 @@ from .assembling import (
 from .building import build, make_processor
 from .configuration import MoellavaConfig
 from .configuration.checkpoint_moellava import AUTO_MAP
+from .configuration.custom_code_moellava import CUSTOM_MODULE, is_own_class, registered_in
 from .configuration.names_moellava import canonical_projector
-from .configuration.registry_moellava import ENCODERS, PROJECTORS
+from .configuration.registry_moellava import ENCODERS, PROJECTORS, plain_value
 from .modeling import MoellavaForCausalLM
 from .projector_files import read_projector
-from .request import LoadRequest, read_request
+from .request import LoadRequest, is_custom_encoder, read_request
 from .sources import Source
 from .upcycling import is_new_weight, upcycled, with_moe_changes
 
@@ -163,7 +165,7 @@ def _load_checkpoint(source: Source, fields: dict[str, Any], request: LoadReques
         **request.model_options,
     }
     options = {name: value for name, value in options.items() if value is not None}
-    own_code = _needs_its_own_code(fields)
+    own_code = _needs_its_own_code(source, fields)
     if own_code:
         return _load_with_its_own_code(source, own_code, request, options)
     config = MoellavaConfig.from_dict(dict(fields))
@@ -205,7 +207,15 @@ def _takes_other_parts(config: MoellavaConfig, request: LoadRequest) -> bool:
 
 
 def _asks_for_another_tower(config: MoellavaConfig, request: LoadRequest) -> bool:
-    return request.vision_tower is not None and request.vision_tower != (config.parts or {}).get("vision_tower")
+    if request.vision_tower is not None and request.vision_tower != (config.parts or {}).get("vision_tower"):
+        return True
+    encoder_type = request.model_fields.get("encoder_type", config.encoder_type)
+    if not is_custom_encoder(encoder_type):
+        return False
+    own = {name: plain_value(value, name) for name, value in request.encoder_fields.items()}
+    return encoder_type != config.encoder_type or any(
+        getattr(config.vision_config, name, None) != value for name, value in own.items()
+    )
 
 
 def _load_with_other_parts(
@@ -241,8 +251,11 @@ def _load_with_other_parts(
 
     # What can be wrong apart from the weights has been found by now.
     tensors = source.tensors()
+    new_tower = False
     if vision is not None:
-        tensors = _with_part(tensors, "model.vision_tower.", vision.tensors())
+        tower_tensors = vision.tensors()
+        new_tower = not tower_tensors
+        tensors = _with_part(tensors, TOWER_PREFIX, tower_tensors)
     new_projector = file_tensors is None and (projector is not None or shapes != earlier_shapes)
     if file_tensors is not None:
         tensors = _with_part(tensors, PROJECTOR_PREFIX, file_tensors)
@@ -256,7 +269,9 @@ def _load_with_other_parts(
         config,
         tensors,
         is_new=lambda name: (
-            (new_projector and name.startswith(PROJECTOR_PREFIX)) or (new_experts and is_new_weight(name))
+            (new_projector and name.startswith(PROJECTOR_PREFIX))
+            or (new_tower and name.startswith(TOWER_PREFIX))
+            or (new_experts and is_new_weight(name))
         ),
         **options,
     )
@@ -286,6 +301,7 @@ def _changed_projector(config: MoellavaConfig, request: LoadRequest) -> dict[str
         return None
     asked = canonical_projector({"type": own["type"], **asked})
     if asked["type"] == own["type"]:
+        asked = {name: plain_value(value, name) for name, value in asked.items()}
         if all(own.get(name) == value for name, value in asked.items()):
             return None
         asked = own | asked
@@ -300,12 +316,20 @@ def make_processor_like(processor: Any, model: MoellavaForCausalLM) -> Any:
     return remade
 
 
-def _needs_its_own_code(fields: dict[str, Any]) -> str | None:
+def _needs_its_own_code(source: Source, fields: dict[str, Any]) -> str | None:
     """Returns the name of a part of the checkpoint that is not registered here, if there is one."""
+    custom_code = source.find(f"{CUSTOM_MODULE}.py")
+    own_names = registered_in(custom_code.read_text(encoding="utf-8")) if custom_code is not None else []
     projector = fields.get("projector_config")
     projector = projector.get("type") if isinstance(projector, dict) else None
-    for name, registry in ((fields.get("encoder_type"), ENCODERS), (projector, PROJECTORS)):
-        if isinstance(name, str) and name not in registry:
+    for name, table, registry in (
+        (fields.get("encoder_type"), "ENCODERS", ENCODERS),
+        (projector, "PROJECTORS", PROJECTORS),
+    ):
+        if not isinstance(name, str):
+            continue
+        # Its author may have taken the place of a part of this package.
+        if name not in registry or ((table, name) in own_names and not is_own_class(registry[name])):
             return name
     return None
 
@@ -317,10 +341,10 @@ def _load_with_its_own_code(source: Source, part: str, request: LoadRequest, opt
             f"{source} has a part {part!r} of its author's own, whose code lies in the checkpoint. Pass "
             "trust_remote_code=True to run it, where you trust its author; or import the file that registers it."
         )
-    if request.model_fields or request.projector or request.projector_path or request.vision_tower:
+    if request.model_fields or request.projector or request.projector_path or request.vision_tower or request.moe:
         raise ValueError(
             f"{source} is loaded by its own code, because of its part {part!r}, and cannot be changed while loading. "
-            f"Import the file that registers {part!r} first, or leave the vision and projector settings out."
+            f"Import the file that registers {part!r} first, or leave the settings of its parts out."
         )
     model_class = get_class_from_dynamic_module(AUTO_MAP["AutoModelForCausalLM"], source.name, **source.hub_options)
     processor_class = get_class_from_dynamic_module(AUTO_MAP["AutoProcessor"], source.name, **source.hub_options)
@@ -346,7 +370,7 @@ def _load_adapter(request: LoadRequest, placement: Any) -> Any:
     base_request.vision_tower, base_request.projector = request.vision_tower, request.projector
     base_request.projector_path, base_request.model_fields = request.projector_path, request.model_fields
     base_request.options, base_request.hub_options = request.options, request.hub_options
-    base_request.model_options = request.model_options
+    base_request.model_options, base_request.moe = request.model_options, request.moe
     base = _load(base_request, placement)
     processor = base.processor
     model = PeftModel.from_pretrained(base, adapter.name, **adapter.hub_options)
@@ -443,28 +467,39 @@ def _logs_shown(wanted: bool) -> Iterator[None]:
 
 
 def _log_parts(model: Any, request: LoadRequest) -> None:
-    base = getattr(model, "base_model", model) if not isinstance(model, MoellavaForCausalLM) else model
-    inner = getattr(base, "model", base)
-    inner = getattr(inner, "model", inner) if not hasattr(inner, "vision_tower") else inner
-    for wanted, label, name in (
-        ("encoder_debug", "encoder", "vision_tower"),
-        ("projector_debug", "projector", "multi_modal_projector"),
-    ):
-        if request.options[wanted]:
-            part = getattr(inner, name)
-            kind = model.config.encoder_type if label == "encoder" else model.config.projector_config.type
-            logger.info("%s: %s (%s)", label, kind, type(part).__name__)
-            for parameter_name, parameter in part.named_parameters():
-                logger.info("%s: %s %s %s", label, parameter_name, tuple(parameter.shape), parameter.dtype)
+    """Logs what the vision tower and the projector are, where they come from, and every shape in them."""
+    config = model.config
+    inner = next(module for module in model.modules() if hasattr(module, "vision_tower") and hasattr(module, "encoder"))
     if request.options["encoder_debug"]:
         encoder = inner.encoder
+        how = "as encoder_type says" if "encoder_type" in request.model_fields else "detected"
         logger.info(
-            "encoder: layers %s of %s, %s tokens of width %s per picture of %s pixels",
-            encoder.feature_layers, encoder.num_hidden_layers, encoder.num_selected_tokens, encoder.feature_size,
-            encoder.image_size,
+            "encoder: %r, %s; model_type %r of the vision tower's config", config.encoder_type, how,
+            config.vision_config.model_type,
         )  # fmt: skip
+        logger.info("encoder: loaded from %s", (config.parts or {}).get("vision_tower") or request.model_path)
+        logger.info(
+            "encoder: pictures of %s pixels (natively %s); layers %s of %s; %s features of width %s per picture",
+            encoder.image_size, encoder.native_image_size, encoder.feature_layers, encoder.num_hidden_layers,
+            encoder.num_selected_tokens, encoder.feature_size,
+        )  # fmt: skip
+        _log_shapes("encoder", inner.vision_tower)
     if request.options["projector_debug"]:
-        logger.info("projector: %s tokens per picture", model.config.image_seq_length)
+        how = "as asked for" if (request.projector or {}).get("type") else "as the checkpoint has it, or by default"
+        if request.projector_path is not None:
+            how = f"loaded from {request.projector_path}"
+        logger.info("projector: %r, %s; %s", config.projector_config.type, how, config.projector_config.fields)
+        logger.info(
+            "projector: from %s features of width %s to %s tokens of width %s per picture",
+            inner.encoder.num_selected_tokens, inner.encoder.feature_size, config.image_seq_length,
+            config.text_config.hidden_size,
+        )  # fmt: skip
+        _log_shapes("projector", inner.multi_modal_projector)
+
+
+def _log_shapes(label: str, part: torch.nn.Module) -> None:
+    for name, parameter in part.named_parameters():
+        logger.info("%s: %s %s %s", label, name, tuple(parameter.shape), parameter.dtype)
 
 
 __all__ = ["LoadedModel", "context_length", "load_pretrained_model"]

@@ -25,10 +25,9 @@ from .sources import read_tensors
 
 # What may stand before the projector's own keys: our tree, LLaVA's, MoE-LLaVA's, and what trainers put in front.
 _PREFIX = re.compile(
-    r"^(?:base_model\.)?(?:model\.)*(?:transformer\.)?(?:multi_modal_projector|mm_projector)\."
-    r"(?:image_spatial_proj\.)?|^image_spatial_proj\.|^module\."
+    r"^(?:.+\.)?(?:multi_modal_projector|mm_projector)\.(?:image_spatial_proj\.)?|^image_spatial_proj\.|^module\."
 )
-_SEQUENTIAL_KEY = re.compile(r"(\d+)\.(weight|bias)")
+_SEQUENTIAL_KEY = re.compile(r"(?:(.+)\.)?(\d+)\.(weight|bias)")
 _LINEAR_KEY = re.compile(r"linear_(\d+)\.(weight|bias)")
 
 
@@ -56,9 +55,14 @@ def read_projector(path: str | os.PathLike, fields: dict[str, Any]) -> tuple[dic
         # A file of a trainer may hold more than the projector, such as embedding rows.
         tensors = {short: tensors[name] for name, short in prefixed.items() if short != name}
     if not tensors:
-        raise ValueError(f"{path} holds no weights of a projector.")
-    if set(tensors) <= {"weight", "bias"} and fields.get("type") in (None, "linear"):
-        return {**fields, "type": "linear", "bias": "bias" in tensors}, {f"linear.{k}": t for k, t in tensors.items()}
+        raise ValueError(
+            f"{path} holds no weights of a projector. Expected what a trainer saves as mm_projector.bin, or the state "
+            "dict of a projector."
+        )
+    short = {name.removeprefix("linear."): tensor for name, tensor in tensors.items()}
+    if set(short) <= {"weight", "bias"} and fields.get("type") in (None, "linear"):
+        tensors = {f"linear.{name}": tensor for name, tensor in short.items()}
+        return {"bias": "bias" in short, **fields, "type": "linear"}, tensors
     if fields.get("type", "mlp") == "mlp":
         tensors = _as_mlp(tensors)
         fields = {**_mlp_fields(tensors), **fields}
@@ -66,13 +70,13 @@ def read_projector(path: str | os.PathLike, fields: dict[str, Any]) -> tuple[dic
 
 
 def _as_mlp(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames the layers of an `nn.Sequential` (`0`, `2`, ...) to `linear_1`, `linear_2`, ..."""
+    """Renames the layers of an `nn.Sequential` (`0`, `2`, ...), under any one prefix, to `linear_1`, `linear_2`, ..."""
     matches = {name: _SEQUENTIAL_KEY.fullmatch(name) for name in tensors}
-    if not all(matches.values()):
+    if not all(matches.values()) or len({match.group(1) for match in matches.values()}) > 1:
         return tensors
-    places = sorted({int(match.group(1)) for match in matches.values()})
+    places = sorted({int(match.group(2)) for match in matches.values()})
     return {
-        f"linear_{places.index(int(match.group(1))) + 1}.{match.group(2)}": tensors[name]
+        f"linear_{places.index(int(match.group(2))) + 1}.{match.group(3)}": tensors[name]
         for name, match in matches.items()
     }
 

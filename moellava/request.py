@@ -29,13 +29,14 @@ import torch
 from .configuration.names_moellava import (
     CHOICES,
     FIELD_NAMES,
-    PROJECTOR_FIELD_NAMES,
+    MOE_FIELD_NAMES,
     VISION_FIELD_NAMES,
     canonical_encoder_type,
     canonical_moe,
     canonical_projector,
     canonical_strategy,
     check_choice,
+    given_type,
     translate_fields,
 )
 from .configuration.registry_moellava import PROJECTORS, known_names
@@ -121,8 +122,8 @@ class LoadRequest:
 def read_request(configuration: Any, keywords: Mapping[str, Any]) -> LoadRequest:
     """Makes one request of a configuration and keywords.
 
-    What is given by keyword wins over the objects `custom_vision_config`, `projector_config` and `moe_config`, and these
-    over the fields of the configuration. `None` counts as not given.
+    What is given by keyword wins over the objects `custom_vision_config`, `projector_config` and `moe_config`, and
+    these win over the fields of the configuration. `None` counts as not given.
 
     Args:
         configuration (`str`, `os.PathLike`, `Mapping`, dataclass or object): The model's path, or a configuration.
@@ -139,9 +140,11 @@ def read_request(configuration: Any, keywords: Mapping[str, Any]) -> LoadRequest
     fields, parts = _read_layer(given, "the configuration")
     keyword_fields, keyword_parts = _read_layer(keywords, "the arguments")
     flat_type = (fields.get("projector", {}) | keyword_fields.get("projector", {})).get("type")
+    flat_encoder = (fields.get("model", {}) | keyword_fields.get("model", {})).get("encoder_type")
+    parts, keyword_parts = (_read_parts(one, flat_type, flat_encoder) for one in (parts, keyword_parts))
 
     merged: dict[str, dict[str, Any]] = {}
-    for layer in (fields, _read_parts(parts, flat_type), _read_parts(keyword_parts, flat_type), keyword_fields):
+    for layer in (fields, parts, keyword_parts, keyword_fields):
         projector = _stacked_projector(merged.get("projector"), layer.get("projector"))
         for section, values in layer.items():
             merged.setdefault(section, {}).update(values)
@@ -208,8 +211,8 @@ def _dtype(given: Any) -> torch.dtype | None:
         dtype = getattr(torch, _SHORT_DTYPES.get(name, name), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(
-            f"dtype is {given!r}; expected a floating-point dtype of PyTorch or its name, such as 'bfloat16', or 'auto' "
-            "for the dtype that the weights are saved in."
+            f"dtype is {given!r}; expected a floating-point dtype of PyTorch or its name, such as 'bfloat16', or "
+            "'auto' for the dtype that the weights are saved in."
         )
     return dtype
 
@@ -284,11 +287,13 @@ def _read_layer(given: Mapping[str, Any], origin: str) -> tuple[dict[str, dict[s
     return sections, parts
 
 
-def _read_parts(parts: Mapping[str, Any], flat_type: str | None) -> dict[str, dict[str, Any]]:
-    """Sorts the fields of the objects that describe one part each; `flat_type` is the projector's type beside them."""
+def _read_parts(
+    parts: Mapping[str, Any], flat_type: str | None, flat_encoder: str | None
+) -> dict[str, dict[str, Any]]:
+    """Sorts the fields of the objects that describe one part each; the flat types are given beside them."""
     sections: dict[str, dict[str, Any]] = {}
     if "custom_vision_config" in parts:
-        sections = _read_vision(parts["custom_vision_config"])
+        sections = _read_vision(parts["custom_vision_config"], flat_encoder)
     if "moe_config" in parts:
         sections["moe"] = _read_moe(parts["moe_config"])
     if "projector_config" in parts:
@@ -297,14 +302,14 @@ def _read_parts(parts: Mapping[str, Any], flat_type: str | None) -> dict[str, di
     return sections
 
 
-def _read_vision(value: Any) -> dict[str, dict[str, Any]]:
+def _read_vision(value: Any, flat_encoder: str | None) -> dict[str, dict[str, Any]]:
     fields = _as_fields(value, "custom_vision_config")
     known = {name: field for name, field in fields.items() if name in VISION_FIELD_NAMES}
     sections = translate_fields(known, "custom_vision_config", names=VISION_FIELD_NAMES)
-    own = {name: field for name, field in fields.items() if name not in known}
+    own = {name: field for name, field in fields.items() if name not in known and field is not None}
     if own:
-        encoder_type = canonical_encoder_type(sections.get("model", {}).get("encoder_type", ""))
-        if not is_custom_encoder(encoder_type):
+        encoder_type = flat_encoder or sections.get("model", {}).get("encoder_type", "")
+        if not is_custom_encoder(canonical_encoder_type(encoder_type)):
             name = next(iter(own))
             raise ValueError(f"Unknown field {name!r} in custom_vision_config{known_names(name, VISION_FIELD_NAMES)}")
         sections["encoder"] = own
@@ -321,34 +326,39 @@ def is_custom_encoder(encoder_type: str) -> bool:
 
 def canonical_projector_fields(fields: Mapping[str, Any], kind: str | None = None) -> dict[str, Any]:
     """`canonical_projector` for fields that may leave the type open; `kind` is the type where they do."""
-    if any(PROJECTOR_FIELD_NAMES.get(name, name) == "type" for name in fields):
+    if given_type(fields) is not None:
         return canonical_projector(fields)
-    canonical = canonical_projector({**fields, **({} if kind is None else {"type": kind})})
+    canonical = canonical_projector({**fields, "type": kind})
     return {name: value for name, value in canonical.items() if name != "type"}
 
 
 def _read_projector(value: Any, flat_type: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads `projector_config`, and what it says of the tower; the defaults of a user's class that the projector's type
-    does not have are left out."""
-    fields = _as_fields(value, "projector_config")
-    claims = {name: field for name, field in fields.items() if FIELD_NAMES.get(name, ("", ""))[0] == "check"}
-    fields = {name: field for name, field in fields.items() if field is not None and name not in claims}
+    """Reads `projector_config`, and what it says of the tower.
+
+    What a user's class says by default gives way to what was set and to what a file tells, and is left out where the
+    projector has no such field.
+    """
+    given = _as_fields(value, "projector_config")
+    claims = {name: field for name, field in given.items() if FIELD_NAMES.get(name, ("", ""))[0] == "check"}
+    given = {name: field for name, field in given.items() if field is not None and name not in claims}
     defaults = _own_defaults(value)
-    type_names = [name for name, canonical in PROJECTOR_FIELD_NAMES.items() if canonical == "type"]
-    given_type = next((fields[name] for name in ("type", *type_names) if name in fields), flat_type or "mlp")
-    known = {"type", "path", *PROJECTORS.fields(canonical_projector({"type": given_type})["type"])}
-    for name in [name for name in fields if name in defaults and defaults[name] == fields[name]]:
-        if set(canonical_projector({"type": given_type, name: fields[name]})) - known:
-            logger.info(
-                "The projector %r has no field %r; the default of projector_config's class is left out.",
-                given_type, name,
-            )  # fmt: skip
-            del fields[name]
-    return canonical_projector_fields(fields, flat_type), claims
+    chosen = {name: field for name, field in given.items() if name not in defaults or defaults[name] != field}
+    kind = canonical_projector({"type": given_type(given) or flat_type})["type"]
+    known = {"type", "path", *PROJECTORS.fields(kind)}
+    fields: dict[str, Any] = {}
+    for name in [name for name in given if name not in chosen and "path" not in given]:
+        field = canonical_projector_fields({name: given[name]}, kind)
+        if set(field) <= known:
+            fields |= field
+        else:
+            logger.info("The projector %r has no field %r; the default of the class is left out.", kind, name)
+    return {**fields, **canonical_projector_fields(chosen, kind)}, claims
 
 
 def _read_moe(value: Any) -> dict[str, Any]:
     fields = _as_fields(value, "moe_config")
+    if getattr(value, "model_type", None) == "moellava_moe":  # a config, with what every config has beside its fields
+        fields = {name: fields[name] for name in MOE_FIELD_NAMES if name in fields}
     router_path = _path_or_none(fields.pop("router_path", None))
     return canonical_moe(fields) | ({} if router_path is None else {"router_path": router_path})
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import AutoImageProcessor
 from transformers.utils import cached_file
 
 
@@ -216,4 +217,21 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-__all__ = ["CONFIG_NAME", "OPEN_CLIP_CONFIG_NAME", "Source", "read_tensors"]
+def load_image_processor(source: Source) -> Any:
+    """Returns the image processor of a source.
+
+    Raises:
+        ValueError: It has none.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(
+            source.name, trust_remote_code=source.trust_remote_code, **source.hub_options
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source} has no image processor ({str(error).splitlines()[0]}). Expected a preprocessor_config.json "
+            "beside the vision tower's weights."
+        ) from error
+
+
+__all__ = ["CONFIG_NAME", "OPEN_CLIP_CONFIG_NAME", "Source", "load_image_processor", "read_tensors"]

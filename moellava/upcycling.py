@@ -20,17 +20,20 @@ weights the new model says what the dense one said, until training tells the exp
 import copy
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModel
 
-from .building import build, make_processor
+from .building import build
 from .configuration import MoellavaConfig, MoellavaMoeConfig
+from .configuration.names_moellava import canonical_moe
 from .modeling import MoellavaForCausalLM
 from .modeling.sparse_moellava import DenseForm, dense_mlps
-from .sources import read_tensors
+from .sources import Source, read_tensors
 
 
 _BODY = "model.language_model."
@@ -78,7 +81,9 @@ def upcycle(
         `MoellavaForCausalLM`: The sparse model in evaluation mode, with the dense one's processor.
 
     Raises:
-        ValueError: The model is sparse already, its language model has no MLPs of a known form, or a field is wrong.
+        TypeError: `model` is something else.
+        ValueError: The model is sparse already, its language model has no MLPs of a known form, its weights are
+            quantised or not in memory, or a field is wrong.
 
     Example:
 
@@ -89,27 +94,73 @@ def upcycle(
     >>> sparse = upcycle(dense, num_experts=4, num_experts_per_tok=2, layers="second_half")
     >>> sparse.save_pretrained("my-sparse-model")
     ```"""
-    moe = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok, "layers": layers, **fields}
+    moe = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok, "layers": layers}
+    fields = canonical_moe(fields)
+    for name in moe.keys() & fields.keys():
+        if moe[name] not in (MoellavaMoeConfig.__dataclass_fields__[name].default, fields[name]):
+            raise ValueError(f"{name} is {moe[name]!r}, and by an older name {fields[name]!r}. Give one of the two.")
+    moe |= fields | {"router_path": router_path}
     if isinstance(model, str | os.PathLike):
-        from .loading import load_pretrained_model
-
-        return load_pretrained_model(model, moe_config={**moe, "router_path": router_path}).model
-    dense_tensors = model.state_dict()
-    config, tensors = upcycled(model.config, dense_tensors, {**moe, "router_path": router_path})
+        return _upcycled_checkpoint(Source(model), moe)
+    if getattr(getattr(model, "config", None), "model_type", None) != MoellavaConfig.model_type:
+        raise TypeError(
+            f"A {type(model).__name__} cannot be upcycled; expected a MoellavaForCausalLM or its checkpoint."
+        )
+    if not hasattr(model, "lm_head"):
+        raise TypeError(
+            "A model without its head cannot be upcycled; expected the MoellavaForCausalLM that it is part of."
+        )
+    dense = model.state_dict()
+    elsewhere = [name for name, tensor in dense.items() if tensor.is_meta]
+    if elsewhere:
+        raise ValueError(
+            f"The weights {elsewhere[:3]} are not in memory but offloaded to disk. Load the model without offloading, "
+            "or give its checkpoint's path."
+        )
+    config, tensors = upcycled(model.config, dense, moe)
     # What the two models have in common is copied: training one must not change the other.
-    tensors = {
-        name: tensor.clone()
-        if name in dense_tensors and tensor.data_ptr() == dense_tensors[name].data_ptr()
-        else tensor
-        for name, tensor in tensors.items()
-    }
-    sparse = build(config, tensors, is_new=is_new_weight, dtype=model.dtype, device_map={"": model.device})
+    own = {tensor.untyped_storage().data_ptr() for tensor in dense.values()}
+    for name, tensor in tensors.items():
+        if tensor.untyped_storage().data_ptr() in own:
+            tensors[name] = tensor.clone()
+    sparse = build(
+        config,
+        tensors,
+        is_new=is_new_weight,
+        dtype=model.dtype,
+        device_map={"": model.device},
+        attn_implementation=_attn_implementations(model.config),
+    )
     sparse.generation_config = copy.deepcopy(model.generation_config)
-    if model.processor is not None:
-        processor = copy.deepcopy(model.processor)
-        sparse.processor = make_processor(sparse, processor.image_processor, processor.tokenizer)
-        sparse.processor.chat_template = processor.chat_template
+    sparse.processor = copy.deepcopy(model.processor)
     return sparse
+
+
+def _upcycled_checkpoint(source: Source, moe: dict[str, Any]) -> MoellavaForCausalLM:
+    from .loading import load_pretrained_model
+
+    fields = source.config_dict()
+    if fields.get("model_type") != MoellavaConfig.model_type:
+        raise ValueError(
+            f"{source} is a model of type {fields.get('model_type')!r}, not a checkpoint of this package. Give "
+            "load_pretrained_model its path and a moe_config to assemble a sparse model of it."
+        )
+    if fields.get("moe_config") is not None:
+        _refuse_sparse(fields["moe_config"])
+    return load_pretrained_model(source.name, moe_config=moe).model
+
+
+def _refuse_sparse(moe: Mapping[str, Any]) -> None:
+    raise ValueError(
+        f"The model is sparse already: layers {moe['layers']} have {moe['num_experts']} experts. Upcycle the dense "
+        "model that it was made of."
+    )
+
+
+def _attn_implementations(config: MoellavaConfig) -> dict[str, str | None]:
+    """Returns which attention the parts of a model use, as `from_pretrained` takes it."""
+    parts = {"": config, "text_config": config.text_config, "vision_config": config.vision_config}
+    return {name: part._attn_implementation for name, part in parts.items()}
 
 
 def is_new_weight(name: str) -> bool:
@@ -126,12 +177,12 @@ def upcycled(
         config (`MoellavaConfig`): The dense model's config.
         tensors (`dict[str, torch.Tensor]`): The dense model's weights, under the names of the tree.
         moe (`dict`): Fields of `MoellavaMoeConfig`, and `router_path`.
+
+    Raises:
+        ValueError: The dense model or the router does not allow it.
     """
     if config.moe_config is not None:
-        raise ValueError(
-            f"The model is sparse already: layers {config.moe_config.layers} have {config.moe_config.num_experts} "
-            "experts. Upcycle the dense model that it was made of."
-        )
+        _refuse_sparse(config.moe_config.to_dict())
     moe = dict(moe)
     router_path = moe.pop("router_path", None)
     router = None if router_path is None else read_router(router_path)
@@ -149,16 +200,15 @@ def _sparse_tensors(
 ) -> dict[str, torch.Tensor]:
     moe = config.moe_config
     with torch.device("meta"):
-        body = AutoModel.from_config(copy.deepcopy(config.text_config))
+        body = AutoModel.from_config(copy.deepcopy(config.text_config)).eval()
     mlps = dense_mlps(body)
     tensors = dict(tensors)
     for index in moe.layers:
         name, mlp = mlps[index]
         form, prefix = DenseForm(mlp), f"{_BODY}{name}."
         dense = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
-        missing = sorted(set(mlp.state_dict()) - set(dense))
-        if missing:
-            raise ValueError(f"The weights {missing} of {prefix}* are not there, so that it cannot be made sparse.")
+        _check_dense(dense, mlp, prefix)
+        _check_form(form, mlp, dense, config)
         sparse = {f"experts.{key}": tensor for key, tensor in form.expert_tensors(dense, moe.num_experts).items()}
         if moe.use_residual:
             sparse |= {f"mlp.{key}": tensor for key, tensor in dense.items()}
@@ -171,6 +221,47 @@ def _sparse_tensors(
     return tensors
 
 
+def _check_dense(dense: dict[str, torch.Tensor], mlp: nn.Module, prefix: str) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in mlp.state_dict().items()}
+    missing = sorted(set(expected) - set(dense))
+    if missing:
+        raise ValueError(f"The weights {missing} of {prefix}* are not there, so that it cannot be made sparse.")
+    strange = sorted(set(dense) - set(expected)) + [
+        name for name, shape in expected.items() if tuple(dense[name].shape) != shape
+    ]
+    if strange:
+        raise ValueError(
+            f"The weights {strange} of {prefix}* are not those of a {type(mlp).__name__}: a quantised model cannot be "
+            "upcycled. Load it without quantisation."
+        )
+
+
+def _check_form(form: DenseForm, mlp: nn.Module, dense: dict[str, torch.Tensor], config: MoellavaConfig) -> None:
+    """Compares an expert with the dense MLP on random tokens, so that one with arithmetic of its own is refused."""
+    with torch.device("meta"):
+        experts = form.build_experts(config, 1)
+    weight = dense[f"{form.down_name}.weight"]
+    tokens = torch.randn(4, form.hidden_size, generator=torch.Generator().manual_seed(0)).to(weight)
+    tensors = form.expert_tensors(dense, 1)
+    up_name = "gate_up_proj" if form.gated else "up_proj"
+    names = (up_name, f"{up_name}_bias", "down_proj", "down_proj_bias")
+    weights = tuple(tensors[name][0] if name in tensors else None for name in names)
+    with torch.no_grad():
+        actual = experts.run_expert(weights, tokens).float()
+        try:
+            expected = torch.func.functional_call(mlp, dense, (tokens,)).float()
+        except (AttributeError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"A {form.name} cannot be made sparse: it could not be run for comparison "
+                f"({type(error).__name__}: {error})."
+            ) from error
+    if not (actual - expected).norm() <= 0.02 * expected.norm():
+        raise ValueError(
+            f"A {form.name} cannot be made sparse: it computes something else than experts of the form "
+            f"{'gate/up/down' if form.gated else 'fc1/fc2'} can."
+        )
+
+
 def read_router(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """Reads a router's file: the `weight` and, where it has one, the `bias` of a linear layer, under any prefix.
 
@@ -181,9 +272,14 @@ def read_router(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise FileNotFoundError(f"There is no router file {path}. Give the path of a .safetensors, .bin or .pth file.")
-    router = {name.rpartition(".")[2]: tensor for name, tensor in read_tensors(path)}
-    if not {"weight"} <= set(router) <= {"weight", "bias"} or router["weight"].dim() != 2:
-        raise ValueError(f"{path} is no router: expected fc1.weight (num_experts, hidden_size) and fc1.bias.")
+    given = list(read_tensors(path))
+    router = {name.rpartition(".")[2]: tensor for name, tensor in given}
+    is_linear = {"weight"} <= set(router) <= {"weight", "bias"} and len(given) == len(router)
+    if not is_linear or router["weight"].dim() != 2:
+        raise ValueError(
+            f"{path} is no router: expected fc1.weight (num_experts, hidden_size) and, if it has one, fc1.bias; found "
+            f"{', '.join(f'{name} {tuple(tensor.shape)}' for name, tensor in given) or 'nothing'}."
+        )
     return router
 
 
@@ -196,6 +292,10 @@ def _check_router(
             f"The router of {path} has the shape {shape}; the model needs {(moe.num_experts, hidden_size)} "
             "(num_experts, hidden_size)."
         )
+    if "bias" in router and tuple(router["bias"].shape) != shape[:1]:
+        raise ValueError(
+            f"The router of {path} has a bias of the shape {tuple(router['bias'].shape)}; expected {shape[:1]}."
+        )
     if moe.router_bias != ("bias" in router):
         raise ValueError(f"router_bias is {moe.router_bias}, but the router of {path} says otherwise. Leave it out.")
 
@@ -206,17 +306,24 @@ def with_moe_changes(config: MoellavaConfig, moe: dict[str, Any]) -> dict[str, A
     Raises:
         ValueError: The change would be another model than the checkpoint.
     """
-    own = config.moe_config
-    asked = MoellavaMoeConfig(**{key: value for key, value in moe.items() if key != "router_path"})
+    if moe.get("router_path") is not None:
+        raise ValueError(
+            f"router_path is {moe['router_path']!r}, but the checkpoint is sparse already and has its own routers. "
+            "Leave it out, or upcycle the dense model anew."
+        )
+    own = {name: getattr(config.moe_config, name) for name in MoellavaMoeConfig.__annotations__ if name != "model_type"}
+    given = {name: value for name, value in moe.items() if name in own}
+    if "num_experts_per_tok" in given and own["norm_topk_prob"] == (own["num_experts_per_tok"] > 1):
+        own["norm_topk_prob"] = None  # the default, which follows from the number of experts
+    asked = MoellavaMoeConfig(**own | given)
     asked.layers = asked.resolved_layers(config.text_config.num_hidden_layers)
-    given = {name for name in moe if name in type(asked).__annotations__}
-    for name in sorted(given - _CHANGEABLE):
-        if getattr(asked, name) != getattr(own, name):
+    for name in sorted(set(given) - _CHANGEABLE):
+        if getattr(asked, name) != own[name]:
             raise ValueError(
-                f"The checkpoint's {name} is {getattr(own, name)!r}, and {getattr(asked, name)!r} is asked for; it is "
-                "part of what the model is. Upcycle its dense model anew, or leave it out."
+                f"The checkpoint's {name} is {own[name]!r}, and {getattr(asked, name)!r} is asked for; it is part of "
+                "what the model is. Upcycle its dense model anew, or leave it out."
             )
-    return own.to_dict() | {name: getattr(asked, name) for name in given}
+    return {name: getattr(asked, name) for name in own}
 
 
 __all__ = ["is_new_weight", "read_router", "upcycle", "upcycled", "with_moe_changes"]

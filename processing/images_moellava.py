@@ -269,7 +269,9 @@ def _decode(content: bytes, name: str, origin: str) -> PIL.Image.Image:
 
 
 def _not_decodable(name: str, error: Exception) -> ValueError:
-    return ValueError(f"{name} cannot be decoded: {type(error).__name__}: {error}. Expected a complete picture file.")
+    # Pillow's own message names an object in memory.
+    reason = "no known format" if isinstance(error, PIL.UnidentifiedImageError) else error
+    return ValueError(f"{name} cannot be decoded: {type(error).__name__}: {reason}. Expected a complete picture file.")
 
 
 def _pil_to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:

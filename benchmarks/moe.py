@@ -1,0 +1,190 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The experts' implementations against a floor, on this machine.
+
+    python benchmarks/moe.py                 # every size; takes long on two cores
+    python benchmarks/moe.py --quick         # the sizes of a decoding step and of a short prompt
+    python benchmarks/moe.py --out build/moe.json
+
+The floor is what no implementation can save: each touched expert's dense MLP, run once on its own tokens, which were
+sorted beforehand. Every row is a ratio to the floor of the same run; implementations and floor take turns, and the
+median over the repeats counts. `batched_mm` copies an expert's weights for every token, and is left out where that is
+more than 16 tokens.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+from transformers.activations import ACT2FN
+
+from moellava.modeling.sparse_moellava import BiasedPlainExperts, GatedExperts
+
+
+WIDTHS = {
+    "phi-2": (BiasedPlainExperts, 2560, 10240, "gelu_new"),
+    "stablelm-1.6b": (GatedExperts, 2048, 5632, "silu"),
+}
+CHOICES = [(1, 4), (2, 4), (2, 8)]  # experts per token, experts
+TOKENS = [1, 16, 128, 640, 4096]
+IMPLEMENTATIONS = ["sorted_mm", "eager", "grouped_mm", "batched_mm"]
+BATCHED_MM_LIMIT = 16
+
+
+@dataclass
+class Row:
+    """One measured size: milliseconds of the floor, and every implementation's ratio to it."""
+
+    widths: str
+    dtype: str
+    num_experts_per_tok: int
+    num_experts: int
+    tokens: int
+    backward: bool
+    floor_ms: float
+    ratios: dict[str, float]
+
+
+def make_experts(widths: str, num_experts: int, dtype: torch.dtype) -> nn.Module:
+    experts_class, hidden_size, intermediate_size, activation = WIDTHS[widths]
+    config = SimpleNamespace(text_config=SimpleNamespace(initializer_range=0.02), _experts_implementation="eager")
+    experts = experts_class(config, num_experts, hidden_size, intermediate_size, ACT2FN[activation])
+    experts.initialize_parameters()
+    return experts.to(dtype)
+
+
+def floor(experts: nn.Module, tokens: torch.Tensor, index: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Returns the run of every touched expert on its own tokens, sorted beforehand."""
+    weights = [
+        tuple(None if w is None else w.detach().requires_grad_(w.requires_grad) for w in expert)
+        for expert in experts.expert_weights()
+    ]
+    shares = [(weights[e], tokens[(index == e).any(dim=-1)]) for e in index.unique().tolist()]
+
+    def run() -> torch.Tensor:
+        return torch.cat([experts.run_expert(weight, share) for weight, share in shares])
+
+    return run
+
+
+def timed(run: Callable[[], torch.Tensor], backward: bool, leaves: list[torch.Tensor]) -> float:
+    for leaf in leaves:
+        leaf.grad = None
+    start = time.perf_counter()
+    with torch.set_grad_enabled(backward):
+        output = run()
+        if backward:
+            output.sum().backward()
+    return time.perf_counter() - start
+
+
+def measure(
+    widths: str, dtype: torch.dtype, k: int, num_experts: int, tokens: int, backward: bool, repeats: int
+) -> Row:
+    torch.manual_seed(0)
+    experts = make_experts(widths, num_experts, dtype)
+    experts.requires_grad_(backward)
+    hidden_states = torch.randn(tokens, experts.hidden_size, dtype=dtype)
+    scores = torch.rand(tokens, num_experts)
+    weights, index = scores.softmax(-1).topk(k, dim=-1)
+    weights = weights.to(dtype)
+
+    runs = {"floor": floor(experts, hidden_states, index)}
+    for name in IMPLEMENTATIONS:
+        if name != "batched_mm" or tokens <= BATCHED_MM_LIMIT:
+            runs[name] = lambda name=name: _run(experts, name, hidden_states, index, weights)
+    leaves = list(experts.parameters())
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            seconds = timed(run, backward, leaves)
+            if repeat:  # the first round warms up
+                times[name].append(seconds)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return Row(
+        widths=widths,
+        dtype=str(dtype).removeprefix("torch."),
+        num_experts_per_tok=k,
+        num_experts=num_experts,
+        tokens=tokens,
+        backward=backward,
+        floor_ms=round(medians["floor"] * 1000, 3),
+        ratios={name: round(medians[name] / medians["floor"], 3) for name in runs if name != "floor"},
+    )
+
+
+def _run(experts, name, hidden_states, index, weights) -> torch.Tensor:
+    experts.config._experts_implementation = name
+    return experts(hidden_states, index, weights)
+
+
+def show(rows: list[Row]) -> None:
+    table = Table(title=f"ratio to the floor, {torch.get_num_threads()} threads, {platform.processor() or 'CPU'}")
+    for column in ("widths", "dtype", "k of E", "tokens", "pass", "floor ms", *IMPLEMENTATIONS):
+        table.add_column(column, justify="right")
+    for row in rows:
+        ratios = [f"{row.ratios[name]:.2f}" if name in row.ratios else "" for name in IMPLEMENTATIONS]
+        table.add_row(
+            row.widths,
+            row.dtype,
+            f"{row.num_experts_per_tok} of {row.num_experts}",
+            str(row.tokens),
+            "forward+backward" if row.backward else "forward",
+            f"{row.floor_ms:.1f}",
+            *ratios,
+        )
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="at most 128 tokens, 2 of 4 experts")
+    parser.add_argument("--widths", choices=list(WIDTHS), action="append", help="which widths (default: all)")
+    parser.add_argument("--tokens", type=int, action="append", help="which numbers of tokens (default: all)")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="also write the rows as JSON")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    sizes = [
+        (widths, dtype, k, num_experts, tokens, backward)
+        for widths in arguments.widths or WIDTHS
+        for dtype in (torch.bfloat16, torch.float32)
+        for k, num_experts in ([(2, 4)] if arguments.quick else CHOICES)
+        for tokens in arguments.tokens or ([1, 16, 128] if arguments.quick else TOKENS)
+        for backward in (False, True)
+    ]
+    rows = []
+    with Progress(transient=True) as progress:
+        for size in progress.track(sizes):
+            rows.append(measure(*size, repeats=arguments.repeats))
+    show(rows)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,591 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""README and docs say what is so: every code block is run, every link leads somewhere, every table and message is real.
+
+A block runs in the order of its document, all of them in one namespace and one working folder, in which parts of the
+names that the document uses lie. A comment on the line before a block says otherwise:
+
+- `<!-- not run: reason -->`, for the blocks that `NOT_RUN` lists;
+- `<!-- without moellava -->`: in a process of its own, in which the package cannot be imported.
+"""
+
+import ast
+import importlib
+import importlib.metadata
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from parts import HUB_NAMES, LANGUAGE_MODELS, picture, run_python
+from safetensors.torch import load_file, save_file
+
+from moellava import (
+    MoellavaConfig,
+    MoellavaForCausalLM,
+    MoellavaMoeConfig,
+    MoellavaProjectorConfig,
+    load_pretrained_model,
+    register_projector,
+    upcycle,
+)
+from moellava.assembling import DEFAULT_VISION_TOWER
+from moellava.configuration.names_moellava import (
+    _MOE_FIELDS_WITHOUT_EFFECT,
+    FIELD_NAMES,
+    MOE_FIELD_NAMES,
+    PROJECTOR_FIELD_NAMES,
+    VISION_FIELD_NAMES,
+)
+from moellava.configuration.registry_moellava import ENCODERS, PROJECTORS, Registry
+from moellava.request import _HUB_OPTIONS, _MODEL_OPTIONS, _OPTION_NAMES, _OPTIONS, _PARTS
+from moellava.upcycling import _CHANGEABLE
+
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+OTHERS = ["CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
+# The blocks of docs/extending.md make files and run processes: tests/test_extending.py runs them.
+RUN_HERE = [name for name in DOCUMENTS if name != "docs/extending.md"]
+LANGUAGES = {"bash", "python", "text"}
+
+# Every block that is not run, with its reason.
+NOT_RUN = {
+    ("README.md", "make demo"): "both set up an environment of several GB; .ci/run runs make test",
+    ("README.md", "pip install ."): "changes the environment that the tests run in",
+    ("README.md", 'model.push_to_hub("me/my-model")'): "needs the Hub",
+    ("docs/quickstart.md", "pip install ."): "changes the environment that the tests run in",
+    ("docs/quickstart.md", 'model.push_to_hub("me/my-model")'): "needs the Hub",
+}
+
+
+class Block(NamedTuple):
+    """A fenced block: its document, the number of its first line, its language, the comment before it, its text."""
+
+    document: str
+    line: int
+    language: str
+    comment: str
+    text: str
+
+
+def blocks_of(document: str) -> list[Block]:
+    lines = (ROOT / document).read_text(encoding="utf-8").splitlines()
+    found, opened = [], None
+    for number, line in enumerate(lines):
+        if not line.lstrip().startswith("```"):
+            continue
+        assert line.startswith("```"), f"{document}:{number + 1}: a fence starts at the line's beginning"
+        if opened is None:
+            opened = number
+            continue
+        assert line == "```", f"{document}:{number + 1}: the block of line {opened + 1} is not closed"
+        before = re.fullmatch(r"<!-- (.*) -->", lines[opened - 1])
+        text = "\n".join(lines[opened + 1 : number])
+        found.append(Block(document, opened + 2, lines[opened][3:], before[1] if before else "", text))
+        opened = None
+    assert opened is None, f"{document}: the block of line {opened} is not closed"
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def command_line(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the script `moellava` in this process."""
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="moellava")
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as end:
+        script.load()()
+        sys.exit(0)
+    assert end.value.code in (None, 0), f"{shlex.join(arguments)} ended with status {end.value.code}"
+
+
+def run_block(block: Block, namespace: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    if block.comment == "without moellava":
+        run_python(block.text, cwd=Path.cwd())
+    elif block.language == "python":
+        # Blank lines before it give tracebacks and warnings the document's line numbers.
+        code = compile("\n" * (block.line - 1) + block.text, block.document, "exec")
+        exec(code, namespace)
+    else:
+        for command in block.text.replace("\\\n", " ").splitlines():
+            arguments = shlex.split(command, comments=True)
+            if arguments:
+                assert arguments[0] == "moellava", f"{block.document}:{block.line}: cannot be run here: {command}"
+                command_line(arguments, monkeypatch)
+
+
+@pytest.mark.parametrize("document", RUN_HERE)
+def test_blocks(document, parts, tmp_path, monkeypatch):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    names = [name for name in HUB_NAMES if name in text]
+    if names:
+        hub = parts.hub(*names)
+        for owner in {name.partition("/")[0] for name in names}:
+            (tmp_path / owner).symlink_to(hub / owner)
+    for seed, name in enumerate(("scan.png", "before.png", "after.png")):
+        picture(seed, (48 + 8 * seed, 40)).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "test_docs"}  # pytest.ini's filters of warnings look at the name
+    for block in blocks_of(document):
+        if block.language != "text" and not block.comment.startswith("not run"):
+            run_block(block, namespace, monkeypatch)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_block_is_run_or_says_why_not(document):
+    for block in blocks_of(document):
+        place = f"{document}:{block.line}"
+        assert block.language in LANGUAGES, f"{place}: unknown language {block.language!r}"
+        known = block.comment in ("", "without moellava") or block.comment.startswith("not run: ")
+        assert known or document not in RUN_HERE, f"{place}: unknown comment {block.comment!r}"
+
+
+def test_blocks_that_are_not_run():
+    found = {
+        (document, block.text.splitlines()[0]): block.comment.removeprefix("not run: ")
+        for document in RUN_HERE
+        for block in blocks_of(document)
+        if block.comment.startswith("not run")
+    }
+    assert found == NOT_RUN
+
+
+def test_there_are_blocks():
+    for document in ("README.md", "docs/quickstart.md", "docs/configuration.md"):
+        languages = {block.language for block in blocks_of(document)}
+        assert "python" in languages, document
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for document in [*DOCUMENTS, *OTHERS]:
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for target in re.findall(r"(?:^|`)make ([a-z-]+)", text, flags=re.MULTILINE):
+            assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"{document}: make {target}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Links
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def without_blocks(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors_of(path: Path) -> set[str]:
+    """The anchors that GitHub makes of a document's headings."""
+    text = without_blocks(path.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *OTHERS])
+def test_links_lead_somewhere(document):
+    path = ROOT / document
+    text = without_blocks(path.read_text(encoding="utf-8"))
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = link.partition("#")
+        target = path if not file else path.parent / file
+        assert target.exists(), f"{document}: {link} leads nowhere"
+        assert not anchor or anchor in anchors_of(target), f"{document}: {link}: there is no such heading"
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *OTHERS])
+def test_files_that_are_named_exist(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    rooms = "benchmarks|configuration|docs|examples|hub_cards|modeling|moellava|processing|tests"
+    for name in re.findall(rf"`((?:{rooms})/[\w/]+\.\w+)`", text):
+        assert (ROOT / name).is_file(), f"{document} names {name}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# README's and the configuration's tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def section_of(document: str, heading: str) -> str:
+    """The text under a heading, down to the next one of its rank or above."""
+    text = without_blocks((ROOT / document).read_text(encoding="utf-8"))
+    start = re.search(rf"^(#+) {re.escape(heading)}$", text, flags=re.MULTILINE)
+    assert start, f"{document} has no heading {heading!r}"
+    rest = text[start.end() :]
+    end = re.search(rf"^#{{1,{len(start[1])}}} ", rest, flags=re.MULTILINE)
+    return rest[: end.start()] if end else rest
+
+
+def table_of(document: str, heading: str, first: str) -> dict[str, list[str]]:
+    """The cells of the table under a heading whose first column is called `first`, by those of that column."""
+    lines = section_of(document, heading).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    rows = {}
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        name, *cells = (cell.strip() for cell in line[1:-1].split("|"))
+        assert name not in rows, f"{document}: two rows {name}"
+        rows[name] = cells
+    return rows
+
+
+def codes(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def values(cell: str) -> object:
+    """The value that a cell holds."""
+    (code,) = codes(cell)
+    return ast.literal_eval(code)
+
+
+def built_in(registry: Registry) -> list[str]:
+    """The names that the package itself registers, whatever other tests of this process have registered."""
+    return [name for name in registry.names() if registry[name].__module__.startswith("moellava.")]
+
+
+CONFIGURATION = "docs/configuration.md"
+
+
+def documented_names() -> dict[str, tuple[str, str]]:
+    """What the configuration's tables say of the flat fields, as `FIELD_NAMES` does."""
+    names = {}
+    for heading, section in (("What to load", "source"), ("Vision", "model")):
+        for cell, (older, *_) in table_of(CONFIGURATION, heading, "field").items():
+            (field,) = codes(cell)
+            names |= dict.fromkeys([field, *codes(older)], (section, field))
+    for cell, (flat, *_) in table_of(CONFIGURATION, "Projector", "field").items():
+        (field,) = codes(cell)
+        names |= dict.fromkeys(codes(flat), ("projector", field))
+    return names
+
+
+def test_flat_fields():
+    assert documented_names() | {"mm_hidden_size": ("check", "mm_hidden_size")} == FIELD_NAMES
+    assert "`mm_hidden_size`" in section_of(CONFIGURATION, "Vision")
+
+
+def test_fields_of_the_parts():
+    short = {
+        name: field
+        for cell, (of,) in table_of(CONFIGURATION, "Vision", "in `custom_vision_config`").items()
+        for name in codes(cell)
+        for field in codes(of)
+    }
+    documented = {name: place for name, place in documented_names().items() if place[0] == "model"}
+    documented |= {name: place for name, place in documented_names().items() if place[1] == "vision_tower"}
+    documented |= {name: (documented[field][0], field) for name, field in short.items()}
+    unused = {name: place for name, place in VISION_FIELD_NAMES.items() if place[0] == "check"}
+    assert documented | unused == VISION_FIELD_NAMES
+    assert {f"`{name}`" for name in unused} <= set(re.findall("`[^`]+`", section_of(CONFIGURATION, "Vision")))
+
+    documented = {name: place[1] for name, place in documented_names().items() if place[0] == "projector"}
+    for cell, (of,) in table_of(CONFIGURATION, "Projector", "in `projector_config`").items():
+        documented |= dict.fromkeys(codes(cell), *codes(of))
+    assert documented == PROJECTOR_FIELD_NAMES
+
+    parts = {}
+    for cell, (older, _) in table_of(CONFIGURATION, "Where a setting may be given", "field").items():
+        parts |= dict.fromkeys([*codes(cell), *codes(older)], ("part", *codes(cell)))
+    assert parts | {"video_encoder": ("video", "video_encoder")} == _PARTS
+
+
+def test_defaults_of_the_flat_fields():
+    for cell, (_, default, _) in table_of(CONFIGURATION, "Vision", "field").items():
+        (field,) = codes(cell)
+        assert values(default) == MoellavaConfig.__dataclass_fields__[field].default, field
+    table = table_of(CONFIGURATION, "What to load", "field")
+    assert values(table["`vision_tower`"][1]) == DEFAULT_VISION_TOWER
+    assert values(table["`model_base`"][1]) is None
+    assert values(table_of(CONFIGURATION, "Projector", "field")["`type`"][1]) == MoellavaProjectorConfig.type
+
+
+def test_fields_of_the_projectors():
+    headings = re.findall(r"^### (\w+)$", section_of(CONFIGURATION, "Projector"), flags=re.MULTILINE)
+    assert sorted(headings) == built_in(PROJECTORS)
+    for name in headings:
+        fields = PROJECTORS.fields(name)
+        rows = table_of(CONFIGURATION, name, "field") if fields else {}
+        assert {codes(cell)[0]: values(default) for cell, (default, _) in rows.items()} == fields
+    assert not PROJECTORS.fields("identity") and "No fields" in section_of(CONFIGURATION, "identity")
+
+
+def test_fields_of_the_sparse_layers():
+    rows = table_of(CONFIGURATION, "Sparse layers", "field")
+    names, defaults, changeable = {}, {}, set()
+    for cell, (older, default, _) in rows.items():
+        (field,) = codes(cell)
+        names |= dict.fromkeys([field, *codes(older)], field)
+        defaults[field] = values(default)
+        changeable |= {field} if cell.endswith("*") else set()
+    assert names == MOE_FIELD_NAMES
+    assert defaults == {name: MoellavaMoeConfig.__dataclass_fields__[name].default for name in defaults}
+    assert changeable == _CHANGEABLE
+    without_effect = re.search(
+        r"((?:`\w+`(?:, | and )?)+) of older configs", section_of(CONFIGURATION, "Sparse layers")
+    )
+    assert sorted(codes(without_effect[1])) == sorted(_MOE_FIELDS_WITHOUT_EFFECT)
+
+
+def test_options():
+    names, defaults = {}, {}
+    for cell, (older, default, _) in table_of(CONFIGURATION, "How to load", "field").items():
+        (field,) = codes(cell)
+        names |= dict.fromkeys(codes(older), field)
+        defaults[field] = values(default)
+    assert (names, defaults) == (_OPTION_NAMES, _OPTIONS)
+    text = section_of(CONFIGURATION, "How to load")
+    for opening, options in (("Passed on to the Hub's client", _HUB_OPTIONS), ("Passed on to `from_", _MODEL_OPTIONS)):
+        (paragraph,) = (part for part in text.split("\n\n") if part.startswith(opening))
+        assert [code for code in codes(paragraph) if code != "from_pretrained"] == list(options)
+
+
+def test_fields_of_the_config():
+    rows = table_of(CONFIGURATION, "MoellavaConfig", "field")
+    documented = {codes(cell)[0]: values(default) for cell, (default, _) in rows.items()}
+    declared = MoellavaConfig.default_field_names()
+    own = {name: MoellavaConfig.__dataclass_fields__[name].default for name in declared}
+    own = {name: default for name, default in own.items() if name not in ("model_type", "sub_configs")}
+    assert documented == own
+
+
+def test_table_of_parts():
+    def first_cells(first: str) -> list[str]:
+        return [code for cell in table_of("README.md", "Parts", first) for code in codes(cell)]
+
+    for first, registry in (("encoder", ENCODERS), ("projector", PROJECTORS)):
+        assert sorted(first_cells(first)) == built_in(registry)
+    families = [
+        code for _, (types, _) in table_of("README.md", "Parts", "language model").items() for code in codes(types)
+    ]
+    assert set(families) == {*LANGUAGE_MODELS, "minicpm"}
+    for first in ("encoder", "projector", "language model"):
+        for name, cells in table_of("README.md", "Parts", first).items():
+            files = re.findall(r"tests/\w+\.py", cells[-1])
+            assert files or name.startswith("other"), f"README.md does not say what tests {name}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The messages of docs/troubleshooting.md
+# ---------------------------------------------------------------------------------------------------------------------
+
+LANGUAGE_MODEL, CLIP, SIGLIP = (
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "openai/clip-vit-large-patch14",
+    "google/siglip-base-patch16-224",
+)
+BIOMEDCLIP = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
+
+
+class VisionConfig:
+    """Given as a class, where an instance is expected."""
+
+    image_size = 32
+
+
+def messages() -> list[str]:
+    """What the document says is printed; `…` stands for anything."""
+    return [
+        " ".join(message.split())
+        for block in blocks_of("docs/troubleshooting.md")
+        if block.language == "text"
+        for message in block.text.split("\n\n")
+    ]
+
+
+def is_message(printed: str, documented: str) -> bool:
+    pattern = ".+".join(re.escape(part) for part in documented.split("…"))
+    return re.fullmatch(pattern, " ".join(printed.split())) is not None
+
+
+def load(**fields) -> MoellavaForCausalLM:
+    return load_pretrained_model(**{"model_path": LANGUAGE_MODEL, "device": "cpu"} | fields).model
+
+
+def changed_weights(folder: str, change: Callable[[dict[str, torch.Tensor], str], None]) -> str:
+    """A copy of the language model, of whose weights one is changed."""
+    shutil.copytree(LANGUAGE_MODEL, folder)
+    weights = load_file(f"{folder}/model.safetensors")
+    change(weights, next(name for name in weights if name.endswith("q_proj.weight")))
+    save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def truncated(folder: str) -> str:
+    shutil.copytree(LANGUAGE_MODEL, folder)
+    with open(f"{folder}/model.safetensors", "r+b") as file:
+        file.truncate(os.path.getsize(file.name) - 1000)
+    return folder
+
+
+def misshapen(weights: dict[str, torch.Tensor], name: str) -> None:
+    weights[name] = weights[name][1:].contiguous()
+
+
+def no_model() -> str:
+    Path("no-model").mkdir()
+    Path("no-model", "notes.txt").write_text("Nothing here.")
+    return "no-model"
+
+
+def projector_without_bias() -> str:
+    weights = {"linear_1.weight": torch.zeros(64, 40), "linear_1.bias": torch.zeros(64)}
+    save_file(weights | {"linear_2.weight": torch.zeros(64, 64)}, "projector.safetensors")
+    return "projector.safetensors"
+
+
+def pickled() -> str:
+    torch.save({"weight": picture(0)}, "pickled.bin")
+    return "pickled.bin"
+
+
+GATED = """
+import torch.nn as nn
+from moellava import register_projector
+
+@register_projector("gated")
+class GatedProjector(nn.Module):
+    def __init__(self, vision_hidden_size, text_hidden_size):
+        super().__init__()
+        self.linear = nn.Linear(vision_hidden_size, text_hidden_size)
+
+    def forward(self, x):
+        return self.linear(x)
+"""
+
+
+def unknown_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("docs_gated_projector.py").write_text(GATED)
+    monkeypatch.syspath_prepend(Path.cwd())
+    importlib.import_module("docs_gated_projector")
+    load(projector_type="gated").save_pretrained("my-gated-model")
+    monkeypatch.delitem(PROJECTORS._classes, "gated")
+    load(model_path="my-gated-model")
+
+
+def local_part() -> None:
+    @register_projector("local")
+    class LocalProjector(PROJECTORS["linear"]):
+        pass
+
+    load(projector_type="local").save_pretrained("my-local-model")
+
+
+def broken_picture() -> str:
+    picture(0).save("broken.png")
+    Path("broken.png").write_bytes(Path("broken.png").read_bytes()[:200])
+    return "broken.png"
+
+
+def without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    load(vision_tower=BIOMEDCLIP)
+
+
+def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    load(device="cuda")
+
+
+def cut_prompt(model: MoellavaForCausalLM) -> None:
+    inputs = model.processor(text="<image>", images=picture(0), return_tensors="pt")
+    model(input_ids=inputs["input_ids"][:, :-1], pixel_values=inputs["pixel_values"])
+
+
+# Each gets a model and a monkeypatch, and raises an error that the document has; in its order.
+ERRORS: dict[str, Callable] = {
+    "encoder": lambda model, _: load(encoder_type="clp"),
+    "projector": lambda model, _: load(projector_type="qfomer"),
+    "strategy": lambda model, _: load(vision_feature_select_strategy="patches"),
+    "field": lambda model, _: load(vision_feature_layr=-1),
+    "field of a projector": lambda model, _: load(projector_config={"type": "qformer", "num_queries": 8}),
+    "field of the sparse layers": lambda model, _: load(moe_config={"num_expert": 4}),
+    "two names": lambda model, _: load(mm_vision_tower=CLIP, vision_tower=SIGLIP),
+    "a list": lambda model, _: load_pretrained_model([LANGUAGE_MODEL]),
+    "a class": lambda model, _: load(custom_vision_config=VisionConfig),
+    "a string": lambda model, _: load(projector_config="mlp"),
+    "identity": lambda model, _: load(projector_type="identity"),
+    "class token": lambda model, _: load(vision_tower=SIGLIP, vision_feature_select_strategy="cls"),
+    "layer": lambda model, _: load(vision_feature_layer=-9),
+    "encoder of another tower": lambda model, _: load(vision_tower=SIGLIP, encoder_type="clip"),
+    "picture size": lambda model, _: load(image_size=30),
+    "no language model": lambda model, _: load(model_path=CLIP),
+    "no vision tower": lambda model, _: load(vision_tower=LANGUAGE_MODEL),
+    "projector file": lambda model, _: load(projector_config={"path": projector_without_bias()}),
+    "sparse already": lambda model, _: upcycle(upcycle(model)),
+    "sparse layers": lambda model, _: load(moe_config={"layers": [70]}),
+    "experts per token": lambda model, _: load(moe_config={"num_experts": 2, "num_experts_per_tok": 3}),
+    "no such path": lambda model, _: load(model_path="./no-such-model"),
+    "no such repository": lambda model, _: load(model_path="no-such/model"),
+    "no such projector": lambda model, _: load(projector_config={"path": "no-such-projector.bin"}),
+    "no model": lambda model, _: load(model_path=no_model()),
+    "truncated": lambda model, _: load(model_path=truncated("truncated")),
+    "misshapen": lambda model, _: load(model_path=changed_weights("misshapen", misshapen)),
+    "missing": lambda model, _: load(model_path=changed_weights("missing", dict.pop)),
+    "pickle": lambda model, _: load(projector_config={"path": pickled()}),
+    "extra": lambda model, monkeypatch: without_timm(monkeypatch),
+    "4 and 8 bits": lambda model, _: load(load_4bit=True, load_8bit=True),
+    "cuda": lambda model, monkeypatch: without_cuda(monkeypatch),
+    "device and device_map": lambda model, _: load(device_map="auto"),
+    "part of its author's own": lambda model, monkeypatch: unknown_part(monkeypatch),
+    "local class": lambda model, _: local_part(),
+    "placeholders": lambda model, _: model.processor(text="<image> or <image>", images=[picture(0)]),
+    "placeholders of a row": lambda model, _: model.processor(text=["<image>", ""], images=[[picture(0)]] * 2),
+    "cut prompt": lambda model, _: cut_prompt(model),
+    "broken picture": lambda model, _: model.processor(text="<image>", images=broken_picture()),
+    "no such picture": lambda model, _: model.processor(text="<image>", images="no-such-picture.png"),
+    "no picture": lambda model, _: model.processor(text="<image>", images={}),
+    "range": lambda model, _: model.processor(text="<image>", images=np.linspace(0.0, 255.0, 64).reshape(8, 8)),
+}
+
+
+@pytest.fixture(scope="module")
+def model(parts) -> MoellavaForCausalLM:
+    hub = parts.hub(LANGUAGE_MODEL, CLIP)
+    return load_pretrained_model(hub / LANGUAGE_MODEL, vision_tower=hub / CLIP, device="cpu").model
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_are_documented(case, model, parts, tmp_path, monkeypatch):
+    hub = parts.hub(LANGUAGE_MODEL, CLIP, SIGLIP, *([BIOMEDCLIP] if case == "extra" else []))
+    for owner in hub.iterdir():
+        (tmp_path / owner.name).symlink_to(owner)
+    monkeypatch.chdir(tmp_path)
+    # Without what other tests of this process have registered.
+    for registry in (ENCODERS, PROJECTORS):
+        monkeypatch.setattr(registry, "_classes", {name: registry[name] for name in built_in(registry)})
+    with pytest.raises((FileNotFoundError, ImportError, TypeError, ValueError)) as caught:
+        ERRORS[case](model, monkeypatch)
+    # A subclass of no public name is what it is a subclass of, to the reader.
+    kind = next(cls for cls in type(caught.value).__mro__ if not cls.__name__.startswith("_"))
+    printed = f"{kind.__name__}: {caught.value}"
+    documented = messages()[list(ERRORS).index(case)]
+    assert is_message(printed, documented), f"printed:    {printed}\ndocumented: {documented}"
+    assert not list(tmp_path.glob("*.saving"))
+
+
+def test_every_documented_message_is_produced():
+    assert len(messages()) == len(ERRORS)
