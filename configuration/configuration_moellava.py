@@ -41,6 +41,8 @@ from .names_moellava import (
     canonical_projector,
     canonical_strategy,
     check_choice,
+    given_type,
+    stacked_projector,
     translate_fields,
 )
 from .registry_moellava import ENCODERS, FOREIGN_KEYS, PROJECTORS, known_names, plain_value
@@ -129,8 +131,9 @@ class MoellavaProjectorConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         # A sub-config is written with what every config has (labels, dtype and so on); only the rest are fields.
-        library = {key: kwargs.pop(key) for key in list(kwargs) if key in _LIBRARY_FIELDS}
-        fields = canonical_projector({**kwargs, "type": self.type})
+        library = {key: kwargs.pop(key) for key in list(kwargs) if key in _LIBRARY_FIELDS or key in FOREIGN_KEYS}
+        by_other_name = self.type == type(self).type and given_type(kwargs) is not None
+        fields = canonical_projector(kwargs if by_other_name else {**kwargs, "type": self.type})
         self.type = fields.pop("type")
         fields = PROJECTORS.complete_fields(self.type, fields)
         super().__post_init__(**{key: value for key, value in library.items() if key not in FOREIGN_KEYS}, **fields)
@@ -212,7 +215,7 @@ class MoellavaMoeConfig(PreTrainedConfig):
 
     model_type = "moellava_moe"
 
-    num_experts: int = 4
+    num_experts: int | list[int] = 4
     num_experts_per_tok: int = 2
     layers: str | list[int] = "sparse"
     norm_topk_prob: bool | None = None
@@ -231,6 +234,7 @@ class MoellavaMoeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         library = {key: kwargs.pop(key) for key in list(kwargs) if key in _LIBRARY_FIELDS or key in FOREIGN_KEYS}
         fields = canonical_moe(kwargs)
+        self.num_experts = canonical_moe({"num_experts": self.num_experts})["num_experts"]
         for name in fields:
             if name not in type(self).__annotations__:
                 raise ValueError(f"Unknown field {name!r} in moe_config{known_names(name, MOE_FIELD_NAMES)}")
@@ -433,7 +437,7 @@ class MoellavaConfig(PreTrainedConfig):
         if "projector" in sections:
             given = self.projector_config
             given = {"type": given.type, **given.fields} if isinstance(given, MoellavaProjectorConfig) else given
-            self.projector_config = {**(given or {}), **sections["projector"]}
+            self.projector_config = stacked_projector(given, sections["projector"])
         return sections.get("check", {})
 
     def _check_claims(self, claims: dict[str, Any]) -> None:

@@ -171,6 +171,27 @@ def canonical_projector(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, "type": kind}
 
 
+def canonical_projector_fields(fields: Mapping[str, Any], kind: str | None = None) -> dict[str, Any]:
+    """`canonical_projector` for fields that may leave the type open; `kind` is the type where they do."""
+    if given_type(fields) is not None:
+        return canonical_projector(fields)
+    canonical = canonical_projector({**fields, "type": kind})
+    return {name: value for name, value in canonical.items() if name != "type"}
+
+
+def stacked_projector(lower: Mapping[str, Any] | None, upper: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Lays one description of a projector over another; fields of another type than the upper one's are dropped."""
+    if lower is None or upper is None:
+        return upper if lower is None else lower
+    lower, upper = canonical_projector_fields(lower), canonical_projector_fields(upper)
+    kind = upper.get("type", lower.get("type"))
+    if lower.get("type", kind) != kind:
+        lower = {}
+    # Under the names of the type that it turns out to be, so that `hidden_size` meets `qformer_hidden_size`.
+    stacked = {**canonical_projector_fields(lower, kind), **canonical_projector_fields(upper, kind)}
+    return stacked if kind is None else {**stacked, "type": kind}
+
+
 def given_type(fields: Mapping[str, Any]) -> Any:
     """Returns what the fields of a projector say of its type, or `None`."""
     names = ["type", *(name for name, canonical in PROJECTOR_FIELD_NAMES.items() if canonical == "type")]
@@ -274,8 +295,10 @@ __all__ = [
     "canonical_encoder_type",
     "canonical_moe",
     "canonical_projector",
+    "canonical_projector_fields",
     "canonical_strategy",
     "check_choice",
     "given_type",
+    "stacked_projector",
     "translate_fields",
 ]

@@ -237,7 +237,8 @@ class VisionEncoder:
         return {}
 
     def _end_early(self, tower: nn.Module) -> None:
-        needed = max(self.feature_layers)
+        # Hidden state 0, the embeddings, is known as the input of the first layer, which has to be run for it.
+        needed = max(*self.feature_layers, 1)
         names = [
             name
             for name, module in tower.named_modules()
@@ -409,6 +410,11 @@ class SiglipEncoder(PatchTransformer):
     @property
     def _can_interpolate(self) -> bool:
         return self._is_flexible or super()._can_interpolate
+
+    def build(self) -> nn.Module:
+        tower = super().build()
+        tower.use_head = False  # nothing reads what the pooling head gives; its weights stay in the checkpoint
+        return tower
 
     def _hidden_states(self, tower: nn.Module, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if not self._is_flexible:

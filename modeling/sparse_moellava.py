@@ -250,22 +250,33 @@ class Router(nn.Module):
         hidden_size (`int`): The width of what comes in.
         num_experts (`int`): How many experts there are.
         bias (`bool`): Whether there is a bias.
+        frozen (`bool`): Whether it is left out of training.
         jitter_noise (`float`): In training, what comes in is multiplied by noise from `1 - x` to `1 + x`.
         initializer_range (`float`): The standard deviation of new weights.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, bias: bool, jitter_noise: float, initializer_range: float):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        bias: bool,
+        frozen: bool,
+        jitter_noise: float,
+        initializer_range: float,
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
         self.jitter_noise = jitter_noise
+        self._frozen = frozen
         self._initializer_range = initializer_range
 
     def initialize_parameters(self) -> None:
-        """Draws the weights that no checkpoint has given."""
+        """Draws the weights that no checkpoint has given, and freezes them all: those of a checkpoint come unfrozen."""
         init.normal_(self.weight, mean=0.0, std=self._initializer_range)
         if self.bias is not None:
             init.zeros_(self.bias)
+        self.requires_grad_(not self._frozen)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Takes tokens of shape `(num_tokens, hidden_size)`; returns logits, `(num_tokens, num_experts)`, in fp32."""
@@ -306,9 +317,13 @@ class SparseMoeBlock(nn.Module):
         self.eval_capacity_factor = _as_ratio(moe.eval_capacity_factor)
         self.min_capacity = moe.min_capacity
         self.gate = Router(
-            form.hidden_size, moe.num_experts, moe.router_bias, moe.router_jitter_noise, initializer_range(config)
+            form.hidden_size,
+            moe.num_experts,
+            bias=moe.router_bias,
+            frozen=moe.freeze_router,
+            jitter_noise=moe.router_jitter_noise,
+            initializer_range=initializer_range(config),
         )
-        self.gate.requires_grad_(not moe.freeze_router)
         self.experts = form.build_experts(config, moe.num_experts)
         self.coefficient = nn.Linear(form.hidden_size, 2) if moe.use_residual else None
         self.mlp = mlp if moe.use_residual else None

@@ -90,8 +90,13 @@ def read_language_model(source: Source) -> LanguagePart:
     """
     config = _text_config(source)
     check_head(config)
+    # A type that transformers does not have (MiniCPM) says nothing of the tokenizer, so no config is loaded for it.
+    known = source.config_dict()["model_type"] in CONFIG_MAPPING
     tokenizer = AutoTokenizer.from_pretrained(
-        source.name, trust_remote_code=source.trust_remote_code, **source.hub_options
+        source.name,
+        config=None if known else PreTrainedConfig(),
+        trust_remote_code=source.trust_remote_code,
+        **source.hub_options,
     )
     return LanguagePart(config, partial(_language_tensors, source, config), tokenizer, read_generation_config(source))
 

@@ -142,6 +142,21 @@ moellava assemble --language-model microsoft/phi-2 \\
 moellava assemble --config parts.json --import gated_projector.py --out my-model
 ```
 """,
+    "upcycle": """
+Examples:
+
+```
+moellava upcycle my-model my-sparse-model --num-experts 4 --top-k 2 --layers sparse
+moellava upcycle my-model my-sparse-model --layers 0,2,4 --moe-field use_residual=true
+```
+""",
+    "routing": """
+Examples:
+
+```
+moellava routing my-sparse-model scan.png "What is shown here?" --out routing.png
+```
+""",
     "inspect": """
 Examples:
 
@@ -553,6 +568,118 @@ def inspect(
         _print_json(summary.to_dict())
     else:
         _print_summary(summary)
+
+
+@app.command(epilog=_EXAMPLES["upcycle"])
+def upcycle(
+    dense: Annotated[
+        str, typer.Argument(help="A dense checkpoint: a folder or a Hub id.", metavar="DENSE", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write.", metavar="OUT", show_default=False)],
+    num_experts: Annotated[int, typer.Option(min=1, help="The number of experts of a sparse layer.")] = 4,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="The number of experts that a token goes to.")] = 2,
+    layers: Annotated[
+        str, typer.Option(help="first_half, second_half, sparse (every other), dense (all), or indices such as 0,2,4.")
+    ] = "sparse",
+    router: Annotated[
+        Path | None,
+        typer.Option(help="A router's file, put into every sparse layer (Med-MoE).", show_default=False),
+    ] = None,
+    moe_field: Annotated[
+        list[str] | None,
+        typer.Option(help="A further field, as name=value, such as use_residual=true; can be repeated."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that OUT holds.")] = False,
+    dtype: DTypeOption = DType.AUTO,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalFilesOnly = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Make a sparse mixture of experts of a dense checkpoint.
+
+    Every expert starts as a copy of the layer's MLP, so that the new model says what the dense one said until it is
+    trained on.
+    """
+    _check_out(out, overwrite)
+    indices = layers.replace(",", "").replace(" ", "").isdigit()
+    moe_config = {
+        "num_experts": num_experts,
+        "num_experts_per_tok": top_k,
+        "layers": [int(index) for index in layers.split(",")] if indices else layers,
+        **({} if router is None else {"router_path": router}),
+        **_named_values(moe_field, "--moe-field"),
+    }
+    from .inspecting import inspect_checkpoint
+    from .loading import load_pretrained_model
+    from .sources import Source
+
+    hub_options = _hub_options(trust_remote_code, revision, token, cache_dir, local_files_only)
+    _check_is_checkpoint(Source(dense, hub_options))
+    with _logging(verbose, hide_load_report=True):
+        loaded = load_pretrained_model(
+            dense, moe_config=moe_config, device="cpu", dtype=_torch_dtype(dtype), **hub_options
+        )
+        loaded.model.save_pretrained(out)
+    summary = inspect_checkpoint(out)
+    if as_json:
+        _print_json(summary.to_dict())
+    else:
+        _print_summary(summary)
+
+
+@app.command(epilog=_EXAMPLES["routing"])
+def routing(
+    checkpoint: Checkpoint,
+    picture: Annotated[
+        str, typer.Argument(help="A picture: a file or an http(s) URL.", metavar="PICTURE", show_default=False)
+    ],
+    question: Annotated[str, typer.Argument(help="The question.", metavar="QUESTION", show_default=False)],
+    more_pictures: Annotated[
+        list[str] | None,
+        typer.Option("--picture", "-p", help="A further picture; can be repeated.", show_default=False),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The drawing to write.")] = Path("routing.png"),
+    device: Device = None,
+    dtype: DTypeOption = DType.AUTO,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalFilesOnly = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Draw which expert took which picture patch and which word, layer by layer."""
+    from .processing.images_moellava import load_picture
+
+    pictures = [_open_picture(name, load_picture) for name in [picture, *(more_pictures or [])]]
+
+    from .loading import load_pretrained_model
+    from .routing import draw_routing, trace_routing
+    from .sources import Source
+
+    hub_options = _hub_options(trust_remote_code, revision, token, cache_dir, local_files_only)
+    _check_is_checkpoint(Source(checkpoint, hub_options))
+    with _logging(verbose):
+        loaded = load_pretrained_model(checkpoint, device=device, dtype=_torch_dtype(dtype), **hub_options)
+    trace = trace_routing(loaded.model, pictures, question)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw_routing(trace, out)
+    if as_json:
+        _print_json({"drawing": os.fspath(out), **trace.to_dict()})
+    else:
+        for layer in trace.layers:
+            shares = "  ".join(f"{share:.0%}" for share in layer.load)
+            typer.echo(f"layer {layer.layer}: {shares}")
+        typer.echo(f"Drawn to {out}.", err=True)
+    if trace.collapsed:
+        typer.echo(f"The layers {trace.collapsed} send nearly everything to one expert: no mixture.", err=True)
 
 
 # What the options mean

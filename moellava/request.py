@@ -34,9 +34,11 @@ from .configuration.names_moellava import (
     canonical_encoder_type,
     canonical_moe,
     canonical_projector,
+    canonical_projector_fields,
     canonical_strategy,
     check_choice,
     given_type,
+    stacked_projector,
     translate_fields,
 )
 from .configuration.registry_moellava import PROJECTORS, known_names
@@ -145,7 +147,7 @@ def read_request(configuration: Any, keywords: Mapping[str, Any]) -> LoadRequest
 
     merged: dict[str, dict[str, Any]] = {}
     for layer in (fields, parts, keyword_parts, keyword_fields):
-        projector = _stacked_projector(merged.get("projector"), layer.get("projector"))
+        projector = stacked_projector(merged.get("projector"), layer.get("projector"))
         for section, values in layer.items():
             merged.setdefault(section, {}).update(values)
         if projector is not None:
@@ -159,6 +161,8 @@ def read_request(configuration: Any, keywords: Mapping[str, Any]) -> LoadRequest
         )
     projector = merged.get("projector")
     path = projector.pop("path", None) if projector else None
+    if projector and projector.get("type") in PROJECTORS:
+        PROJECTORS.check_fields(projector["type"], [name for name in projector if name != "type"])
     return LoadRequest(
         model_path=_path_or_none(source["model_path"]),
         model_base=_path_or_none(source.get("model_base")),
@@ -287,9 +291,7 @@ def _read_layer(given: Mapping[str, Any], origin: str) -> tuple[dict[str, dict[s
     return sections, parts
 
 
-def _read_parts(
-    parts: Mapping[str, Any], flat_type: str | None, flat_encoder: str | None
-) -> dict[str, dict[str, Any]]:
+def _read_parts(parts: Mapping[str, Any], flat_type: str | None, flat_encoder: str | None) -> dict[str, dict[str, Any]]:
     """Sorts the fields of the objects that describe one part each; the flat types are given beside them."""
     sections: dict[str, dict[str, Any]] = {}
     if "custom_vision_config" in parts:
@@ -324,14 +326,6 @@ def is_custom_encoder(encoder_type: str) -> bool:
     return encoder_type in ENCODERS and not issubclass(ENCODERS[encoder_type], VisionEncoder)
 
 
-def canonical_projector_fields(fields: Mapping[str, Any], kind: str | None = None) -> dict[str, Any]:
-    """`canonical_projector` for fields that may leave the type open; `kind` is the type where they do."""
-    if given_type(fields) is not None:
-        return canonical_projector(fields)
-    canonical = canonical_projector({**fields, "type": kind})
-    return {name: value for name, value in canonical.items() if name != "type"}
-
-
 def _read_projector(value: Any, flat_type: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads `projector_config`, and what it says of the tower.
 
@@ -363,16 +357,4 @@ def _read_moe(value: Any) -> dict[str, Any]:
     return canonical_moe(fields) | ({} if router_path is None else {"router_path": router_path})
 
 
-def _stacked_projector(lower: dict[str, Any] | None, upper: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Lays one description of the projector over another; fields of another type than the upper one's are dropped."""
-    if lower is None or upper is None:
-        return upper if lower is None else lower
-    kind = upper.get("type", lower.get("type"))
-    if lower.get("type", kind) != kind:
-        lower = {}
-    # Under the names of the type that it turns out to be, so that `hidden_size` meets `qformer_hidden_size`.
-    stacked = {**canonical_projector_fields(lower, kind), **canonical_projector_fields(upper, kind)}
-    return stacked if kind is None else {**stacked, "type": kind}
-
-
-__all__ = ["LoadRequest", "canonical_projector_fields", "is_custom_encoder", "read_request"]
+__all__ = ["LoadRequest", "is_custom_encoder", "read_request"]

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The BiomedCLIP encoder: read from its open_clip checkpoint, equal to open_clip's own, and needing none of it later."""
+"""The BiomedCLIP encoder: read from its open_clip checkpoint, equal to open_clip's own, and independent of it later."""
 
 import shutil
 import sys

@@ -22,6 +22,7 @@ import json
 import linecache
 import logging
 import re
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -66,12 +67,14 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(folder)
     before = set(sys.modules)
 
-    def write(name: str, source: str) -> ModuleType:
+    def write(name: str, source: str, is_imported: bool = True) -> ModuleType | None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source, encoding="utf-8")
         importlib.invalidate_caches()
         linecache.checkcache()
+        if not is_imported:
+            return None
         return importlib.import_module(".".join(Path(name).with_suffix("").parts).removesuffix(".__init__"))
 
     yield write
@@ -184,13 +187,15 @@ def test_every_block_of_the_document_runs(parts, tmp_path):
     elsewhere = 'import pathlib\nfor folder in sorted(pathlib.Path().glob("my-*")):\n'
     elsewhere += "    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)\n"
     elsewhere += "    print(folder, model.config.encoder_type, model.config.projector_config.type)\n"
-    printed = run_python(together("without moellava") + elsewhere, cwd=root)
-    assert printed.split("\n")[:-1] == [
+    # What says that the package is not there is taken back for the block that has the package and not the file.
+    without_file = '\nimport sys\ndel sys.modules["moellava"]\n' + together("without the file")
+    without_file += "\nprint(type(model.model.multi_modal_projector).__module__)"
+    printed = run_python(together("without moellava") + elsewhere + without_file, cwd=root).splitlines()
+    assert printed[:-1] == [
         "my-dino-model dino_mean mlp", "my-gated-model clip gated", "my-older-model dino mlp",
         "my-patch-model patches mlp",
     ]  # fmt: skip
-    code = together("without the file") + "print(type(model.model.multi_modal_projector).__module__)"
-    assert ".custom_gated_projector" in run_python(code, block_moellava=False, cwd=root)
+    assert printed[-1].endswith(".custom_gated_projector")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,10 +351,10 @@ class MeanEncoder(nn.Module):
 
 
 def test_checkpoints_load_without_files_and_without_the_package(parts, user, tmp_path):
-    user("kit/__init__.py", "")
-    user("kit/deeper/__init__.py", "")
-    user("kit/deeper/more.py", "from ..helpers import TWO\n\n\ndef halved(x):\n    return x / TWO\n")
-    (tmp_path / "user" / "kit" / "helpers.py").write_text(KIT_HELPERS, encoding="utf-8")
+    user("kit/__init__.py", "", is_imported=False)
+    user("kit/deeper/__init__.py", "", is_imported=False)
+    user("kit/deeper/more.py", "from ..helpers import TWO\n\n\ndef halved(x):\n    return x / TWO\n", is_imported=False)
+    user("kit/helpers.py", KIT_HELPERS, is_imported=False)
     user("kit/projector.py", KIT_PROJECTOR)
     user("projector.py", PATCHES)
     user("gated.py", GATED)
@@ -375,7 +380,7 @@ def test_checkpoints_load_without_files_and_without_the_package(parts, user, tmp
         model.processor.save_pretrained(tmp_path / name)
     code = sorted(path.name for path in (tmp_path / "both").glob("custom_*.py"))
     assert code == [
-        "custom_code_moellava.py", "custom_deeper.py", "custom_helpers.py", "custom_more.py", "custom_projector.py",
+        "custom_code_moellava.py", "custom_helpers.py", "custom_kit.py", "custom_more.py", "custom_projector.py",
         "custom_projector_2.py",
     ]  # fmt: skip
     shutil.rmtree(tmp_path / "user")
@@ -407,45 +412,43 @@ for path in sorted(root.glob("*.pt")):
 """
     names = "both\ndino\ngated\nmean\n"
     assert run_python(loads.format(root=str(tmp_path), suffix="")) == names
-    again = loads.format(root=str(tmp_path), suffix=".again").replace('.with_suffix(".again"))', '.with_suffix(".b"))')
-    # The package is there, but has not been imported: the checkpoint's own code runs.
-    assert run_python(again, block_moellava=False) == names
     for name in models:
         first, second = ({path.name for path in (tmp_path / f"{name}{end}").iterdir()} for end in ("", ".again"))
         assert first == second
         for path in (tmp_path / name).glob("*.py"):
             assert path.read_bytes() == (tmp_path / f"{name}.again" / path.name).read_bytes()
 
-    printed = run_python(
-        f"""
-import torch
+    # As long as the package is installed, but not imported, the checkpoint's own code runs. Then it is imported.
+    again = loads.format(root=str(tmp_path), suffix=".again").replace('.with_suffix(".again"))', '.with_suffix(".b"))')
+    again += """
 from moellava import load_pretrained_model
 from transformers import AutoConfig
-for name in ("dino", "gated"):
+
+
+def fails(load, *args, **kwargs):
     try:
-        load_pretrained_model({str(tmp_path)!r} + "/" + name, device="cpu")
+        load(*args, **kwargs)
     except ValueError as error:
         print(error)
-    try:
-        AutoConfig.from_pretrained({str(tmp_path)!r} + "/" + name, trust_remote_code=True)
-    except ValueError as error:
-        print(error)
-    loaded = load_pretrained_model({str(tmp_path)!r} + "/" + name, device="cpu", trust_remote_code=True)
-    kept = torch.load({str(tmp_path)!r} + f"/{{name}}.pt")
+
+
+for name in ("mean", "gated"):
+    fails(load_pretrained_model, root / name, device="cpu")
+    fails(AutoConfig.from_pretrained, root / name, trust_remote_code=True)
+    model = load_pretrained_model(root / name, device="cpu", trust_remote_code=True, encoder_debug=True).model
+    kept = torch.load(root / f"{name}.pt")
     with torch.no_grad():
-        features = torch.cat(loaded.model.get_image_features(kept["pixels"], return_dict=True).pooler_output)
+        features = torch.cat(model.get_image_features(kept["pixels"], return_dict=True).pooler_output)
     assert torch.equal(features, kept["features"])
-    loaded.model.save_pretrained({str(tmp_path)!r} + f"/{{name}}.again")
-try:
-    load_pretrained_model({str(tmp_path)!r} + "/gated", device="cpu", trust_remote_code=True, image_size=64)
-except ValueError as error:
-    print(error)
-""",
-        block_moellava=False,
-    ).splitlines()
+    model.save_pretrained(root / f"{name}.b")
+fails(load_pretrained_model, root / "gated", device="cpu", trust_remote_code=True, image_size=64)
+"""
+    printed = run_python(again, block_moellava=False)
+    assert printed.startswith(names)
+    printed = printed.removeprefix(names).splitlines()
     assert len(printed) == 5
-    assert "has a part 'dino' of its author's own" in printed[0] and "trust_remote_code=True" in printed[0]
-    assert printed[1].startswith("Unknown encoder 'dino'") and "trust_remote_code=True" in printed[1]
+    assert "has a part 'mean' of its author's own" in printed[0] and "trust_remote_code=True" in printed[0]
+    assert printed[1].startswith("Unknown encoder 'mean'") and "trust_remote_code=True" in printed[1]
     assert "has a part 'gated' of its author's own" in printed[2]
     assert printed[3].startswith("Unknown projector 'gated'") and "importing the file" in printed[3]
     assert "cannot be changed while loading" in printed[4]
@@ -562,27 +565,19 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(parts, user, tmp_path):
 
 
 def test_a_class_of_the_script_itself_is_refused(parts, tmp_path):
-    main = f"""
-model = load_pretrained_model({str(parts.language_model())!r}, mm_vision_tower={str(parts.vision_tower())!r},
-                              projector_type="gated", device="cpu").model
-try:
-    model.save_pretrained({str(tmp_path / "model")!r})
-except ValueError as error:
-    print(error)
-"""
-    script = GATED.replace("import register_projector", "import load_pretrained_model, register_projector") + main
-    printed = run_python(script, block_moellava=False)
-    assert printed.startswith("GatedProjector cannot travel in a checkpoint: it is defined in the script main.py")
-    assert "Move the class into a Python file of its own" in printed
-    assert not any(tmp_path.iterdir())
+    (tmp_path / "train.py").write_text(GATED, encoding="utf-8")
+    runpy.run_path(str(tmp_path / "train.py"), run_name="__main__")
+    model = assemble(parts, projector_type="gated")
+    with pytest.raises(ValueError, match="GatedProjector .* is defined in the script train.py.* file of its own"):
+        model.save_pretrained(tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["train.py"]
 
 
-def test_the_file_is_found_by_the_class_and_not_by_its_module(user, tmp_path):
+def test_the_file_is_found_by_the_class_and_not_by_its_module(user, monkeypatch):
     module = user("mine.py", GATED)
-    del sys.modules["mine"]
+    monkeypatch.delitem(sys.modules, "mine")
     assert "class GatedProjector" in sources_of(module.GatedProjector)["custom_mine.py"]
-    sys.modules["mine"] = ModuleType("mine")
-    sys.modules["mine"].__file__ = __file__
+    monkeypatch.setitem(sys.modules, "mine", sys.modules[__name__])
     assert "class GatedProjector" in sources_of(module.GatedProjector)["custom_mine.py"]
 
 
@@ -903,7 +898,7 @@ def test_an_encoder_and_its_pictures_agree_on_their_size(parts, user):
             return CLIPImageProcessor(size=side, crop_size=side, image_mean=[0.1] * 3)
 
     model = assemble(parts, None, encoder_type="sized_by_its_processor")
-    assert model.model.encoder.image_size == 40 and model.processor.image_processor.image_mean == [0.1] * 3
+    assert model.model.encoder.image_size == 40 and list(model.processor.image_processor.image_mean) == [0.1] * 3
 
     @register_encoder("without_a_size")
     class WithoutSize(Sized):

@@ -1,0 +1,109 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`moellava.routing` and the commands `upcycle` and `routing`: which expert took what."""
+
+import json
+
+import pytest
+import torch
+from parts import picture
+from PIL import Image
+from typer.testing import CliRunner
+
+from moellava import load_pretrained_model
+from moellava.cli import app
+from moellava.routing import LayerRouting, RoutingTrace, draw_routing, trace_routing
+
+
+MOE = {"num_experts": 3, "num_experts_per_tok": 2, "layers": "sparse"}
+
+
+def assemble(parts, **options):
+    fields = {"mm_vision_tower": str(parts.vision_tower("clip")), "device": "cpu", **options}
+    return load_pretrained_model(str(parts.language_model("llama")), **fields).model
+
+
+@pytest.fixture(scope="module")
+def sparse(parts):
+    return assemble(parts, moe_config=MOE)
+
+
+def test_the_trace_is_what_the_router_says(sparse):
+    trace = trace_routing(sparse, [picture(1), picture(2)], "What is shown?")
+
+    assert [routing.layer for routing in trace.layers] == [0, 2]
+    assert sum(trace.is_image) == 2 * sparse.config.image_seq_length == 2 * trace.tokens_per_image
+    assert len(trace.tokens) == len(trace.is_image) == trace.layers[0].experts.shape[0]
+    assert [shown.shape for shown in trace.pictures] == [(32, 32, 3)] * 2
+    inputs = sparse.processor.apply_chat_template(
+        [{"role": "user", "content": [
+            {"type": "image", "image": picture(1)},
+            {"type": "image", "image": picture(2)},
+            {"type": "text", "text": "What is shown?"},
+        ]}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    with torch.no_grad():
+        logits = sparse(**inputs, output_router_logits=True).router_logits
+    for routing, layer_logits in zip(trace.layers, logits, strict=True):
+        torch.testing.assert_close(routing.experts, layer_logits.topk(2, dim=-1).indices)
+        assert sum(routing.load) == pytest.approx(1)
+        for expert, share in enumerate(routing.load):
+            assert share == pytest.approx((routing.experts == expert).double().mean().item())
+
+
+def test_a_dense_model_has_no_routing(parts):
+    with pytest.raises(ValueError, match="dense.*moellava upcycle"):
+        trace_routing(assemble(parts), [], "What?")
+
+
+def test_a_collapsed_layer_is_told():
+    def layer(index, load):
+        return LayerRouting(index, torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1), load)
+
+    trace = RoutingTrace(["a"] * 4, [False] * 4, [], [layer(0, [0.97, 0.03]), layer(2, [0.5, 0.5])], 2, 16)
+    assert trace.collapsed == [0]
+    assert trace.to_dict()["collapsed_layers"] == [0]
+
+
+@pytest.mark.parametrize("projector", ["mlp", "qformer"])
+def test_the_drawing_is_a_picture_with_the_colours_of_the_experts(parts, tmp_path, projector):
+    small = {"num_query_tokens": 5, "qformer_hidden_size": 32} if projector == "qformer" else {}
+    model = assemble(parts, moe_config=MOE, projector_type=projector, **small)
+    draw_routing(trace_routing(model, [picture(1)], "What is shown?"), tmp_path / "routing.png")
+    with Image.open(tmp_path / "routing.png") as drawing:
+        colors = {color for count, color in drawing.convert("RGB").getcolors(maxcolors=1 << 20) if count > 50}
+    assert {(31, 119, 180), (255, 127, 14), (44, 160, 44)} <= colors  # the bars of experts 0, 1, 2
+
+
+def test_upcycle_and_routing_commands(parts, tmp_path):
+    assemble(parts).save_pretrained(tmp_path / "dense")
+    picture(4).save(tmp_path / "picture.png")
+    run = CliRunner().invoke
+    made = run(app, ["upcycle", str(tmp_path / "dense"), str(tmp_path / "sparse"), "--top-k", "1", "--json",
+                     "--layers", "0,3", "--moe-field", "use_meta_expert=true"])  # fmt: skip
+    assert made.exit_code == 0, made.stderr
+    summary = json.loads(made.stdout)
+    assert summary["parameters"]["active"] < summary["parameters"]["total"]
+
+    traced = run(app, ["routing", str(tmp_path / "sparse"), str(tmp_path / "picture.png"), "What?", "--json",
+                       "--out", str(tmp_path / "routing.png")])  # fmt: skip
+    assert traced.exit_code == 0, traced.stderr
+    trace = json.loads(traced.stdout)
+    assert [layer["layer"] for layer in trace["layers"]] == [0, 3]
+    assert (tmp_path / "routing.png").stat().st_size > 5000
+
+    again = run(app, ["upcycle", str(tmp_path / "sparse"), str(tmp_path / "other")])
+    assert again.exit_code == 1
+    assert not (tmp_path / "other").exists()
