@@ -50,7 +50,7 @@ AUTO_MAP = {
     "AutoProcessor": f"{ENTRY_MODULE}.MoellavaProcessor",
 }
 
-_ENTRY_SOURCE = '''"""What `auto_map` of this checkpoint names: MoELLaVA's classes, and the parts of its author's own."""
+_ENTRY_SOURCE = '''"""What `auto_map` of this checkpoint names: MoELLaVA's classes, and its author's own parts."""
 
 from .configuration_moellava import MoellavaConfig
 from .modeling_moellava import MoellavaForCausalLM, MoellavaModel, MoellavaPreTrainedModel

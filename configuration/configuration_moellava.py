@@ -186,7 +186,7 @@ class MoellavaMoeConfig(PreTrainedConfig):
         num_experts_per_tok (`int`, *optional*, defaults to 2):
             The number of experts that a token goes to.
         layers (`str` or `list[int]`, *optional*, defaults to `"sparse"`):
-            The sparse layers: `"first_half"`, `"second_half"`, `"sparse"` (every other one, from 0), `"dense"` (all), or
+            The sparse layers: `"first_half"`, `"second_half"`, `"sparse"` (every other, from 0), `"dense"` (all), or
             their indices. In a model's config always the indices.
         norm_topk_prob (`bool`, *optional*):
             Whether the weights of a token's experts are divided by their sum. By default with more than one.

@@ -13,8 +13,8 @@
 # limitations under the License.
 """The names that users may give to a field, in one table.
 
-Names of the older builder and of LLaVA's checkpoints are translated here and nowhere else. `translate_fields` sorts what
-a user wrote into sections:
+Names of the older builder and of LLaVA's checkpoints are translated here and nowhere else. `translate_fields` sorts
+what a user wrote into sections:
 
 - `source`: what to load: the language model, the vision tower, a projector file.
 - `model`: fields of `MoellavaConfig`.
@@ -218,8 +218,8 @@ def _under_own_names(fields: Mapping[str, Any]) -> dict[str, Any]:
 def canonical_moe(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Translates the fields of the sparse layers to those of `MoellavaMoeConfig`.
 
-    `moe_layers_idx` wins over `moe_mode`, which the older code leaves as it was; a list of equal numbers of experts, one
-    per layer, is that number.
+    `moe_layers_idx` wins over `moe_mode`, which the older code leaves as it was; a list of equal numbers of experts,
+    one per layer, is that number.
 
     Raises:
         ValueError: An unknown field, or layers with different numbers of experts.

@@ -347,8 +347,8 @@ def _measured_shapes(model_type: str, fields: str, image_size: int) -> list[tupl
         ) from error
     if not hidden_states:
         raise ValueError(
-            f"A {model_type} model cannot be a vision tower here: it returns no hidden states. Wrap it as an encoder of "
-            "your own, see docs/extending.md."
+            f"A {model_type} model cannot be a vision tower here: it returns no hidden states. Wrap it as an encoder "
+            "of your own, see docs/extending.md."
         )
     return [tuple(as_tokens(hidden_state).shape) for hidden_state in hidden_states]
 
@@ -457,7 +457,7 @@ class BiomedClipEncoder(VitEncoder):
 
 @register_encoder("dinov2")
 class Dinov2Encoder(PatchTransformer):
-    """DINOv2, with and without register tokens: Oquab et al. 2023, arXiv:2304.07193; Darcet et al., arXiv:2309.16588."""
+    """DINOv2, with and without register tokens: arXiv:2304.07193 (Oquab et al. 2023), arXiv:2309.16588."""
 
     encoder_type = "dinov2"
     model_types = detected_model_types = ("dinov2", "dinov2_with_registers")

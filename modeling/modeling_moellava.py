@@ -43,6 +43,7 @@ from .language_moellava import apply_head, build_head
 from .own_encoders_moellava import CustomEncoder
 from .own_parts_moellava import build_projector, initialize_part, make_projector
 from .sparse_moellava import (
+    Router,
     RouterLogits,
     TokenMask,
     checkpoint_with_token_mask,
@@ -126,6 +127,8 @@ class MoellavaPreTrainedModel(PreTrainedModel):
         # A part's parameters that are no standard layer's (queries, latents): transformers' initialisation skips
         # modules of custom code that hold none of their own, so that a hook in `_init_weights` would not be reached.
         for module in self.modules():
+            if isinstance(module, Router):
+                module.requires_grad_(not module.frozen)  # weights of a checkpoint come unfrozen
             initialize_parameters = getattr(module, "initialize_parameters", None)
             if initialize_parameters is None or getattr(module, "_parameters_initialized", False):
                 continue
@@ -223,9 +226,10 @@ class MoellavaModel(MoellavaPreTrainedModel):
 
     def initialize_own_parts(self) -> None:
         """Gives what was not loaded of a user's own encoder or projector the values that its constructor gives."""
+        projector_class = PROJECTORS[self.config.projector_config.type]
         if isinstance(self.encoder, CustomEncoder):
             initialize_part(self.vision_tower, self.encoder.make_tower)
-        if is_own_class(PROJECTORS[self.config.projector_config.type]):
+        if is_own_class(projector_class):
             initialize_part(self.multi_modal_projector, lambda: make_projector(self.config, self.encoder.feature_size))
 
     def get_input_embeddings(self) -> nn.Module:
@@ -279,8 +283,8 @@ class MoellavaModel(MoellavaPreTrainedModel):
             found == expected,
             lambda: (
                 f"The prompt has {int(found)} image tokens, but the pictures give {expected} features: "
-                f"{expected // self.config.image_seq_length} pictures of {self.config.image_seq_length} tokens. Let the "
-                "processor prepare text and pictures together."
+                f"{expected // self.config.image_seq_length} pictures of {self.config.image_seq_length} tokens. Let "
+                "the processor prepare text and pictures together."
             ),
         )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
@@ -395,7 +399,8 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
 
     >>> model = AutoModelForImageTextToText.from_pretrained("me/my-model", trust_remote_code=True)
     >>> processor = AutoProcessor.from_pretrained("me/my-model", trust_remote_code=True)
-    >>> message = {"role": "user", "content": [{"type": "image", "path": "scan.png"}, {"type": "text", "text": "What?"}]}
+    >>> content = [{"type": "image", "path": "scan.png"}, {"type": "text", "text": "What is shown?"}]
+    >>> message = {"role": "user", "content": content}
     >>> inputs = processor.apply_chat_template(
     ...     [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     ... )

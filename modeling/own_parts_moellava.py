@@ -51,7 +51,8 @@ def build_part(make: Callable[[], nn.Module]) -> nn.Module:
 
 def build_projector(config, vision_hidden_size: int) -> nn.Module:
     """Builds the projector of a `MoellavaConfig` for image features of some width."""
-    if is_own_class(PROJECTORS[config.projector_config.type]):
+    projector_class = PROJECTORS[config.projector_config.type]
+    if is_own_class(projector_class):
         return build_part(lambda: make_projector(config, vision_hidden_size))
     return make_projector(config, vision_hidden_size)
 

@@ -268,15 +268,15 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
         self.jitter_noise = jitter_noise
-        self._frozen = frozen
+        self.frozen = frozen
+        self.requires_grad_(not frozen)
         self._initializer_range = initializer_range
 
     def initialize_parameters(self) -> None:
-        """Draws the weights that no checkpoint has given, and freezes them all: those of a checkpoint come unfrozen."""
+        """Draws the weights that no checkpoint has given."""
         init.normal_(self.weight, mean=0.0, std=self._initializer_range)
         if self.bias is not None:
             init.zeros_(self.bias)
-        self.requires_grad_(not self._frozen)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Takes tokens of shape `(num_tokens, hidden_size)`; returns logits, `(num_tokens, num_experts)`, in fp32."""

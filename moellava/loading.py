@@ -38,7 +38,7 @@ from .building import build, make_processor
 from .configuration import MoellavaConfig
 from .configuration.checkpoint_moellava import AUTO_MAP
 from .configuration.custom_code_moellava import CUSTOM_MODULE, is_own_class, registered_in
-from .configuration.names_moellava import canonical_projector
+from .configuration.names_moellava import canonical_projector, stacked_projector
 from .configuration.registry_moellava import ENCODERS, PROJECTORS, plain_value
 from .modeling import MoellavaForCausalLM
 from .projector_files import read_projector
@@ -238,9 +238,10 @@ def _load_with_other_parts(
     projector, file_tensors = _changed_projector(config, request), None
     if request.projector_path is not None:
         own = {"type": config.projector_config.type, **config.projector_config.fields}
-        # Of an MLP the file itself tells what it is.
+        # What these two are, their files tell; of the others the checkpoint's config tells what nobody says.
+        own = None if own["type"] in ("linear", "mlp") else own
         projector, file_tensors = read_projector(
-            request.projector_path, projector or ({} if own["type"] in ("linear", "mlp") else own)
+            request.projector_path, stacked_projector(own, request.projector) or {}
         )
     if projector is not None:
         changed["projector_config"] = projector
@@ -350,8 +351,18 @@ def _load_with_its_own_code(source: Source, part: str, request: LoadRequest, opt
     processor_class = get_class_from_dynamic_module(AUTO_MAP["AutoProcessor"], source.name, **source.hub_options)
     source.tensors()  # opens every file, since transformers' errors on damaged ones do not say which it is
     model = model_class.from_pretrained(source.name, **source.hub_options, **options)
-    model.processor = processor_class.from_pretrained(source.name, **source.hub_options)
+    # The tokenizer's loader asks the installed package for the config, which does not know the part, and then warns.
+    library = logging.getLogger("transformers.configuration_utils")
+    library.addFilter(_is_not_about_the_type)
+    try:
+        model.processor = processor_class.from_pretrained(source.name, **source.hub_options)
+    finally:
+        library.removeFilter(_is_not_about_the_type)
     return model
+
+
+def _is_not_about_the_type(record: logging.LogRecord) -> bool:
+    return "to instantiate a model of type" not in record.getMessage()
 
 
 def _load_adapter(request: LoadRequest, placement: Any) -> Any:

@@ -32,10 +32,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 from transformers.utils import logging
 
+from .processing.open_clip_moellava import OpenClipImageProcessor
 from .sources import read_tensors
 
 
@@ -127,22 +128,19 @@ class OpenClipTower:
         state_dict (`dict[str, torch.Tensor]`):
             Every weight of that model and no other, under its module names, in the dtype of the checkpoint. The
             tensors are views of the memory-mapped file (query, key and value of a layer are views of one tensor).
-        image_processor (`CLIPImageProcessorPil`):
+        image_processor (`OpenClipImageProcessor`):
             Does what `open_clip.image_transform(..., is_train=False)` does, on RGB pictures.
     """
 
     vision_config: ViTConfig | CLIPVisionConfig
     state_dict: dict[str, torch.Tensor]
-    image_processor: CLIPImageProcessorPil
+    image_processor: OpenClipImageProcessor
 
 
 def read_open_clip(source: str | os.PathLike | Callable[[str], str | os.PathLike | None]) -> OpenClipTower:
     """Reads the vision tower of an open_clip checkpoint.
 
-    The pixels of the returned image processor equal open_clip's bit for bit, with one exception: where the resized
-    picture is longer than the crop by a number of pixels that leaves 3 when divided by 4, the crop window lies one
-    pixel further to the top or left than open_clip's, because transformers rounds half a pixel down and torchvision to
-    even. The processor works with PIL; loaded again by `AutoImageProcessor`, it needs `backend="pil"` to stay equal.
+    The pixels of the returned image processor equal open_clip's bit for bit, of RGB pictures of any size.
 
     Args:
         source (`str`, `os.PathLike` or callable):
@@ -551,7 +549,7 @@ def _convert_native_vit(
 # Preprocessing
 
 
-def _build_image_processor(preprocess_cfg: dict[str, Any], image_size: int, path: Path) -> CLIPImageProcessorPil:
+def _build_image_processor(preprocess_cfg: dict[str, Any], image_size: int, path: Path) -> OpenClipImageProcessor:
     """Builds the equal of open_clip's preprocessing at inference.
 
     The size is the tower's: open_clip, too, puts that in the place of what `preprocess_cfg` may say.
@@ -586,7 +584,7 @@ def _build_image_processor(preprocess_cfg: dict[str, Any], image_size: int, path
             f"preprocess_cfg in {path} says resize_mode {resize_mode!r}; supported are 'shortest' and 'squash'. No "
             "image processor of transformers pads as open_clip's 'longest' does."
         )
-    return CLIPImageProcessorPil(
+    return OpenClipImageProcessor(
         do_resize=True,
         resample=resamples[interpolation],
         do_rescale=True,

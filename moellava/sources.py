@@ -35,7 +35,9 @@ CONFIG_NAME = "config.json"
 OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
 _WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
 # What torch.load's parsers raise on files that are cut off or no weight files at all.
-_DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, struct.error)
+_DAMAGE = (
+    ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError, struct.error
+)  # fmt: skip
 
 
 class Source:

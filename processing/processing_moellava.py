@@ -32,6 +32,7 @@ from .images_moellava import (
     scaled_to_tensor,
     to_rgb,
 )
+from .open_clip_moellava import OpenClipImageProcessor
 
 
 logger = logging.get_logger(__name__)
@@ -265,7 +266,7 @@ class MoellavaProcessor(ProcessorMixin):
     def to_dict(self) -> dict[str, Any]:
         """Returns what `processor_config.json` holds: the fields, the image processor's, and its backend."""
         output = super().to_dict()
-        backend = getattr(self.image_processor, "backend", None)
+        backend = _backend_of(self.image_processor)
         if backend is not None:
             output["image_backend"] = backend
         return output
@@ -274,13 +275,17 @@ class MoellavaProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
         """Loads a processor; arguments as in transformers.
 
-        The image processor is of the backend that it was saved with (`"pil"` or `"torchvision"`), unless `backend` says
-        otherwise. transformers by itself does not remember it and takes torchvision's wherever it can, whose resizing
-        differs from Pillow's in single levels.
+        The image processor is of the backend that it was saved with (`"pil"`, `"torchvision"` or `"open_clip"`), unless
+        `backend` says otherwise. transformers by itself does not remember it and takes torchvision's wherever it can,
+        whose resizing differs from Pillow's in single levels.
         """
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         saved = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)[0].get("image_backend")
-        if saved not in (None, getattr(processor.image_processor, "backend", None)) and "backend" not in kwargs:
+        if "backend" in kwargs or saved in (None, _backend_of(processor.image_processor)):
+            return processor
+        if saved == OpenClipImageProcessor.backend_name:
+            processor.image_processor = OpenClipImageProcessor.from_dict(processor.image_processor.to_dict())
+        else:
             processor.image_processor = AutoImageProcessor.from_pretrained(
                 pretrained_model_name_or_path, backend=saved, **kwargs
             )
@@ -293,6 +298,13 @@ class MoellavaProcessor(ProcessorMixin):
         It would make transformers copy this class's source file on the next save, and that copier cannot follow the
         imports between the folders of this package. [`save_pretrained`] writes the code and the `auto_map` itself.
         """
+
+
+def _backend_of(image_processor: Any) -> str | None:
+    """The name by which `from_pretrained` finds the same way of preparing pictures again."""
+    if isinstance(image_processor, OpenClipImageProcessor):
+        return image_processor.backend_name
+    return getattr(image_processor, "backend", None)
 
 
 def _checked_aspect_ratio(image_aspect_ratio: str) -> str:

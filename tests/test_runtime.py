@@ -328,7 +328,7 @@ def check_compiled(assemble, family, tower, projector):
     for batch in (batch_for(model), batch_for(model, ("The sky is", "A dog"))):
         with torch.no_grad():
             logits = compiled(**batch).logits
-        torch.testing.assert_close(logits, model(**batch).logits, rtol=0, atol=1e-6)
+        torch.testing.assert_close(logits, model(**batch).logits, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

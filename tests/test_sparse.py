@@ -82,7 +82,6 @@ def make_block(form: str = "gated", *, implementation: str = "eager", seed: int 
     config._experts_implementation = implementation
     generator = torch.Generator().manual_seed(seed)
     block = SparseMoeBlock(config, DENSE[form]())
-    block.gate.initialize_parameters()
     for parameter in block.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.5
     return block.eval()

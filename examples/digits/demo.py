@@ -1,0 +1,243 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The whole way in two minutes: small parts become a model that answers questions about scans of handwritten digits.
+
+Run by `make demo`. Parts in their published formats are assembled, trained with transformers' Trainer and saved; a
+process without this package then loads the checkpoint and answers questions about scans that no training has seen.
+Everything is written to `build/demo`.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+# Read by the libraries when they are imported, so they come first. One thread: the model is so small that more of them
+# mostly wait for one another, and the outcome is the same however many cores there are.
+os.environ.update(
+    {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+)
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+SEED = 0
+EPOCHS = 12
+
+# What the demo promises, and fails without.
+LEAST_ACCURACY = 0.95
+MOST_BLANK_ACCURACY = 0.20  # ten digits, so that guessing is right one time in ten
+
+
+class Demo:
+    """Where things are, and what the stages hand on."""
+
+    def __init__(self, folder: Path, epochs: float):
+        self.folder = folder
+        self.epochs = epochs
+        self.parts = folder / "parts"
+        self.checkpoint = folder / "checkpoint"
+        self.questions = folder / "questions.json"
+        self.results = folder / "results.json"
+        self.grid = folder / "answers.png"
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str, title: str) -> Iterator[None]:
+        """Announces a stage, and says how long it took."""
+        print(f"\n{_bold(f'{len(self.seconds) + 1}. {title}')}", flush=True)
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - began, 1)
+        print(_dim(f"    {self.seconds[name]:.1f} s"), flush=True)
+
+
+def clear(demo: Demo) -> None:
+    """Removes what an earlier run has made, and nothing else."""
+    demo.folder.mkdir(parents=True, exist_ok=True)
+    for path in (demo.parts, demo.checkpoint, demo.folder / "pictures", demo.folder / "trainer"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in (demo.questions, demo.results, demo.grid):
+        path.unlink(missing_ok=True)
+
+
+def make_parts(demo: Demo) -> None:
+    """Writes a vision tower and a language model, untrained."""
+    from small_parts import make_language_model, make_vision_tower
+
+    tower = make_vision_tower(demo.parts / "vision-tower")
+    language_model, tokenizer = make_language_model(demo.parts / "language-model")
+    _say("vision tower", f"{type(tower).__name__}, {_parameters(tower)}")
+    _say("language model", f"{type(language_model).__name__}, {_parameters(language_model)}")
+    _say("tokenizer", f"{type(tokenizer).__name__}, {len(tokenizer)} tokens, trained on the demo's sentences")
+
+
+def assemble(demo: Demo):
+    """Assembles the parts to one model with a new projector between them."""
+    from moellava import load_pretrained_model
+
+    model, _, _, context_len = load_pretrained_model(
+        {
+            "model_name_or_path": demo.parts / "language-model",
+            "mm_vision_tower": demo.parts / "vision-tower",
+            "projector_type": "mlp",
+        },
+        device="cpu",
+    )
+    _say("model", f"{type(model).__name__}, {_parameters(model)}")
+    _say("a picture", f"{model.config.image_seq_length} of at most {context_len} tokens")
+    return model
+
+
+def write_questions(demo: Demo, examples: list) -> None:
+    """Writes the held-out pictures, and what is asked about them."""
+    from scans import blank_picture, draw
+
+    pictures = demo.folder / "pictures"
+    pictures.mkdir()
+    blank_picture().save(pictures / "blank.png")
+    items = []
+    for example in examples:
+        name = f"{example.word}-{example.number:04}.png"
+        draw(example.scan).save(pictures / name)
+        items.append({"picture": f"pictures/{name}", "question": example.question, "answer": example.answer})
+    asked = {"blank": "pictures/blank.png", "questions": items}
+    demo.questions.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
+
+
+def answer_elsewhere(demo: Demo) -> dict:
+    """Lets a process without this package answer, and returns its results."""
+    with tempfile.TemporaryDirectory(prefix="moellava-demo-") as elsewhere:
+        environment = {
+            **os.environ,
+            "HF_MODULES_CACHE": os.path.join(elsewhere, "modules"),  # no code but the checkpoint's
+            "PYTHONSAFEPATH": "1",  # nor any that lies beside the script
+        }
+        command = [sys.executable, HERE / "answer.py", demo.checkpoint, demo.questions, demo.results]
+        subprocess.run(command, cwd=elsewhere, env=environment, check=True)
+    return json.loads(demo.results.read_text(encoding="utf-8"))
+
+
+def run(demo: Demo) -> bool:
+    """Runs all stages; returns whether the model keeps what the demo promises."""
+    began = time.perf_counter()
+    print(_bold("MoELLaVA: a model from small parts learns to read handwritten digits"), flush=True)
+    print("    Everything here starts from random weights, offline, on the CPU.", flush=True)
+    clear(demo)
+
+    with demo.stage("parts", "Parts in their published formats"):
+        import transformers  # late, as all that is slow to import: the title comes first
+
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it lacks, it lacks for 4-bit models alone
+        transformers.set_seed(SEED)
+        make_parts(demo)
+    with demo.stage("assembling", "Assembled by load_pretrained_model"):
+        model = assemble(demo)
+    with demo.stage("training", "Trained by transformers.Trainer"):
+        from scans import PHRASINGS, load_examples
+        from training import train
+
+        lessons, held_out = load_examples()
+        _say("scans", f"{len(lessons)} to learn from, {len(held_out)} held out, {len(PHRASINGS)} ways to ask")
+        train(model, lessons, demo.folder / "trainer", epochs=demo.epochs, seed=SEED)
+    with demo.stage("saving", "Saved"):
+        model.eval()
+        model.save_pretrained(demo.checkpoint)
+        write_questions(demo, held_out)
+        files = list(demo.checkpoint.iterdir())
+        size = sum(file.stat().st_size for file in files)
+        _say("checkpoint", f"{_shown(demo.checkpoint)}: {len(files)} files, {size / 1e6:.1f} MB, its code among them")
+    with demo.stage("answering", "Asked in a new process, without moellava"):
+        results = answer_elsewhere(demo)
+        answers = results["answers"]
+        right = sum(item["answer"] == item["truth"] for item in answers)
+        _say("held-out pictures", _bold(f"{results['accuracy']:.1%} right") + f" ({right} of {len(answers)})")
+        _say("a blank picture instead", f"{results['blank_accuracy']:.1%} right (guessing: 10 %)")
+    with demo.stage("drawing", "Drawn"):
+        from picture_grid import draw_grid
+
+        draw_grid(results, demo.folder, demo.grid)
+        _say("answers", _shown(demo.grid))
+
+    results = {**results, "seconds": {**demo.seconds, "all": round(time.perf_counter() - began, 1)}}
+    demo.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{_bold('Done')} in {results['seconds']['all']:.0f} s. Ask it yourself:")
+    print(f'    {_command()} ask {_shown(demo.checkpoint)} {_shown(demo.folder / answers[0]["picture"])} '
+          f'"{answers[0]["question"]}"')
+    return _keeps_promises(results)
+
+
+def _keeps_promises(results: dict) -> bool:
+    kept = True
+    if results["accuracy"] < LEAST_ACCURACY:
+        kept = False
+        print(f"\nFAILED: {results['accuracy']:.1%} right; expected at least {LEAST_ACCURACY:.0%}.", file=sys.stderr)
+    if results["blank_accuracy"] > MOST_BLANK_ACCURACY:
+        kept = False
+        print(
+            f"\nFAILED: {results['blank_accuracy']:.1%} right without a picture; expected about 10 %, and at most "
+            f"{MOST_BLANK_ACCURACY:.0%}.",
+            file=sys.stderr,
+        )
+    return kept
+
+
+def _say(name: str, text: str) -> None:
+    print(f"    {name:<25} {text}", flush=True)
+
+
+def _bold(text: str) -> str:
+    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() else text
+
+
+def _dim(text: str) -> str:
+    return f"\033[2m{text}\033[0m" if sys.stdout.isatty() else text
+
+
+def _parameters(model) -> str:
+    return f"{model.num_parameters():,} parameters"
+
+
+def _shown(path: Path) -> str:
+    """A path as one would type it here."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _command() -> str:
+    return "moellava" if shutil.which("moellava") else _shown(Path(sys.executable).with_name("moellava"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "demo", help="folder for all that is made")
+    parser.add_argument("--epochs", type=float, default=EPOCHS, help=f"rounds of training (default: {EPOCHS})")
+    arguments = parser.parse_args()
+    return 0 if run(Demo(arguments.output.resolve(), arguments.epochs)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""open_clip's preparation of pictures, equal to it bit for bit."""
+
+import numpy as np
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
+
+
+class OpenClipImageProcessor(PilBackend):
+    """CLIP's image processor as open_clip has it, on Pillow.
+
+    It differs from `CLIPImageProcessorPil` in the crop of a picture that is half a pixel off centre: open_clip rounds
+    it to even, as torchvision does, transformers down. On disk it is a `CLIPImageProcessor`, which any transformers
+    loads; `MoellavaProcessor` makes this one of it again.
+    """
+
+    resample = PILImageResampling.BICUBIC
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    size = {"shortest_edge": 224}
+    default_to_square = False
+    crop_size = {"height": 224, "width": 224}
+    do_resize = True
+    do_center_crop = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+
+    # What a saved processor calls this way of preparing pictures.
+    backend_name = "open_clip"
+
+    def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs) -> np.ndarray:
+        """Crops a picture of shape `(channels, height, width)` to `size` around its centre."""
+        top, left = image.shape[-2] - size.height, image.shape[-1] - size.width
+        if top < 0 or left < 0:
+            return super().center_crop(image, size, **kwargs)
+        top, left = round(top / 2), round(left / 2)
+        return image[..., top : top + size.height, left : left + size.width]
+
+    def to_dict(self) -> dict:
+        return super().to_dict() | {"image_processor_type": "CLIPImageProcessor"}
+
+
+__all__ = ["OpenClipImageProcessor"]
