@@ -160,8 +160,10 @@ class Registry:
                 something else in a config.
         """
         if not isinstance(name, str) or _NAME_PATTERN.fullmatch(name) is None:
+            article = "an" if self.slot == "encoder" else "a"
             raise ValueError(
-                f"{name!r} cannot name a {self.slot}: a name is made of lower-case letters, digits and underscores."
+                f"{name!r} cannot name {article} {self.slot}: a name is made of lower-case letters, digits and "
+                "underscores."
             )
 
         def enter(cls: type) -> type:

@@ -335,7 +335,7 @@ class MoellavaModel(MoellavaPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         image_features = None
-        if pixel_values is not None:
+        if pixel_values is not None and pixel_values.shape[0] > 0:
             encoded = self.get_image_features(pixel_values, return_dict=True)
         if encoded is not None:
             # per picture (image_seq_length, hidden_size) -> (num_images * image_seq_length, hidden_size)
@@ -535,6 +535,7 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """The load-balancing loss: of our sparse layers, or as the language model's own family computes it."""
+        # CODEPATH: sparse checkpoints have a moe_config; without one, only a natively sparse language model gets here.
         if self.config.moe_config is not None:
             return load_balancing_loss(router_logits, mask)
         text = self.config.text_config

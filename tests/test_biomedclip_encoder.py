@@ -78,7 +78,10 @@ def trunk_states(trunk: torch.nn.Module, pixel_values: torch.Tensor) -> list[tor
 def assert_answers(model) -> None:
     inputs = model.processor(images=picture(1), text="USER: <image>\nWhich organ? ASSISTANT:", return_tensors="pt")
     assert int((inputs.input_ids == model.config.image_token_id).sum()) == model.config.image_seq_length
-    assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] == inputs.input_ids.shape[1] + 3
+    assert (
+        model.generate(**inputs, min_new_tokens=3, max_new_tokens=3, do_sample=False).shape[1]
+        == inputs.input_ids.shape[1] + 3
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

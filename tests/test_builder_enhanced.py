@@ -86,7 +86,7 @@ def projector_of(model) -> torch.nn.Module:
 def answer(model, text: str = "USER: <image>\nWhat is shown in this picture? ASSISTANT:") -> torch.Tensor:
     """The tokens that a model says about a picture."""
     inputs = model.processor(images=picture(1), text=text, return_tensors="pt")
-    return model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs.input_ids.shape[1] :]
+    return model.generate(**inputs, min_new_tokens=4, max_new_tokens=4, do_sample=False)[:, inputs.input_ids.shape[1] :]
 
 
 def assert_tower_of(model, name: str) -> None:

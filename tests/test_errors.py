@@ -183,7 +183,7 @@ def test_an_encoder_that_the_towers_config_contradicts(without_weights, encoder_
         load(without_weights["model"], mm_vision_tower=without_weights["siglip"], encoder_type=encoder_type)
 
 
-@pytest.mark.parametrize("wrong", [["a"], 3, dict, print, object()], ids=repr)
+@pytest.mark.parametrize("wrong", [["a"], 3, dict, print, Ellipsis], ids=["list", "int", "class", "function", "object"])
 def test_a_configuration_object_of_a_wrong_type(wrong):
     with pytest.raises(TypeError, match="The configuration is .*expected") as caught:
         load(wrong)

@@ -28,6 +28,7 @@ import transformers
 from parts import LANGUAGE_MODELS, Parts, biomedclip_oracle, make_tokenizer, picture, pictures, run_python
 from torch import nn
 from transformers import (
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoProcessor,
@@ -733,18 +734,27 @@ print(type(processor.image_processor).__name__)
     assert output.split()[-1] == type(model.processor.image_processor).__name__
 
 
-def test_the_backend_of_an_image_processor_is_the_callers_to_choose(biomedclip, parts, tmp_path):
+@pytest.mark.parametrize("backend", ["open_clip", "pil", "torchvision"])
+def test_an_image_processor_keeps_its_backend(biomedclip, parts, tmp_path, backend):
     _, model = biomedclip
-    model.processor.save_pretrained(tmp_path / "pil")
-    assert AutoProcessor.from_pretrained(tmp_path / "pil").image_processor.backend == "pil"
-    chosen = AutoProcessor.from_pretrained(tmp_path / "pil", backend="torchvision")
-    assert chosen.image_processor.backend == "torchvision"
-    other = assembled(parts, parts.language_model("llama")).model.processor
-    other.save_pretrained(tmp_path / "torchvision")
-    assert AutoProcessor.from_pretrained(tmp_path / "torchvision").image_processor.backend == "torchvision"
-    # A field that an earlier version of the package did not write: transformers' own choice.
-    path = tmp_path / "pil" / "processor_config.json"
+    tower = AutoImageProcessor.from_pretrained(parts.vision_tower("clip_vision"), backend="pil")
+    processor = (
+        model.processor if backend == "open_clip" else assembled(parts, parts.language_model("llama"))[0].processor
+    )
+    if backend == "pil":
+        processor.image_processor = tower
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert type(loaded.image_processor) is type(processor.image_processor)
+    expected = processor(images=pictures(5), return_tensors="pt")["pixel_values"]
+    assert torch.equal(loaded(images=pictures(5), return_tensors="pt")["pixel_values"], expected)
+
+    # The caller may choose another one.
+    assert AutoProcessor.from_pretrained(tmp_path, backend="torchvision").image_processor.backend == "torchvision"
+    assert AutoProcessor.from_pretrained(tmp_path, backend="pil").image_processor.backend == "pil"
+    # Where a file does not say, transformers does.
+    path = tmp_path / "processor_config.json"
     fields = json.loads(path.read_text())
-    assert fields.pop("image_backend") == "pil"
+    assert fields.pop("image_backend") == backend
     path.write_text(json.dumps(fields))
-    assert AutoProcessor.from_pretrained(tmp_path / "pil").image_processor.backend == "torchvision"
+    assert AutoProcessor.from_pretrained(tmp_path).image_processor.backend == "torchvision"

@@ -651,6 +651,7 @@ def killed_at(last):
 shutil.copytree(folder, folder.with_name("original"))
 last, is_new, ended = 1, *killed_at(1)
 assert not is_new
+first_old = last
 while not ended:
     is_new, ended = killed_at(last + 10)
     if not is_new:

@@ -60,7 +60,7 @@ def ask(pipe, questions: list[str], pictures: list[str], title: str) -> list[str
         for start in range(0, len(questions), BATCH_SIZE):
             chunk = range(start, min(start + BATCH_SIZE, len(questions)))
             chats = [user_turn(questions[index], pictures[index]) for index in chunk]
-            for output in pipe(text=chats, batch_size=BATCH_SIZE, max_new_tokens=12, return_full_text=False):
+            for [output] in pipe(text=chats, batch_size=BATCH_SIZE, max_new_tokens=12, return_full_text=False):
                 answers.append(output["generated_text"].strip())
             bar.update(len(chunk))
     return answers

@@ -153,6 +153,7 @@ def run(demo: Demo) -> bool:
         import transformers  # late, as all that is slow to import: the title comes first
 
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it lacks, it lacks for 4-bit models alone
+        transformers.logging.set_verbosity_error()
         transformers.set_seed(SEED)
         make_parts(demo)
     with demo.stage("assembling", "Assembled by load_pretrained_model"):

@@ -35,11 +35,11 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 # The form of the answer depends on the question, so that only a model that reads both gets it right.
 PHRASINGS = {
     "What digit is this?": "It is {a} {digit}.",
-    "Which digit was written here?": "It is {a} {digit}.",
+    "What is written here?": "It is {a} {digit}.",
     "Which number do you see?": "I see {a} {digit}.",
-    "What can you see in the picture?": "I see {a} {digit}.",
+    "What do you see?": "I see {a} {digit}.",
     "Name the digit.": "{digit}",
-    "Read this number in one word.": "{digit}",
+    "Read the number.": "{digit}",
 }
 
 

@@ -15,7 +15,6 @@
 
 import random
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -25,10 +24,9 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 
-def conversation(question: str, answer: str | None = None, picture: Any = None) -> list[dict[str, Any]]:
-    """A question, with or without its picture and its answer, in the form that chat templates take."""
-    image = {"type": "image"} if picture is None else {"type": "image", "image": picture}
-    messages = [{"role": "user", "content": [image, {"type": "text", "text": question}]}]
+def conversation(question: str, answer: str | None = None) -> list[dict[str, Any]]:
+    """A question about a picture, with or without its answer, in the form that chat templates take."""
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     if answer is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
@@ -59,36 +57,35 @@ class AnswerCollator:
 
     def __init__(self, processor: Any):
         self.processor = processor
-        self.answer_length = cache(self._answer_length)
+        self._written: dict[tuple[str, str], tuple[str, int]] = {}
 
     def __call__(self, lessons: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Returns the model's inputs, and `labels` (batch, tokens) that are -100 except where an answer stands."""
-        batch = self.processor.apply_chat_template(
-            [conversation(lesson["question"], lesson["answer"], lesson["picture"]) for lesson in lessons],
-            tokenize=True,
-            return_dict=True,
+        written = [self.write(lesson["question"], lesson["answer"]) for lesson in lessons]
+        batch = self.processor(
+            images=[lesson["picture"] for lesson in lessons],
+            text=[text for text, _ in written],
+            add_special_tokens=False,  # the chat template has written them
+            padding=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True},
         )
         labels = torch.full_like(batch["input_ids"], -100)
-        for row, lesson in enumerate(lessons):
-            tokens = batch["attention_mask"][row].nonzero().flatten()  # without the padding, on whichever side it is
-            answer = tokens[-self.answer_length(lesson["question"], lesson["answer"]) :]
+        for row, (_, answer_length) in enumerate(written):
+            tokens = batch["attention_mask"][row].nonzero().flatten()  # all but the padding, on whichever side it is
+            answer = tokens[-answer_length:]
             labels[row, answer] = batch["input_ids"][row, answer]
         return {**batch, "labels": labels}
 
-    def _answer_length(self, question: str, answer: str) -> int:
-        """Returns how many tokens the answer adds to the prompt, the end of the turn included."""
-        prompt, whole = (
-            self.processor.tokenizer(
-                self.processor.apply_chat_template(messages, add_generation_prompt=not answered),
-                add_special_tokens=False,
-            )["input_ids"]
-            for messages, answered in ((conversation(question), False), (conversation(question, answer), True))
-        )
-        if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
-            raise ValueError(f"The prompt of {question!r} is not where the conversation with {answer!r} begins.")
-        return len(whole) - len(prompt)
+    def write(self, question: str, answer: str) -> tuple[str, int]:
+        """Returns the conversation as text, and how many of its last tokens are the answer and the end of its turn."""
+        if (question, answer) not in self._written:
+            prompt = self.processor.apply_chat_template(conversation(question), add_generation_prompt=True)
+            text = self.processor.apply_chat_template(conversation(question, answer))
+            before, tokens = self.processor.tokenizer([prompt, text], add_special_tokens=False)["input_ids"]
+            if tokens[: len(before)] != before or len(tokens) == len(before):
+                raise ValueError(f"The prompt of {question!r} is not where the conversation with {answer!r} begins.")
+            self._written[question, answer] = text, len(tokens) - len(before)
+        return self._written[question, answer]
 
 
 class LossInBar(ProgressCallback):
@@ -113,6 +110,7 @@ def train(model: PreTrainedModel, examples: Sequence[Example], folder: str, epoc
         logging_steps=10,
         save_strategy="no",
         report_to="none",
+        disable_tqdm=False,
         remove_unused_columns=False,
         use_cpu=True,
         seed=seed,
