@@ -93,8 +93,22 @@ _DEFAULT_VISION = {
 }
 
 
-# What the classes of transformers raise on fields that make no sense, beside what @strict raises.
-_NONSENSE = (ArithmeticError, AttributeError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError)
+# What config classes of transformers raise on fields that make no sense.
+CONFIG_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+
+
+def config_fault(error: Exception) -> str:
+    """Returns what an error of a config class says is wrong."""
+    reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+    return f"{type(reason).__name__}: {reason}"
 
 
 def _with_value_errors(cls: type) -> type:
@@ -580,11 +594,10 @@ def _part_config(key: str, given: dict | PreTrainedConfig | None, default: dict[
         )
     try:
         return CONFIG_MAPPING[model_type](**fields)
-    except _NONSENSE as error:
-        reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+    except CONFIG_ERRORS as error:
         raise ValueError(
-            f"{key} does not describe a {model_type!r} model ({type(reason).__name__}: {reason}). Expected the fields "
-            f"of transformers' {CONFIG_MAPPING[model_type].__name__}."
+            f"{key} does not describe a {model_type!r} model ({config_fault(error)}). Expected the fields of "
+            f"transformers' {CONFIG_MAPPING[model_type].__name__}."
         ) from error
 
 

@@ -244,25 +244,26 @@ class DenseForm:
 
 
 class Router(nn.Module):
-    """A linear layer that scores the experts, in fp32 whatever the model's dtype.
+    """A linear layer that scores the experts, in fp32 whatever the model's dtype; quantisation leaves it as it is.
 
     Args:
         hidden_size (`int`): The width of what comes in.
         num_experts (`int`): How many experts there are.
-        bias (`bool`): Whether there is a bias.
-        frozen (`bool`): Whether it is left out of training.
-        jitter_noise (`float`): In training, what comes in is multiplied by noise from `1 - x` to `1 + x`.
         initializer_range (`float`): The standard deviation of new weights.
+        bias (`bool`): Whether there is a bias.
+        frozen (`bool`, *optional*, defaults to `False`): Whether it is left out of training.
+        jitter_noise (`float`, *optional*, defaults to 0.0): In training, what comes in is multiplied by noise from
+            `1 - x` to `1 + x`.
     """
 
     def __init__(
         self,
         hidden_size: int,
         num_experts: int,
-        bias: bool,
-        frozen: bool,
-        jitter_noise: float,
         initializer_range: float,
+        bias: bool,
+        frozen: bool = False,
+        jitter_noise: float = 0.0,
     ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
@@ -319,13 +320,15 @@ class SparseMoeBlock(nn.Module):
         self.gate = Router(
             form.hidden_size,
             moe.num_experts,
+            initializer_range(config),
             bias=moe.router_bias,
             frozen=moe.freeze_router,
             jitter_noise=moe.router_jitter_noise,
-            initializer_range=initializer_range(config),
         )
         self.experts = form.build_experts(config, moe.num_experts)
-        self.coefficient = nn.Linear(form.hidden_size, 2) if moe.use_residual else None
+        self.coefficient = (
+            Router(form.hidden_size, 2, initializer_range(config), bias=True) if moe.use_residual else None
+        )
         self.mlp = mlp if moe.use_residual else None
         self.meta_expert = copy.deepcopy(mlp) if moe.use_meta_expert else None
 
@@ -339,7 +342,7 @@ class SparseMoeBlock(nn.Module):
         weights, index = self.route(router_logits)
         output = self.experts(tokens, index, weights.to(tokens.dtype))
         if self.coefficient is not None:
-            coefficient = torch.softmax(self.coefficient(tokens), dim=-1)  # (tokens, 2)
+            coefficient = torch.softmax(self.coefficient(tokens), dim=-1).to(output.dtype)  # (tokens, 2)
             output = coefficient[:, :1] * output + coefficient[:, 1:] * self.mlp(tokens)
         if self.meta_expert is not None:
             output = output + self.meta_expert(tokens)

@@ -40,6 +40,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from .building import IMAGE_TOKEN, build, make_processor
 from .configuration import MoellavaConfig, MoellavaEncoderConfig
 from .configuration.checkpoint_moellava import travelling_files
+from .configuration.configuration_moellava import CONFIG_ERRORS, config_fault
 from .configuration.custom_code_moellava import custom_sources
 from .configuration.registry_moellava import ENCODERS
 from .custom_source import read_custom_tower
@@ -90,15 +91,36 @@ def read_language_model(source: Source) -> LanguagePart:
     """
     config = _text_config(source)
     check_head(config)
+    tensors = partial(_language_tensors, source, config)
+    return LanguagePart(config, tensors, _read_tokenizer(source), read_generation_config(source))
+
+
+def _read_tokenizer(source: Source) -> Any:
     # A type that transformers does not have (MiniCPM) says nothing of the tokenizer, so no config is loaded for it.
     known = source.config_dict()["model_type"] in CONFIG_MAPPING
-    tokenizer = AutoTokenizer.from_pretrained(
-        source.name,
-        config=None if known else PreTrainedConfig(),
-        trust_remote_code=source.trust_remote_code,
-        **source.hub_options,
-    )
-    return LanguagePart(config, partial(_language_tensors, source, config), tokenizer, read_generation_config(source))
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.name,
+            config=None if known else PreTrainedConfig(),
+            trust_remote_code=source.trust_remote_code,
+            **source.hub_options,
+        )
+    except (ImportError, LookupError, OSError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"The tokenizer of {source} cannot be loaded ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
+            "Expected tokenizer.json and tokenizer_config.json beside the model; where there is a tokenizer.model "
+            "alone, it needs `pip install moellava[sentencepiece]`."
+        ) from error
+
+
+def _read_config(source: Source, model_type: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source.name, **source.hub_options)
+    except CONFIG_ERRORS as error:
+        raise ValueError(
+            f"The config.json of {source} does not describe a {model_type!r} model ({config_fault(error)}). Expected "
+            "what transformers saves of one."
+        ) from error
 
 
 def read_generation_config(source: Source) -> GenerationConfig | None:
@@ -118,7 +140,7 @@ def _text_config(source: Source) -> PreTrainedConfig:
             f"{source} is a {model_type!r} model, which transformers {transformers.__version__} does not have, so that "
             "it cannot be the language model. Expected a decoder of transformers (LLaMA, Mistral, Phi, Qwen, ...)."
         )
-    config = AutoConfig.from_pretrained(source.name, **source.hub_options)
+    config = _read_config(source, model_type)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
         raise ValueError(
             f"{source} is a {model_type!r} model, which is no causal language model. Expected a decoder that "
@@ -187,7 +209,8 @@ def read_vision_tower(source: Source, encoder_type: str | None = None) -> Vision
         ImportError: It needs an extra that is not installed.
         ValueError: It is no vision tower, or contradicts `encoder_type`.
     """
-    if source.find(OPEN_CLIP_CONFIG_NAME) is not None and source.find("config.json") is None:
+    is_open_clip = source.find(OPEN_CLIP_CONFIG_NAME) is not None
+    if is_open_clip and (encoder_type == "biomedclip" or source.find("config.json") is None):
         return _open_clip_tower(source, encoder_type)
     if encoder_type == "biomedclip":
         raise ValueError(
@@ -200,7 +223,7 @@ def read_vision_tower(source: Source, encoder_type: str | None = None) -> Vision
             f"{source} is a {fields.get('model_type')!r} model, which transformers {transformers.__version__} does not "
             "have, so that it cannot be the vision tower. Wrap it as an encoder of your own, see docs/extending.md."
         )
-    config = AutoConfig.from_pretrained(source.name, **source.hub_options)
+    config = _read_config(source, fields["model_type"])
     is_composite = hasattr(config, "vision_config")
     config = config.vision_config if is_composite else config
     if type(config) not in MODEL_MAPPING:

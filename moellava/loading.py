@@ -13,6 +13,7 @@
 # limitations under the License.
 """`load_pretrained_model`: one call from a configuration to a model that is ready to use."""
 
+import dataclasses
 import importlib
 import logging
 import os
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoProcessor, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from .assembling import (
@@ -41,6 +42,7 @@ from .configuration.custom_code_moellava import CUSTOM_MODULE, is_own_class, reg
 from .configuration.names_moellava import canonical_projector, stacked_projector
 from .configuration.registry_moellava import ENCODERS, PROJECTORS, plain_value
 from .modeling import MoellavaForCausalLM
+from .processing import MoellavaProcessor
 from .projector_files import read_projector
 from .request import LoadRequest, is_custom_encoder, read_request
 from .sources import Source
@@ -168,6 +170,12 @@ def _load_checkpoint(source: Source, fields: dict[str, Any], request: LoadReques
     own_code = _needs_its_own_code(source, fields)
     if own_code:
         return _load_with_its_own_code(source, own_code, request, options)
+    missing = [name for name in ("text_config", "vision_config") if not fields.get(name)]
+    if missing:
+        raise ValueError(
+            f"The config.json of {source} has no {' and no '.join(missing)}, so that it does not tell what the model "
+            "is made of. Save or download it again."
+        )
     config = MoellavaConfig.from_dict(dict(fields))
     processor = _read_processor(source)
     changed = {name: value for name, value in request.model_fields.items() if getattr(config, name) != value}
@@ -188,7 +196,10 @@ def _load_checkpoint(source: Source, fields: dict[str, Any], request: LoadReques
 
 def _read_processor(source: Source) -> Any:
     try:
-        return AutoProcessor.from_pretrained(source.name, **source.hub_options)
+        # Not AutoProcessor, which looks for the class that a file of the checkpoint names.
+        return MoellavaProcessor.from_pretrained(
+            source.name, trust_remote_code=source.trust_remote_code, **source.hub_options
+        )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"The processor of {source} cannot be loaded ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
@@ -370,19 +381,14 @@ def _load_adapter(request: LoadRequest, placement: Any) -> Any:
     try:
         from peft import PeftModel
     except ImportError as error:
-        raise ImportError("A LoRA adapter needs PEFT: pip install moellava[peft].") from error
+        raise ImportError("A LoRA adapter needs PEFT, which is not installed: `pip install moellava[peft]`.") from error
     adapter = Source(request.model_path, request.hub_options)
     if adapter.read_json("adapter_config.json") is None:
         raise ValueError(
             f"model_base is given, but {adapter} is no LoRA adapter: it has no adapter_config.json. To load a "
             "checkpoint, give its path as model_path and leave model_base out."
         )
-    base_request = read_request(request.model_base, {})
-    base_request.vision_tower, base_request.projector = request.vision_tower, request.projector
-    base_request.projector_path, base_request.model_fields = request.projector_path, request.model_fields
-    base_request.options, base_request.hub_options = request.options, request.hub_options
-    base_request.model_options, base_request.moe = request.model_options, request.moe
-    base = _load(base_request, placement)
+    base = _load(dataclasses.replace(request, model_path=request.model_base, model_base=None), placement)
     processor = base.processor
     model = PeftModel.from_pretrained(base, adapter.name, **adapter.hub_options)
     if request.options["merge"]:

@@ -143,6 +143,14 @@ def test_the_folder_decides_and_not_the_name(parts, tmp_path):
     assert load(parts.language_model("llama"), mm_vision_tower=folder).config.encoder_type == "clip"
 
 
+def test_a_folder_in_both_formats_is_what_one_says(parts, tmp_path):
+    folder = shutil.copytree(parts.vision_tower("clip"), tmp_path / "both")
+    shutil.copytree(parts.biomedclip(), folder, dirs_exist_ok=True)
+    lm = parts.language_model("llama")
+    assert load(lm, mm_vision_tower=folder).config.encoder_type == "clip"  # transformers' own, where there is one
+    assert load(lm, mm_vision_tower=folder, encoder_type="biomedclip").config.vision_config.hidden_size == WIDTH
+
+
 @pytest.mark.parametrize("spelling", ["biomedclip", "medclip"])
 def test_a_tower_that_is_no_open_clip_checkpoint(parts, spelling):
     with pytest.raises(ValueError, match="encoder_type is 'biomedclip', but .* has no open_clip_config.json"):

@@ -183,7 +183,7 @@ def test_an_encoder_that_the_towers_config_contradicts(without_weights, encoder_
         load(without_weights["model"], mm_vision_tower=without_weights["siglip"], encoder_type=encoder_type)
 
 
-@pytest.mark.parametrize("wrong", [["a"], 3, dict, print, Ellipsis], ids=["list", "int", "class", "function", "object"])
+@pytest.mark.parametrize("wrong", [["a"], 3, dict, print, Ellipsis], ids=["list", "int", "class", "function", "dots"])
 def test_a_configuration_object_of_a_wrong_type(wrong):
     with pytest.raises(TypeError, match="The configuration is .*expected") as caught:
         load(wrong)
@@ -319,6 +319,65 @@ def test_a_checkpoint_whose_config_is_damaged(parts, checkpoint, tmp_path):
         (folder / "config.json").write_text(json.dumps(config | {key: value}))
         with pytest.raises(ValueError, match=message):
             load(folder)
+
+
+@pytest.mark.parametrize("key", ["text_config", "vision_config"])
+def test_a_checkpoint_whose_config_lacks_a_part(without_weights, key):
+    """A default in its place would be a model of 7B parameters."""
+    config = json.loads((without_weights["model"] / "config.json").read_text())
+    del config[key]
+    (without_weights["model"] / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=f"config.json of .* has no {key}, so that it does not tell what the model is made"
+    ):
+        load(without_weights["model"])
+
+
+@pytest.mark.parametrize(
+    "change", [{"hidden_size": "large"}, {"num_attention_heads": 7}, {"rope_parameters": 3}], ids=str
+)
+def test_a_language_models_config_that_makes_no_sense(without_weights, change):
+    path = without_weights["lm"] / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match="config.json of .*bare/lm does not describe a 'llama' model .*Expected what"):
+        load(without_weights["lm"], mm_vision_tower=without_weights["clip"])
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": "large"}, {"patch_size": 0}, {"num_hidden_layers": {}}], ids=str)
+def test_a_towers_config_that_makes_no_sense(without_weights, change):
+    path = without_weights["clip"] / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"vision_config": config["vision_config"] | change}))
+    with pytest.raises(ValueError, match="does not describe a 'clip(_vision_model)?' (model|tower).*Expected"):
+        load(without_weights["lm"], mm_vision_tower=without_weights["clip"])
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer(without_weights, file):
+    (without_weights["lm"] / file).write_text("{")
+    with pytest.raises(
+        ValueError, match="The tokenizer of .*bare/lm cannot be loaded .*Expected tokenizer.json and tok"
+    ):
+        load(without_weights["lm"], mm_vision_tower=without_weights["clip"])
+
+
+def test_a_language_model_without_a_tokenizer(without_weights):
+    for path in without_weights["lm"].glob("token*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"The tokenizer of .*bare/lm cannot be loaded .*moellava\[sentencepiece\]"):
+        load(without_weights["lm"], mm_vision_tower=without_weights["clip"])
+
+
+def test_a_processor_that_asks_for_code_is_not_given_any(without_weights):
+    """transformers would ask on the terminal whether to run it."""
+    folder = without_weights["model"]
+    path = folder / "processor_config.json"
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps(written | {"processor_class": "Evil", "auto_map": {"AutoProcessor": "evil.Evil"}}))
+    (folder / "evil.py").write_text("import pathlib\npathlib.Path(__file__).with_name('EXECUTED').touch()\n")
+    with pytest.raises(FileNotFoundError, match="has no weights"):  # everything but the weights is there
+        load(folder)
+    assert not list(folder.rglob("EXECUTED"))
 
 
 def test_a_checkpoint_without_its_processor(parts, checkpoint, tmp_path):

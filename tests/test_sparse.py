@@ -28,6 +28,8 @@ from transformers import (
     LlamaConfig,
     NemotronConfig,
     PhiConfig,
+    Trainer,
+    TrainingArguments,
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -731,6 +733,36 @@ def test_accumulating_equal_parts_is_one_batch(dense):
         total += loss.item()
     assert total == pytest.approx(whole.loss.item(), rel=1e-6)
     assert_near(model.model.language_model.layers[0].mlp.gate.weight.grad, expected, 1e-5)
+
+
+def test_gradient_accumulation_by_the_trainer(dense, tmp_path):
+    """transformers' Trainer, which counts the labels of all parts: one step of plain gradient descent."""
+    model = sparse_model(dense, router_aux_loss_coef=0.3)
+    rows = [
+        dict(model.processor(text=text, return_tensors="pt")) for text in ("Words.", "No picture here, only words.")
+    ]
+    rows = [{"input_ids": row["input_ids"][0], "labels": row["input_ids"][0]} for row in rows]
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    counts = [len(row["labels"]) - 1 for row in rows]
+    expected = sum(
+        count / sum(counts) * model(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss
+        for count, row in zip(counts, rows, strict=True)
+    )
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    arguments = TrainingArguments(
+        tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=1, optim="sgd",
+        learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0, report_to="none", use_cpu=True,
+        save_strategy="no", logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-3)
+    for name, parameter in model.named_parameters():
+        step = before[name] - parameter.detach()
+        assert_near(step, 0.1 * gradients.get(name, torch.zeros_like(step)), 1e-3, name, floor=1e-5)
+    assert gradients["model.language_model.layers.0.mlp.gate.weight"].norm() > 1e-3
 
 
 @torch.no_grad()

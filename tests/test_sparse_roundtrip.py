@@ -364,6 +364,40 @@ def test_a_step_with_the_cache_is_the_whole_pass(shared):
             assert relative_error(output.router_logits[0], own) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised(sparse_of, tmp_path, form, bits):
+    """Attention and dense MLPs are quantised, experts and routers stay as they are."""
+    pytest.importorskip("bitsandbytes")
+    model = sparse_of("phi", form)  # widths that bitsandbytes takes on the CPU
+    model.save_pretrained(tmp_path)
+    loaded = load_pretrained_model(tmp_path, **{f"load_{bits}bit": True}, device="cpu").model
+    assert loaded.model.language_model.layers[0].self_attn.q_proj.weight.dtype in (torch.uint8, torch.int8)
+    state = model.state_dict()
+    for name, tensor in loaded.named_parameters():
+        if ".gate." in name or ".experts." in name or ".coefficient." in name:
+            assert torch.equal(tensor.float(), state[name]), name
+    inputs = prepared(model.processor)
+    with torch.no_grad():
+        found = loaded(**inputs, output_router_logits=True)
+    assert relative_error(found.logits.float(), logits_of(model, inputs)) < 0.5
+    assert found.router_logits[0].dtype == torch.float32
+
+
+def test_lora_on_the_experts(sparse_of):
+    peft = pytest.importorskip("peft")
+    model = sparse_of()
+    inputs = prepared(model.processor)
+    names = [f"experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=[], target_parameters=names, r=2))
+    adapted.train()
+    adapted(**inputs, labels=labels_of(inputs)).loss.backward()
+    trained = {name.partition(".mlp.")[2] for name, gradient in gradients_of(adapted).items() if gradient.any()}
+    assert trained
+    assert all(name.startswith("experts.") and "lora_" in name for name in trained)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_disk_offload(sparse_of, tmp_path, form):
     model = sparse_of("phi", form)
@@ -457,6 +491,10 @@ def test_compiles_as_one_graph_with_a_static_cache(shared, fresh_compiler):
     assert relative_error(found[1].router_logits[0], found[0].router_logits[0]) < 1e-5
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.ops.transformers, "grouped_mm_fallback_backward"),
+    reason="this version of transformers cannot compile its grouped_mm with a backward pass in fp32",
+)
 def test_compiled_training_has_the_same_gradients(sparse_of, fresh_compiler):
     model = sparse_of(capacity_factor=1.0).train()
     inputs = model.processor(text=["No picture here.", "Words."], padding=True, return_tensors="pt")

@@ -189,10 +189,10 @@ def run(demo: Demo) -> bool:
     print(f"\n{_bold('Done')} in {results['seconds']['all']:.0f} s. Ask it yourself:")
     print(f'    {_command()} ask {_shown(demo.checkpoint)} {_shown(demo.folder / answers[0]["picture"])} '
           f'"{answers[0]["question"]}"')
-    return _keeps_promises(results)
+    return keeps_promises(results)
 
 
-def _keeps_promises(results: dict) -> bool:
+def keeps_promises(results: dict) -> bool:
     kept = True
     if results["accuracy"] < LEAST_ACCURACY:
         kept = False

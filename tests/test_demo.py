@@ -1,0 +1,234 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tests of the demo (`examples/digits`): its data, its labels, its proofs, and a short run from end to end."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import set_seed
+
+
+DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits"
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+sys.path.insert(0, str(DIGITS))  # the demo is a script: its files import one another from where it lies
+
+import demo  # noqa: E402
+import scans  # noqa: E402
+import small_parts  # noqa: E402
+import training  # noqa: E402
+from picture_grid import draw_grid  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    run = demo.Demo(tmp_path_factory.mktemp("demo"), epochs=1)
+    set_seed(0)
+    demo.make_parts(run)
+    return demo.assemble(run)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_scan_is_either_learnt_or_held_out_and_always_the_same():
+    train, held_out = scans.load_examples()
+    numbers = [[example.number for example in part] for part in (train, held_out)]
+    assert len(held_out) >= 300
+    assert sorted(numbers[0] + numbers[1]) == list(range(1797))
+    assert [[example.number for example in part] for part in scans.load_examples()] == numbers
+    # No scan is there twice, so no held-out one is known from training.
+    assert not {example.scan.tobytes() for example in train} & {example.scan.tobytes() for example in held_out}
+    assert {example.digit for example in held_out} == set(range(10))
+    assert {example.question for example in held_out} == set(scans.PHRASINGS)
+
+
+def test_answers_name_the_digit_in_the_form_that_the_question_asks_for():
+    assert scans.answer_to("What digit is this?", 7) == "It is a seven."
+    assert scans.answer_to("Which number do you see?", 8) == "I see an eight."
+    assert scans.answer_to("Name the digit.", 0) == "zero"
+    for question in scans.PHRASINGS:
+        assert len({scans.answer_to(question, digit) for digit in range(10)}) == 10
+
+
+def test_pictures_show_the_scan_and_wobble_only_when_asked():
+    train, _ = scans.load_examples()
+    scan = train[0].scan
+    plain = scans.draw(scan)
+    assert plain.size == (scans.IMAGE_SIZE, scans.IMAGE_SIZE) and plain.mode == "RGB"
+    assert plain.tobytes() == scans.draw(scan).tobytes()
+    # Shrunk to the scan's size again, the ink is where it was.
+    ink = 255 - np.asarray(plain.convert("L").crop((2, 2, 30, 30)).resize((8, 8), Image.Resampling.BOX), dtype=float)
+    assert np.corrcoef(ink.ravel(), scan.ravel())[0, 1] > 0.95
+    wobbly = [scans.draw(scan, wobble=random.Random(seed)).tobytes() for seed in (0, 0, 1)]
+    assert wobbly[0] == wobbly[1] and len({plain.tobytes(), *wobbly}) == 3
+    assert set(scans.blank_picture().tobytes()) == {255}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The labels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_labels_are_the_answers_and_nothing_else(model, padding_side, monkeypatch):
+    tokenizer = model.processor.tokenizer
+    monkeypatch.setattr(tokenizer, "padding_side", padding_side)
+    lessons = [
+        {"picture": scans.blank_picture(), "question": question, "answer": scans.answer_to(question, digit)}
+        for question, digit in zip(scans.PHRASINGS, (1, 8, 3, 8, 5, 6), strict=True)
+    ]
+    batch = training.AnswerCollator(model.processor)(lessons)
+    assert batch["pixel_values"].shape == (len(lessons), 3, scans.IMAGE_SIZE, scans.IMAGE_SIZE)
+    assert not batch["attention_mask"].all()  # the rows differ in length, so that padding is tested
+    for row, lesson in enumerate(lessons):
+        labels = batch["labels"][row]
+        learnt = labels != -100
+        assert tokenizer.decode(labels[learnt]).strip() == lesson["answer"] + tokenizer.eos_token
+        assert torch.equal(labels[learnt], batch["input_ids"][row][learnt])
+        assert batch["attention_mask"][row][learnt].all()
+        asked = tokenizer.decode(batch["input_ids"][row][~learnt & batch["attention_mask"][row].bool()])
+        assert asked.endswith(f"{lesson['question']} ASSISTANT:")
+        assert (batch["input_ids"][row] == model.config.image_token_id).sum() == model.config.image_seq_length
+
+
+def test_a_chat_template_whose_prompt_is_not_the_beginning_is_refused(model, monkeypatch):
+    monkeypatch.setattr(
+        model.processor,
+        "chat_template",
+        "{% if add_generation_prompt %}Q: {% endif %}{% for message in messages %}{{ message['content'] }}{% endfor %}",
+    )
+    with pytest.raises(ValueError, match="not where the conversation with 'zero' begins"):
+        training.AnswerCollator(model.processor).write("Name the digit.", "zero")
+
+
+def test_training_changes_every_part(model, tmp_path):
+    train, _ = scans.load_examples()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = training.train(model, train[:64], tmp_path, epochs=1)
+    assert trainer.state.global_step >= 2
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    for part in ("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.", "lm_head."):
+        assert any(name.startswith(part) for name in changed), part
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the demo proves
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_answering_process_cannot_import_moellava():
+    code = "import answer; answer.block_moellava(); import moellava.modeling"
+    done = subprocess.run([sys.executable, "-c", code], cwd=DIGITS, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "ModuleNotFoundError: No module named 'moellava'" in done.stderr
+
+
+def test_the_answering_process_refuses_to_start_with_moellava():
+    code = "import moellava, answer; answer.block_moellava()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=DIGITS, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "RuntimeError: moellava is imported already" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "blank_accuracy", "message"),
+    [
+        (0.95, 0.1, ""),
+        (0.949, 0.1, "FAILED: 94.9% right; expected at least 95%"),
+        (0.99, 0.21, "FAILED: 21.0% right without a picture"),
+    ],
+)
+def test_the_demo_fails_when_it_does_not_keep_its_promises(accuracy, blank_accuracy, message, capsys):
+    kept = demo.keeps_promises({"accuracy": accuracy, "blank_accuracy": blank_accuracy})
+    assert kept is not message
+    assert kept == (message == "")
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mistakes", [0, 3, 40])
+def test_the_grid_is_drawn_with_few_and_many_mistakes(mistakes, tmp_path):
+    scans.blank_picture().save(tmp_path / "blank.png")
+    item = {"picture": "blank.png", "question": "What do you see?", "truth": "I see a two.", "answer": "I see a two."}
+    answers = [{**item, "answer": "I see a six."}] * mistakes + [item] * (60 - mistakes)
+    results = {"answers": answers, "accuracy": 1 - mistakes / 60, "blank_accuracy": 0.1}
+    draw_grid(results, tmp_path, tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.format == "PNG" and min(grid.size) > 600
+        colors = {color for _, color in grid.convert("RGB").getcolors(maxcolors=1 << 24)}
+    reddish = [color for color in colors if color[0] > 180 and color[1] < 90 and color[2] < 90]
+    assert bool(reddish) == (mistakes > 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A short run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_short_run_writes_everything_and_fails_for_lack_of_training(tmp_path):
+    output = tmp_path / "demo"
+    for earlier in (output / "checkpoint" / "model-00001-of-00002.safetensors", output / "notes.txt"):
+        earlier.parent.mkdir(parents=True, exist_ok=True)
+        earlier.write_text("from an earlier run")
+    done = subprocess.run(
+        [sys.executable, DIGITS / "demo.py", "--output", output, "--epochs", "4"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FAILED" in done.stderr and "expected at least 95%" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "100%" in done.stderr  # the progress bars
+
+    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    answers = results["answers"]
+    assert len(answers) == scans.HELD_OUT
+    right = sum(item["answer"] == item["truth"] for item in answers)
+    assert results["accuracy"] == pytest.approx(right / len(answers))
+    # It has begun to learn to see, and without a picture it can only guess.
+    assert results["accuracy"] > 0.25
+    assert results["blank_accuracy"] <= 0.2
+    # One picture and one question have one answer.
+    blank = {}
+    for item in answers:
+        assert blank.setdefault(item["question"], item["blank_answer"]) == item["blank_answer"]
+
+    assert (output / "notes.txt").exists()  # not the demo's, so not the demo's to remove
+    assert not (output / "checkpoint" / "model-00001-of-00002.safetensors").exists()
+    assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "modeling_moellava.py"} <= {
+        path.name for path in (output / "checkpoint").iterdir()
+    }
+    assert len(list((output / "pictures").glob("*.png"))) == scans.HELD_OUT + 1
+    with Image.open(output / "answers.png") as grid:
+        assert grid.format == "PNG"
+
+    # What is printed at the end can be typed.
+    command = done.stdout.split("Ask it yourself:")[1].strip().splitlines()[0]
+    assert f" ask {os.path.relpath(output / 'checkpoint', tmp_path)} " in command
+    picture = command.split()[3]
+    assert (tmp_path / picture).is_file()
