@@ -435,7 +435,7 @@ class MoellavaConfig(PreTrainedConfig):
         }
         for name in foreign:
             if name not in FIELD_NAMES:
-                fields = [*self.default_field_names(), *FIELD_NAMES]
+                fields = {*self.default_field_names(), *FIELD_NAMES}
                 raise ValueError(f"Unknown field {name!r} in {type(self).__name__}{known_names(name, fields)}")
         sections = translate_fields(foreign, type(self).__name__)
         for name, value in sections.get("model", {}).items():

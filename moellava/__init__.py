@@ -35,7 +35,6 @@ _HOMES = {
     "MoellavaModel": "modeling",
     "MoellavaPreTrainedModel": "modeling",
     "MoellavaProcessor": "processing",
-    "assemble": "assembling",
     "inspect_checkpoint": "inspecting",
     "load_pretrained_model": "loading",
     "LoadedModel": "loading",

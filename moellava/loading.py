@@ -485,7 +485,9 @@ def _logs_shown(wanted: bool) -> Iterator[None]:
 
 def _log_parts(model: Any, request: LoadRequest) -> None:
     """Logs what the vision tower and the projector are, where they come from, and every shape in them."""
-    config = model.config
+    config, parts = model.config, model.config.parts or {}
+    checkpoint = request.model_base or request.model_path
+    is_assembled = parts.get("language_model") == checkpoint
     inner = next(module for module in model.modules() if hasattr(module, "vision_tower") and hasattr(module, "encoder"))
     if request.options["encoder_debug"]:
         encoder = inner.encoder
@@ -494,7 +496,8 @@ def _log_parts(model: Any, request: LoadRequest) -> None:
             "encoder: %r, %s; model_type %r of the vision tower's config", config.encoder_type, how,
             config.vision_config.model_type,
         )  # fmt: skip
-        logger.info("encoder: loaded from %s", (config.parts or {}).get("vision_tower") or request.model_path)
+        has_own_source = is_assembled or request.vision_tower is not None
+        logger.info("encoder: loaded from %s", parts.get("vision_tower") if has_own_source else checkpoint)
         logger.info(
             "encoder: pictures of %s pixels (natively %s); layers %s of %s; %s features of width %s per picture",
             encoder.image_size, encoder.native_image_size, encoder.feature_layers, encoder.num_hidden_layers,
@@ -502,7 +505,9 @@ def _log_parts(model: Any, request: LoadRequest) -> None:
         )  # fmt: skip
         _log_shapes("encoder", inner.vision_tower)
     if request.options["projector_debug"]:
-        how = "as asked for" if (request.projector or {}).get("type") else "as the checkpoint has it, or by default"
+        how = "by default" if is_assembled else "as the checkpoint has it"
+        if (request.projector or {}).get("type"):
+            how = "as asked for"
         if request.projector_path is not None:
             how = f"loaded from {request.projector_path}"
         logger.info("projector: %r, %s; %s", config.projector_config.type, how, config.projector_config.fields)

@@ -531,6 +531,18 @@ def test_projector_debug_names_the_file_that_was_loaded(writable, caplog):
     assert "newly initialised" not in log
 
 
+def test_debugging_a_checkpoint_names_the_checkpoint(documented, tmp_path, caplog):
+    load_pretrained_model("path/to/model", device="cpu").model.save_pretrained(tmp_path / "saved")
+    load_pretrained_model(tmp_path / "saved", device="cpu", encoder_debug=True, projector_debug=True)
+    log = messages(caplog)
+    assert f"encoder: loaded from {tmp_path / 'saved'}" in log
+    assert "projector: 'mlp', as the checkpoint has it" in log
+    assert "newly initialised" not in log
+    caplog.clear()
+    load_pretrained_model(tmp_path / "saved", device="cpu", encoder_debug=True, mm_vision_tower=SIGLIP)
+    assert f"encoder: loaded from {SIGLIP}" in messages(caplog)
+
+
 def test_an_explicit_type_is_told_from_a_detected_one(documented, caplog):
     load_pretrained_model("path/to/model", device="cpu", encoder_type="clip", encoder_debug=True)
     assert "encoder: 'clip', as encoder_type says" in messages(caplog)
