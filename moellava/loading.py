@@ -497,7 +497,8 @@ def _log_parts(model: Any, request: LoadRequest) -> None:
             config.vision_config.model_type,
         )  # fmt: skip
         has_own_source = is_assembled or request.vision_tower is not None
-        logger.info("encoder: loaded from %s", parts.get("vision_tower") if has_own_source else checkpoint)
+        source = parts.get("vision_tower") if has_own_source else checkpoint
+        logger.info("encoder: %s", "has no source, and starts new" if source is None else f"loaded from {source}")
         logger.info(
             "encoder: pictures of %s pixels (natively %s); layers %s of %s; %s features of width %s per picture",
             encoder.image_size, encoder.native_image_size, encoder.feature_layers, encoder.num_hidden_layers,
