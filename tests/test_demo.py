@@ -34,7 +34,6 @@ sys.path.insert(0, str(DIGITS))  # the demo is a script: its files import one an
 
 import demo  # noqa: E402
 import scans  # noqa: E402
-import small_parts  # noqa: E402
 import training  # noqa: E402
 from picture_grid import draw_grid  # noqa: E402
 

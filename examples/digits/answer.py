@@ -87,7 +87,9 @@ def answer_directly(model, processor, question: str, picture: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("checkpoint", type=Path, help="the folder that the model was saved to")
-    parser.add_argument("questions", type=Path, help="JSON: a list of question, picture and answer; and a blank picture")
+    parser.add_argument(
+        "questions", type=Path, help="JSON: a list of question, picture and answer; and a blank picture"
+    )
     parser.add_argument("results", type=Path, help="where to write the answers, as JSON")
     arguments = parser.parse_args()
 

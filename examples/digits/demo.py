@@ -46,7 +46,7 @@ os.environ.update(
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SEED = 0
-EPOCHS = 12
+EPOCHS = 16
 
 # What the demo promises, and fails without.
 LEAST_ACCURACY = 0.95
@@ -187,8 +187,10 @@ def run(demo: Demo) -> bool:
     results = {**results, "seconds": {**demo.seconds, "all": round(time.perf_counter() - began, 1)}}
     demo.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"\n{_bold('Done')} in {results['seconds']['all']:.0f} s. Ask it yourself:")
-    print(f'    {_command()} ask {_shown(demo.checkpoint)} {_shown(demo.folder / answers[0]["picture"])} '
-          f'"{answers[0]["question"]}"')
+    print(
+        f"    {_command()} ask {_shown(demo.checkpoint)} {_shown(demo.folder / answers[0]['picture'])} "
+        f'"{answers[0]["question"]}"'
+    )
     return keeps_promises(results)
 
 

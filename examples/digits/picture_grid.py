@@ -20,8 +20,8 @@ import matplotlib
 
 matplotlib.use("Agg")  # draws into a file, with or without a screen
 
-from matplotlib import pyplot  # noqa: E402
-from PIL import Image  # noqa: E402
+from matplotlib import pyplot
+from PIL import Image
 
 
 COLUMNS = 6
@@ -45,7 +45,9 @@ def draw_grid(results: dict, folder: Path, file: Path, rows: int = 3) -> None:
     )
     figure.get_layout_engine().set(h_pad=0.06, w_pad=0.02, rect=(0, 0, 1, 0.93))
     right = len(answers) - len(wrong)
-    figure.text(0.012, 0.975, f"{right} of {len(answers)} held-out scans answered right", size=15, weight="bold", va="top")
+    figure.text(
+        0.012, 0.975, f"{right} of {len(answers)} held-out scans answered right", size=15, weight="bold", va="top"
+    )
     figure.text(
         0.988, 0.972, f"{results['accuracy']:.1%} right; with a blank picture {results['blank_accuracy']:.1%}",
         size=11, color=QUIET, va="top", ha="right",

@@ -91,10 +91,10 @@ def draw(scan: np.ndarray, wobble: random.Random | None = None) -> Image.Image:
     paper = Image.fromarray((255 - scan * (255 / 16)).astype(np.uint8))
     angle, shear, scale, right, down = 0.0, 0.0, 1.0, 0.0, 0.0
     if wobble is not None:
-        angle, shear = math.radians(wobble.uniform(-12, 12)), wobble.uniform(-0.15, 0.15)
-        scale, right, down = wobble.uniform(0.9, 1.15), wobble.uniform(-2, 2), wobble.uniform(-2, 2)
+        angle, shear = math.radians(wobble.uniform(-8, 8)), wobble.uniform(-0.1, 0.1)
+        scale, right, down = wobble.uniform(0.93, 1.1), wobble.uniform(-1.4, 1.4), wobble.uniform(-1.4, 1.4)
     # From the picture's pixels to the scan's dots, both seen from their centres.
-    step = len(scan) / (IMAGE_SIZE - 4) / scale
+    step = len(scan) / IMAGE_SIZE / scale
     across = (step * math.cos(angle), step * (math.sin(angle) + shear))
     along = (-step * math.sin(angle), step * math.cos(angle))
     x, y = IMAGE_SIZE / 2 + right, IMAGE_SIZE / 2 + down

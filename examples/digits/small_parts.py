@@ -78,8 +78,11 @@ def make_language_model(folder: Path) -> tuple[LlamaForCausalLM, LlamaTokenizer]
 
 def train_tokenizer() -> LlamaTokenizer:
     """Trains a byte-pair encoding on everything that is said in the demo; other words are spelled in pieces."""
-    sentences = [f"USER: {question} ASSISTANT: {answer_to(question, digit)}"
-                 for question in PHRASINGS for digit in range(len(WORDS))]
+    sentences = [
+        f"USER: {question} ASSISTANT: {answer_to(question, digit)}"
+        for question in PHRASINGS
+        for digit in range(len(WORDS))
+    ]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.BpeTrainer(

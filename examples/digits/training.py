@@ -101,11 +101,11 @@ def train(model: PreTrainedModel, examples: Sequence[Example], folder: str, epoc
     arguments = TrainingArguments(
         output_dir=folder,
         num_train_epochs=epochs,
-        per_device_train_batch_size=64,
-        learning_rate=3e-3,
+        per_device_train_batch_size=32,
+        learning_rate=1.5e-3,
         lr_scheduler_type="cosine",
         warmup_steps=50,
-        weight_decay=0.05,
+        weight_decay=0.1,
         max_grad_norm=1.0,
         logging_steps=10,
         save_strategy="no",
@@ -116,7 +116,10 @@ def train(model: PreTrainedModel, examples: Sequence[Example], folder: str, epoc
         seed=seed,
     )
     trainer = Trainer(
-        model=model, args=arguments, train_dataset=Lessons(examples, seed), data_collator=AnswerCollator(model.processor)
+        model=model,
+        args=arguments,
+        train_dataset=Lessons(examples, seed),
+        data_collator=AnswerCollator(model.processor),
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossInBar)
