@@ -43,7 +43,7 @@ def draw_grid(results: dict, folder: Path, file: Path, rows: int = 3) -> None:
     figure, axes = pyplot.subplots(
         rows + 1, COLUMNS, figsize=(10.8, 2.05 * (rows + 1) + 0.9), dpi=100, squeeze=False, layout="constrained"
     )
-    figure.get_layout_engine().set(h_pad=0.06, w_pad=0.02, rect=(0, 0, 1, 0.93))
+    figure.get_layout_engine().set(h_pad=0.14, w_pad=0.04, rect=(0, 0, 1, 0.93))
     right = len(answers) - len(wrong)
     figure.text(
         0.012, 0.975, f"{right} of {len(answers)} held-out scans answered right", size=15, weight="bold", va="top"
