@@ -52,7 +52,7 @@ from .upcycling import is_new_weight, upcycled, with_moe_changes
 logger = logging.getLogger(__name__)
 
 # Left in full precision when a model is quantised: small, and what the rest depends on.
-_UNQUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+_UNQUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head", "mlp.gate", "mlp.coefficient"]
 
 # What a device_map may say beside devices: transformers' ways of spreading a model, and where it may be put off to.
 _PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential", "disk")

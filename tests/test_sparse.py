@@ -25,9 +25,11 @@ from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
+    DynamicCache,
     LlamaConfig,
     NemotronConfig,
     PhiConfig,
+    StaticCache,
     Trainer,
     TrainingArguments,
 )
@@ -37,6 +39,7 @@ from transformers.models.nemotron.modeling_nemotron import NemotronMLP
 from transformers.models.phi.modeling_phi import PhiMLP
 
 from moellava import MoellavaConfig, MoellavaForCausalLM, MoellavaMoeConfig, load_pretrained_model, upcycle
+from moellava.modeling.modeling_moellava import token_mask
 from moellava.modeling.sparse_moellava import (
     DenseForm,
     RouterLogits,
@@ -807,6 +810,28 @@ def test_padding_takes_no_capacity(dense):
     additive = torch.zeros(3, 1, size, size).masked_fill(~sees[:, None], torch.finfo(torch.float).min)
     for mask in (sees[:, None], additive):
         assert_near(model(**{**inputs, "attention_mask": mask}).logits[real], expected.logits[real], 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_which_tokens_of_a_pass_are_padding(kind):
+    """Five tokens are cached, of which one row has two of padding; two more come, of which the other row has one."""
+    config = LlamaConfig(**SIZES)
+    cache = DynamicCache() if kind == "dynamic" else StaticCache(config, max_cache_len=9)
+    cache.update(torch.zeros(2, 2, 5, 8), torch.zeros(2, 2, 5, 8), 0)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]])
+    expected = [1, 1, 1, 0]
+    assert token_mask(mask, 2, cache).tolist() == expected
+    assert token_mask(mask[:, :5], 5, None).tolist() == mask[:, :5].flatten().tolist()
+    # Of the width of a static cache, whose last columns nothing has come to yet.
+    wide = F.pad(mask, (0, 2))
+    assert token_mask(wide, 2, cache).tolist() == expected
+    sees = (torch.ones(2, 9, dtype=torch.bool).tril(5) & wide.bool()[:, None, :])[:, None]  # (2, 1, 2, 9)
+    assert token_mask(sees, 2, cache).tolist() == expected
+    assert token_mask({"full_attention": sees, "sliding_attention": sees}, 2, cache).tolist() == expected
+    # A sliding window of four has dropped the first three tokens.
+    assert token_mask(sees[..., 3:7], 2, cache).tolist() == expected
+    for nothing in (None, {}, {"full_attention": None}, object()):
+        assert token_mask(nothing, 2, cache) is None
 
 
 @torch.no_grad()
