@@ -71,7 +71,7 @@ setup(
     author="The MoELLaVA authors",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=[*find_packages(include=["moellava", "moellava.*"]), *ROOMS],
     package_dir={"moellava": "moellava", **ROOMS},
     include_package_data=False,

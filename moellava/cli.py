@@ -84,7 +84,7 @@ app = typer.Typer(
 )
 
 
-class DType(str, enum.Enum):
+class DType(enum.StrEnum):
     """The dtypes that a model can be loaded in."""
 
     AUTO = "auto"
@@ -93,7 +93,7 @@ class DType(str, enum.Enum):
     BFLOAT16 = "bfloat16"
 
 
-class ImageAspectRatio(str, enum.Enum):
+class ImageAspectRatio(enum.StrEnum):
     """What happens to a picture that is no square."""
 
     PAD = "pad"
