@@ -377,7 +377,7 @@ class MoellavaModel(MoellavaPreTrainedModel):
         moe = self.config.moe_config
         mask = None
         if moe.capacity_factor is not None or moe.eval_capacity_factor is not None:
-            mask = token_mask(inputs["attention_mask"], inputs["inputs_embeds"].shape[1], inputs["past_key_values"])
+            mask = token_mask(inputs["attention_mask"], inputs["inputs_embeds"].shape[:2], inputs["past_key_values"])
         with TokenMask(mask):
             if not (moe.output_router_logits if output_router_logits is None else output_router_logits):
                 return self.language_model(**inputs), None
@@ -484,7 +484,7 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         mask = None
         if is_upcycled and tokens is not None and (balances or wants_router_logits):
-            mask = token_mask(attention_mask, tokens.shape[1], past_key_values)
+            mask = token_mask(attention_mask, tokens.shape[:2], past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -555,14 +555,14 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
 
 
 def token_mask(
-    attention_mask: torch.Tensor | dict | None, sequence_length: int, past_key_values: Cache | None
+    attention_mask: torch.Tensor | dict | None, shape: tuple[int, int], past_key_values: Cache | None
 ) -> torch.Tensor | None:
     """Tells which tokens of a pass are padding.
 
     Args:
         attention_mask (`torch.Tensor` or `dict`, *optional*): Of shape `(batch_size, all tokens so far)`; or, as
-            `generate` makes it for a static cache, `(batch_size, 1, sequence_length, keys)`: what each token sees.
-        sequence_length (`int`): The number of tokens of this pass.
+            `generate` makes it for a static cache, `(batch_size or 1, 1, sequence_length, keys)`: what each token sees.
+        shape (`tuple[int, int]`): `(batch_size, sequence_length)` of this pass.
         past_key_values (`Cache`, *optional*): What there was before them.
 
     Returns:
@@ -572,18 +572,18 @@ def token_mask(
         attention_mask = next(iter(attention_mask.values()), None)
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() not in (2, 4):
         return None
-    width = attention_mask.shape[-1]
+    width, sequence_length = attention_mask.shape[-1], shape[1]
     past = 0 if past_key_values is None else past_key_values.get_seq_length()
     first = width - sequence_length  # where a sliding window has dropped older ones
     first = past.clamp_max(first) if isinstance(past, torch.Tensor) else min(past, first)
     own = first + torch.arange(sequence_length, device=attention_mask.device)
     if attention_mask.dim() == 2:
-        return attention_mask[:, own].reshape(-1)
+        return attention_mask[:, own].expand(shape).reshape(-1)
     # Padding is what is hidden from itself.
     seen = attention_mask[:, 0, torch.arange(sequence_length, device=attention_mask.device), own]
     if seen.is_floating_point():
         seen = seen > torch.finfo(seen.dtype).min / 2
-    return seen.reshape(-1)
+    return seen.expand(shape).reshape(-1)
 
 
 def _floating_dtype(module: nn.Module) -> torch.dtype:

@@ -820,18 +820,20 @@ def test_which_tokens_of_a_pass_are_padding(kind):
     cache.update(torch.zeros(2, 2, 5, 8), torch.zeros(2, 2, 5, 8), 0)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]])
     expected = [1, 1, 1, 0]
-    assert token_mask(mask, 2, cache).tolist() == expected
-    assert token_mask(mask[:, :5], 5, None).tolist() == mask[:, :5].flatten().tolist()
+    assert token_mask(mask, (2, 2), cache).tolist() == expected
+    assert token_mask(mask[:, :5], (2, 5), None).tolist() == mask[:, :5].flatten().tolist()
     # Of the width of a static cache, whose last columns nothing has come to yet.
     wide = F.pad(mask, (0, 2))
-    assert token_mask(wide, 2, cache).tolist() == expected
+    assert token_mask(wide, (2, 2), cache).tolist() == expected
     sees = (torch.ones(2, 9, dtype=torch.bool).tril(5) & wide.bool()[:, None, :])[:, None]  # (2, 1, 2, 9)
-    assert token_mask(sees, 2, cache).tolist() == expected
-    assert token_mask({"full_attention": sees, "sliding_attention": sees}, 2, cache).tolist() == expected
+    assert token_mask(sees, (2, 2), cache).tolist() == expected
+    assert token_mask({"full_attention": sees, "sliding_attention": sees}, (2, 2), cache).tolist() == expected
     # A sliding window of four has dropped the first three tokens.
-    assert token_mask(sees[..., 3:7], 2, cache).tolist() == expected
+    assert token_mask(sees[..., 3:7], (2, 2), cache).tolist() == expected
     for nothing in (None, {}, {"full_attention": None}, object()):
-        assert token_mask(nothing, 2, cache) is None
+        assert token_mask(nothing, (2, 2), cache) is None
+    # One mask for all rows.
+    assert token_mask(sees[:1], (3, 2), cache).tolist() == [1, 1] * 3
 
 
 @torch.no_grad()

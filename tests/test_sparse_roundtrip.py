@@ -75,8 +75,9 @@ def sparse_of(dense_of):
     """A function: a sparse model of a family, whose experts differ. A new one at every call."""
 
     def make(family: str = "llama", form: str = "plain", **fields) -> MoellavaForCausalLM:
+        dense = dense_of(family)  # first: the first call of a family draws a projector
         torch.manual_seed(0)
-        return told_apart(upcycle(dense_of(family), **{"num_experts": 4, "layers": "sparse"} | FORMS[form] | fields))
+        return told_apart(upcycle(dense, **{"num_experts": 4, "layers": "sparse"} | FORMS[form] | fields))
 
     return make
 
@@ -207,7 +208,7 @@ for name, expected in expected_of.items():
         assert torch.equal(output.logits, expected["logits"]), name
         assert torch.equal(output.aux_loss, expected["aux_loss"]), name
     assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), expected["generated"]), name
-    for implementation in ("eager", "grouped_mm", "batched_mm"):
+    for implementation in ("eager", "grouped_mm", "batched_mm") if name == "llama-plain" else ():
         other = AutoModelForCausalLM.from_pretrained(folder, experts_implementation=implementation, **trusted)
         assert other.config._experts_implementation == implementation
         with torch.no_grad():

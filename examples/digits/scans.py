@@ -27,7 +27,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 
-IMAGE_SIZE = 32  # pixels; a scan fills all but a white margin of two
+IMAGE_SIZE = 32  # pixels, four for each dot of a scan
 HELD_OUT = 400
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
