@@ -46,7 +46,7 @@ os.environ.update(
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SEED = 0
-EPOCHS = 16
+EPOCHS = 14
 
 # What the demo promises, and fails without.
 LEAST_ACCURACY = 0.95
@@ -129,17 +129,17 @@ def write_questions(demo: Demo, examples: list) -> None:
     demo.questions.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
 
 
-def answer_elsewhere(demo: Demo) -> dict:
-    """Lets a process without this package answer, and returns its results."""
+def answer_elsewhere(checkpoint: Path, questions: Path, results: Path) -> dict:
+    """Lets a process without this package answer from a checkpoint, and returns the results that it has written."""
     with tempfile.TemporaryDirectory(prefix="moellava-demo-") as elsewhere:
         environment = {
             **os.environ,
             "HF_MODULES_CACHE": os.path.join(elsewhere, "modules"),  # no code but the checkpoint's
             "PYTHONSAFEPATH": "1",  # nor any that lies beside the script
         }
-        command = [sys.executable, HERE / "answer.py", demo.checkpoint, demo.questions, demo.results]
+        command = [sys.executable, HERE / "answer.py", checkpoint, questions, results]
         subprocess.run(command, cwd=elsewhere, env=environment, check=True)
-    return json.loads(demo.results.read_text(encoding="utf-8"))
+    return json.loads(results.read_text(encoding="utf-8"))
 
 
 def run(demo: Demo) -> bool:
@@ -148,19 +148,21 @@ def run(demo: Demo) -> bool:
     print(_bold("MoELLaVA: a model from small parts learns to read handwritten digits"), flush=True)
     print("    Everything here starts from random weights, offline, on the CPU.", flush=True)
     clear(demo)
+    import torch  # late, as all that is slow to import: the title comes first
+    import transformers
+    from training import train
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it lacks, it lacks for 4-bit models alone
+    transformers.logging.set_verbosity_error()
+    transformers.set_seed(SEED)
+    print(f"    torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
 
     with demo.stage("parts", "Parts in their published formats"):
-        import transformers  # late, as all that is slow to import: the title comes first
-
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it lacks, it lacks for 4-bit models alone
-        transformers.logging.set_verbosity_error()
-        transformers.set_seed(SEED)
         make_parts(demo)
     with demo.stage("assembling", "Assembled by load_pretrained_model"):
         model = assemble(demo)
     with demo.stage("training", "Trained by transformers.Trainer"):
         from scans import PHRASINGS, load_examples
-        from training import train
 
         lessons, held_out = load_examples()
         _say("scans", f"{len(lessons)} to learn from, {len(held_out)} held out, {len(PHRASINGS)} ways to ask")
@@ -173,7 +175,7 @@ def run(demo: Demo) -> bool:
         size = sum(file.stat().st_size for file in files)
         _say("checkpoint", f"{_shown(demo.checkpoint)}: {len(files)} files, {size / 1e6:.1f} MB, its code among them")
     with demo.stage("answering", "Asked in a new process, without moellava"):
-        results = answer_elsewhere(demo)
+        results = answer_elsewhere(demo.checkpoint, demo.questions, demo.results)
         answers = results["answers"]
         right = sum(item["answer"] == item["truth"] for item in answers)
         _say("held-out pictures", _bold(f"{results['accuracy']:.1%} right") + f" ({right} of {len(answers)})")

@@ -25,11 +25,11 @@ from PIL import Image
 
 
 COLUMNS = 6
-RIGHT, WRONG, QUIET = "#1a7f37", "#cf222e", "#57606a"
+RIGHT, WRONG, QUIET, LINE = "#1a7f37", "#cf222e", "#57606a", "#d0d7de"
 
 
 def draw_grid(results: dict, folder: Path, file: Path, rows: int = 3) -> None:
-    """Draws the first held-out pictures in their order, then a row of the wrong answers, each beside the truth.
+    """Draws the first held-out pictures in their order, then a row of wrong answers.
 
     Args:
         results (`dict`): What `answer.py` has written.
@@ -39,45 +39,39 @@ def draw_grid(results: dict, folder: Path, file: Path, rows: int = 3) -> None:
     """
     answers = results["answers"]
     wrong = [item for item in answers if item["answer"] != item["truth"]]
-    shown = answers[: rows * COLUMNS]
-    figure, axes = pyplot.subplots(
-        rows + 1, COLUMNS, figsize=(10.8, 2.05 * (rows + 1) + 0.9), dpi=100, squeeze=False, layout="constrained"
+    figure = pyplot.figure(figsize=(10.8, 2.25 * (rows + 1) + 0.7), dpi=100, layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=[rows + 0.1, 1 + 0.1])
+    _draw_title(
+        upper,
+        f"{len(answers) - len(wrong)} of {len(answers)} held-out scans read right ({results['accuracy']:.1%})",
+        f"with a blank picture instead: {results['blank_accuracy']:.1%}; guessing: 10 %",
     )
-    figure.get_layout_engine().set(h_pad=0.14, w_pad=0.04, rect=(0, 0, 1, 0.93))
-    right = len(answers) - len(wrong)
-    figure.text(
-        0.012, 0.975, f"{right} of {len(answers)} held-out scans answered right", size=15, weight="bold", va="top"
-    )
-    figure.text(
-        0.988, 0.972, f"{results['accuracy']:.1%} right; with a blank picture {results['blank_accuracy']:.1%}",
-        size=11, color=QUIET, va="top", ha="right",
-    )  # fmt: skip
-    for place, item in zip(axes[:rows].flat, shown, strict=False):
-        _draw_answer(place, item, folder)
-    for place, item in zip(axes[rows], wrong, strict=False):
-        _draw_answer(place, item, folder)
-    for place in axes.flat:
-        if not place.images:
-            place.set_axis_off()
+    _draw_answers(upper, answers[: rows * COLUMNS], folder, rows)
+    how_many = f"{COLUMNS} of the {len(wrong)}" if len(wrong) > COLUMNS else f"All {len(wrong)}"
+    _draw_title(lower, f"{how_many} wrong answers" if wrong else "No wrong answers")
+    _draw_answers(lower, wrong[:COLUMNS], folder, 1)
     figure.savefig(file)
     pyplot.close(figure)
-    # A palette is enough for ink, paper and three colours of text, and takes a third of the space.
-    with Image.open(file) as picture:
-        picture.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
-def _draw_answer(place, item: dict, folder: Path) -> None:
-    is_right = item["answer"] == item["truth"]
-    color = RIGHT if is_right else WRONG
-    with Image.open(folder / item["picture"]) as picture:
-        place.imshow(picture.convert("L"), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    place.set(xticks=[], yticks=[])
-    for edge in place.spines.values():
-        edge.set(color="#d0d7de" if is_right else WRONG, linewidth=1.0 if is_right else 2.0)
-    place.set_title(item["question"], size=8.5, color=QUIET, pad=4)
-    place.set_xlabel(item["answer"], size=11, color=color, weight="bold", labelpad=3)
-    if not is_right:
-        place.text(
-            0.5, -0.235, f"truth: {item['truth']}", size=8.5, color=QUIET, ha="center", va="top",
-            transform=place.transAxes,
-        )  # fmt: skip
+def _draw_title(figure, title: str, remark: str = "") -> None:
+    figure.suptitle(title, x=0.008, ha="left", size=14, weight="bold")
+    if remark:
+        figure.text(0.992, 0.985, remark, size=10.5, color=QUIET, ha="right", va="top")
+
+
+def _draw_answers(figure, items: list[dict], folder: Path, rows: int) -> None:
+    axes = figure.subplots(rows, COLUMNS, squeeze=False)
+    for place in axes.flat[len(items) :]:
+        place.set_axis_off()
+    for place, item in zip(axes.flat, items, strict=False):
+        is_right = item["answer"] == item["truth"]
+        with Image.open(folder / item["picture"]) as picture:
+            place.imshow(picture.convert("L"), cmap="gray", vmin=0, vmax=255, interpolation="bicubic")
+        place.set(xticks=[], yticks=[])
+        for edge in place.spines.values():
+            edge.set(color=LINE if is_right else WRONG, linewidth=1 if is_right else 2)
+        place.set_title(item["question"], size=8.5, pad=4)
+        below = {"ha": "center", "va": "top", "transform": place.transAxes}
+        place.text(0.5, -0.03, item["answer"], size=11, weight="bold", color=RIGHT if is_right else WRONG, **below)
+        place.text(0.5, -0.16, f"truth: {item['truth']}", size=8, color=QUIET, **below)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from scans import PHRASINGS, Example, answer_to, draw
+from scans import PHRASINGS, Example, answer_to, blank_picture, draw
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
@@ -30,6 +30,11 @@ def conversation(question: str, answer: str | None = None) -> list[dict[str, Any
     if answer is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
+
+
+# Of the lessons, so many have a blank page for a picture. Nobody can read those; they teach to guess in whole sentences,
+# so that an answer about a blank page is as good as a guess, and not nonsense for want of ever having seen one.
+BLANK_SHARE = 0.03
 
 
 class Lessons(Dataset):
@@ -45,8 +50,9 @@ class Lessons(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.examples[index]
         question = self.random.choice(list(PHRASINGS))
+        is_blank = self.random.random() < BLANK_SHARE
         return {
-            "picture": draw(example.scan, wobble=self.random),
+            "picture": blank_picture() if is_blank else draw(example.scan, wobble=self.random),
             "question": question,
             "answer": answer_to(question, example.digit),
         }
@@ -90,6 +96,11 @@ class AnswerCollator:
 
 class LossInBar(ProgressCallback):
     """The Trainer's progress bar, with the loss at its end instead of a line for each log."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.training_bar.set_description("    training")
+        self.training_bar.unit = " steps"
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and "loss" in logs:
