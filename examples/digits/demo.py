@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The whole way in two minutes: small parts become a model that answers questions about scans of handwritten digits.
+"""The whole way in a minute or two: from small parts to answers about scans of handwritten digits.
 
 Run by `make demo`. Parts in their published formats are assembled, trained with transformers' Trainer and saved; a
 process without this package then loads the checkpoint and answers questions about scans that no training has seen.
@@ -148,11 +148,11 @@ def run(demo: Demo) -> bool:
     print(_bold("MoELLaVA: a model from small parts learns to read handwritten digits"), flush=True)
     print("    Everything here starts from random weights, offline, on the CPU.", flush=True)
     clear(demo)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it lacks, it lacks for 4-bit models alone
     import torch  # late, as all that is slow to import: the title comes first
     import transformers
     from training import train
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it lacks, it lacks for 4-bit models alone
     transformers.logging.set_verbosity_error()
     transformers.set_seed(SEED)
     print(f"    torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
@@ -179,7 +179,7 @@ def run(demo: Demo) -> bool:
         answers = results["answers"]
         right = sum(item["answer"] == item["truth"] for item in answers)
         _say("held-out pictures", _bold(f"{results['accuracy']:.1%} right") + f" ({right} of {len(answers)})")
-        _say("a blank picture instead", f"{results['blank_accuracy']:.1%} right (guessing: 10 %)")
+        _say("a blank picture instead", f"{results['blank_accuracy']:.1%} right (guessing: 10%)")
     with demo.stage("drawing", "Drawn"):
         from picture_grid import draw_grid
 
@@ -204,7 +204,7 @@ def keeps_promises(results: dict) -> bool:
     if results["blank_accuracy"] > MOST_BLANK_ACCURACY:
         kept = False
         print(
-            f"\nFAILED: {results['blank_accuracy']:.1%} right without a picture; expected about 10 %, and at most "
+            f"\nFAILED: {results['blank_accuracy']:.1%} right without a picture; expected about 10%, and at most "
             f"{MOST_BLANK_ACCURACY:.0%}.",
             file=sys.stderr,
         )

@@ -27,6 +27,9 @@ from PIL import Image
 COLUMNS = 6
 RIGHT, WRONG, QUIET, LINE = "#1a7f37", "#cf222e", "#57606a", "#d0d7de"
 
+# Inches.
+SIDE, GAP, ABOVE, BELOW, TITLE, EDGE = 1.4, 0.4, 0.24, 0.46, 0.42, 0.22
+
 
 def draw_grid(results: dict, folder: Path, file: Path, rows: int = 3) -> None:
     """Draws the first held-out pictures in their order, then a row of wrong answers.
@@ -39,39 +42,53 @@ def draw_grid(results: dict, folder: Path, file: Path, rows: int = 3) -> None:
     """
     answers = results["answers"]
     wrong = [item for item in answers if item["answer"] != item["truth"]]
-    figure = pyplot.figure(figsize=(10.8, 2.25 * (rows + 1) + 0.7), dpi=100, layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[rows + 0.1, 1 + 0.1])
-    _draw_title(
-        upper,
+    sheet = _Sheet(rows + bool(wrong), 2 if wrong else 1, folder)
+    sheet.title(
         f"{len(answers) - len(wrong)} of {len(answers)} held-out scans read right ({results['accuracy']:.1%})",
-        f"with a blank picture instead: {results['blank_accuracy']:.1%}; guessing: 10 %",
+        f"a blank picture instead: {results['blank_accuracy']:.1%}; guessing: 10%",
     )
-    _draw_answers(upper, answers[: rows * COLUMNS], folder, rows)
-    how_many = f"{COLUMNS} of the {len(wrong)}" if len(wrong) > COLUMNS else f"All {len(wrong)}"
-    _draw_title(lower, f"{how_many} wrong answers" if wrong else "No wrong answers")
-    _draw_answers(lower, wrong[:COLUMNS], folder, 1)
-    figure.savefig(file)
-    pyplot.close(figure)
+    for row in range(rows):
+        sheet.answers(answers[row * COLUMNS : (row + 1) * COLUMNS])
+    if wrong:
+        sheet.title(f"{COLUMNS} of the {len(wrong)} wrong answers" if len(wrong) > COLUMNS else "The wrong answers")
+        sheet.answers(wrong[:COLUMNS])
+    sheet.figure.savefig(file)
+    pyplot.close(sheet.figure)
 
 
-def _draw_title(figure, title: str, remark: str = "") -> None:
-    figure.suptitle(title, x=0.008, ha="left", size=14, weight="bold")
-    if remark:
-        figure.text(0.992, 0.985, remark, size=10.5, color=QUIET, ha="right", va="top")
+class _Sheet:
+    """A figure that is filled from the top, line by line."""
 
+    def __init__(self, rows: int, titles: int, folder: Path):
+        self.folder = folder
+        self.width = 2 * EDGE + COLUMNS * SIDE + (COLUMNS - 1) * GAP
+        self.height = self.left_over = 0.12 + titles * TITLE + rows * (ABOVE + SIDE + BELOW)
+        self.figure = pyplot.figure(figsize=(self.width, self.height), dpi=100)
 
-def _draw_answers(figure, items: list[dict], folder: Path, rows: int) -> None:
-    axes = figure.subplots(rows, COLUMNS, squeeze=False)
-    for place in axes.flat[len(items) :]:
-        place.set_axis_off()
-    for place, item in zip(axes.flat, items, strict=False):
+    def title(self, text: str, remark: str = "") -> None:
+        self.left_over -= TITLE
+        y = (self.left_over + 0.12) / self.height
+        self.figure.text(EDGE / self.width, y, text, size=14, weight="bold")
+        self.figure.text(1 - EDGE / self.width, y, remark, size=11, color=QUIET, ha="right")
+
+    def answers(self, items: list[dict]) -> None:
+        self.left_over -= ABOVE + SIDE
+        for column, item in enumerate(items):
+            left = EDGE + column * (SIDE + GAP)
+            place = self.figure.add_axes(
+                (left / self.width, self.left_over / self.height, SIDE / self.width, SIDE / self.height)
+            )
+            self._draw(place, item)
+        self.left_over -= BELOW
+
+    def _draw(self, place, item: dict) -> None:
         is_right = item["answer"] == item["truth"]
-        with Image.open(folder / item["picture"]) as picture:
-            place.imshow(picture.convert("L"), cmap="gray", vmin=0, vmax=255, interpolation="bicubic")
+        with Image.open(self.folder / item["picture"]) as picture:
+            place.imshow(picture.convert("L"), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         place.set(xticks=[], yticks=[])
         for edge in place.spines.values():
             edge.set(color=LINE if is_right else WRONG, linewidth=1 if is_right else 2)
-        place.set_title(item["question"], size=8.5, pad=4)
         below = {"ha": "center", "va": "top", "transform": place.transAxes}
-        place.text(0.5, -0.03, item["answer"], size=11, weight="bold", color=RIGHT if is_right else WRONG, **below)
-        place.text(0.5, -0.16, f"truth: {item['truth']}", size=8, color=QUIET, **below)
+        place.text(0.5, 1.04, item["question"], size=8.5, ha="center", transform=place.transAxes)
+        place.text(0.5, -0.04, item["answer"], size=11, weight="bold", color=RIGHT if is_right else WRONG, **below)
+        place.text(0.5, -0.185, f"truth: {item['truth']}", size=8, color=QUIET, **below)

@@ -67,7 +67,7 @@ def answer_to(question: str, digit: int) -> str:
 
 
 def load_examples(held_out: int = HELD_OUT) -> tuple[list[Example], list[Example]]:
-    """Returns the examples to learn from and those to be asked about: every scan is in one of the two, always the same.
+    """Returns the examples to learn from and those held out; every scan is in one of the two, always the same one.
 
     Questions are dealt out in turn; in training, every epoch asks about a scan in another way.
     """

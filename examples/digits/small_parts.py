@@ -13,6 +13,7 @@
 # limitations under the License.
 """The parts of the demo's model, small and untrained, written in the formats of the published ones."""
 
+import json
 from pathlib import Path
 
 from scans import IMAGE_SIZE, PHRASINGS, WORDS, answer_to
@@ -91,7 +92,7 @@ def train_tokenizer() -> LlamaTokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(sentences, trainer)
-    bpe = __import__("json").loads(tokenizer.to_str())["model"]
+    bpe = json.loads(tokenizer.to_str())["model"]
     return LlamaTokenizer(
         vocab=bpe["vocab"],
         merges=[tuple(pair) for pair in bpe["merges"]],

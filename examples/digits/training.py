@@ -32,8 +32,8 @@ def conversation(question: str, answer: str | None = None) -> list[dict[str, Any
     return messages
 
 
-# Of the lessons, so many have a blank page for a picture. Nobody can read those; they teach to guess in whole sentences,
-# so that an answer about a blank page is as good as a guess, and not nonsense for want of ever having seen one.
+# The share of the lessons that show a blank page. Nobody can read those; they teach to guess in whole sentences, so
+# that an answer about a blank page is worth as much as a guess, and no nonsense for want of ever having seen one.
 BLANK_SHARE = 0.03
 
 
