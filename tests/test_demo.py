@@ -209,7 +209,7 @@ def test_a_short_run_writes_everything_and_fails_for_lack_of_training(tmp_path):
     right = sum(item["answer"] == item["truth"] for item in answers)
     assert results["accuracy"] == pytest.approx(right / len(answers))
     # It has begun to learn to see, and without a picture it can only guess.
-    assert results["accuracy"] > 0.25
+    assert results["accuracy"] > 0.5
     assert results["blank_accuracy"] <= 0.2
     # One picture and one question have one answer.
     blank = {}

@@ -32,17 +32,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-# Read by the libraries when they are imported, so they come first. One thread: the model is so small that more of them
-# mostly wait for one another, and the outcome is the same however many cores there are.
-os.environ.update(
-    {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-)
-
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SEED = 0
@@ -233,10 +222,22 @@ def _shown(path: Path) -> str:
 
 
 def _command() -> str:
-    return "moellava" if shutil.which("moellava") else _shown(Path(sys.executable).with_name("moellava"))
+    """The command of this environment, by its path where the name alone would not find it."""
+    command = Path(sys.executable).with_name("moellava")
+    return "moellava" if shutil.which("moellava") == str(command) else _shown(command)
 
 
 def main() -> int:
+    # Read by the libraries when they are imported, which is later. One thread: the model is so small that more of them
+    # mostly wait for one another, and the outcome is the same however many cores there are.
+    os.environ.update(
+        {
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+    )
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "demo", help="folder for all that is made")
     parser.add_argument("--epochs", type=float, default=EPOCHS, help=f"rounds of training (default: {EPOCHS})")
