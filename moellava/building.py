@@ -85,6 +85,18 @@ def _first_few(entries: list[str]) -> str:
     return "; ".join(entries[:4]) + (f"; and {len(entries) - 4} more" if len(entries) > 4 else "")
 
 
+def question_inputs(model: Any, pictures: list[Any], question: str) -> Any:
+    """Returns the inputs, on the model's device, of one question about pictures as a user's turn of a chat."""
+    content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
+    return model.processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(model.device)
+
+
 def make_processor(model: MoellavaForCausalLM, image_processor: Any, tokenizer: Any) -> MoellavaProcessor:
     """Returns the processor that prepares text and pictures for a model."""
     return MoellavaProcessor(
@@ -126,4 +138,4 @@ def output_side(image_processor: Any) -> int | None:
     return height if height == width else None
 
 
-__all__ = ["IMAGE_TOKEN", "build", "fit_image_processor", "make_processor", "output_side"]
+__all__ = ["IMAGE_TOKEN", "build", "fit_image_processor", "make_processor", "question_inputs", "output_side"]

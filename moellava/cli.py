@@ -804,16 +804,11 @@ def _answer(loaded: Any, pictures: list[Any], question: str, max_new_tokens: int
     """Generates an answer without sampling; with `stream`, also writes it to standard output while it is made."""
     from transformers import TextStreamer
 
+    from .building import question_inputs
+
     model = loaded.model
     processor = model.processor
-    parts = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": parts}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    ).to(model.device)
+    inputs = question_inputs(model, pictures, question)
     prompt_tokens = inputs["input_ids"].shape[1]
     room = loaded.context_len - prompt_tokens
     if room < 1:

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from .building import question_inputs
+
 
 @dataclass
 class LayerRouting:
@@ -98,14 +100,7 @@ def trace_routing(model: Any, pictures: list[Any], question: str) -> RoutingTrac
     if model.config.moe_config is None:
         raise ValueError("The model is dense: it has no experts to route to. Make it sparse by `moellava upcycle`.")
     processor = model.processor
-    content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    ).to(model.device)
+    inputs = question_inputs(model, pictures, question)
     router_logits = model.eval()(**inputs, output_router_logits=True).router_logits
     blocks = [module for module in model.modules() if type(module).__name__ == "SparseMoeBlock"]
     layers = []
