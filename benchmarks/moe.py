@@ -19,14 +19,15 @@
 
 The floor is what no implementation can save: each touched expert's dense MLP, run once on its own tokens, which were
 sorted beforehand. Every row is a ratio to the floor of the same run; implementations and floor take turns, and the
-median over the repeats counts. `batched_mm` copies an expert's weights for every token, and is left out where that is
-more than 16 tokens.
+median over the repeats counts. `batched_mm` copies an expert's weights for every choice of a token, and is left out
+for more than one token. The time of a size is bounded (`--seconds`), but for three repeats.
 """
 
 import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -50,7 +51,8 @@ WIDTHS = {
 CHOICES = [(1, 4), (2, 4), (2, 8)]  # experts per token, experts
 TOKENS = [1, 16, 128, 640, 4096]
 IMPLEMENTATIONS = ["sorted_mm", "eager", "grouped_mm", "batched_mm"]
-BATCHED_MM_LIMIT = 16
+BATCHED_MM_LIMIT = 1
+LEAST_REPEATS = 3
 
 
 @dataclass
@@ -75,10 +77,13 @@ def make_experts(widths: str, num_experts: int, dtype: torch.dtype) -> nn.Module
     return experts.to(dtype)
 
 
-def floor(experts: nn.Module, tokens: torch.Tensor, index: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Returns the run of every touched expert on its own tokens, sorted beforehand."""
+def make_floor(
+    experts: nn.Module, tokens: torch.Tensor, index: torch.Tensor
+) -> tuple[Callable[[], torch.Tensor], list[torch.Tensor]]:
+    """Returns the run of every touched expert on its own tokens, sorted beforehand, and the experts' own weights."""
+    needs_grad = next(experts.parameters()).requires_grad
     weights = [
-        tuple(None if w is None else w.detach().requires_grad_(w.requires_grad) for w in expert)
+        tuple(None if weight is None else weight.detach().clone().requires_grad_(needs_grad) for weight in expert)
         for expert in experts.expert_weights()
     ]
     shares = [(weights[e], tokens[(index == e).any(dim=-1)]) for e in index.unique().tolist()]
@@ -86,7 +91,8 @@ def floor(experts: nn.Module, tokens: torch.Tensor, index: torch.Tensor) -> Call
     def run() -> torch.Tensor:
         return torch.cat([experts.run_expert(weight, share) for weight, share in shares])
 
-    return run
+    leaves = [weight for expert in weights for weight in expert if weight is not None]
+    return run, leaves
 
 
 def timed(run: Callable[[], torch.Tensor], backward: bool, leaves: list[torch.Tensor]) -> float:
@@ -101,7 +107,14 @@ def timed(run: Callable[[], torch.Tensor], backward: bool, leaves: list[torch.Te
 
 
 def measure(
-    widths: str, dtype: torch.dtype, k: int, num_experts: int, tokens: int, backward: bool, repeats: int
+    widths: str,
+    dtype: torch.dtype,
+    k: int,
+    num_experts: int,
+    tokens: int,
+    backward: bool,
+    repeats: int,
+    seconds: float,
 ) -> Row:
     torch.manual_seed(0)
     experts = make_experts(widths, num_experts, dtype)
@@ -111,17 +124,21 @@ def measure(
     weights, index = scores.softmax(-1).topk(k, dim=-1)
     weights = weights.to(dtype)
 
-    runs = {"floor": floor(experts, hidden_states, index)}
+    floor, leaves = make_floor(experts, hidden_states, index)
+    leaves += experts.parameters()
+    runs = {"floor": floor}
     for name in IMPLEMENTATIONS:
         if name != "batched_mm" or tokens <= BATCHED_MM_LIMIT:
             runs[name] = lambda name=name: _run(experts, name, hidden_states, index, weights)
-    leaves = list(experts.parameters())
     times: dict[str, list[float]] = {name: [] for name in runs}
+    began = time.perf_counter()
     for repeat in range(repeats + 1):
+        if repeat > LEAST_REPEATS and time.perf_counter() - began > seconds:
+            break
         for name, run in runs.items():
-            seconds = timed(run, backward, leaves)
+            taken = timed(run, backward, leaves)
             if repeat:  # the first round warms up
-                times[name].append(seconds)
+                times[name].append(taken)
     medians = {name: statistics.median(values) for name, values in times.items()}
     return Row(
         widths=widths,
@@ -155,7 +172,7 @@ def show(rows: list[Row]) -> None:
             f"{row.floor_ms:.1f}",
             *ratios,
         )
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def main() -> None:
@@ -163,23 +180,28 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="at most 128 tokens, 2 of 4 experts")
     parser.add_argument("--widths", choices=list(WIDTHS), action="append", help="which widths (default: all)")
     parser.add_argument("--tokens", type=int, action="append", help="which numbers of tokens (default: all)")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=10, help="for a size, beyond three repeats")
+    parser.add_argument("--choices", nargs="+", help="such as 2/4: experts per token / experts (default: all)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="also write the rows as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    choices = [(2, 4)] if arguments.quick else CHOICES
+    if arguments.choices:
+        choices = [tuple(map(int, choice.split("/"))) for choice in arguments.choices]
     sizes = [
         (widths, dtype, k, num_experts, tokens, backward)
         for widths in arguments.widths or WIDTHS
         for dtype in (torch.bfloat16, torch.float32)
-        for k, num_experts in ([(2, 4)] if arguments.quick else CHOICES)
+        for k, num_experts in choices
         for tokens in arguments.tokens or ([1, 16, 128] if arguments.quick else TOKENS)
         for backward in (False, True)
     ]
     rows = []
     with Progress(transient=True) as progress:
         for size in progress.track(sizes):
-            rows.append(measure(*size, repeats=arguments.repeats))
+            rows.append(measure(*size, repeats=arguments.repeats, seconds=arguments.seconds))
     show(rows)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

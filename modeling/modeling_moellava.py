@@ -43,6 +43,7 @@ from .language_moellava import apply_head, build_head
 from .own_encoders_moellava import CustomEncoder
 from .own_parts_moellava import build_projector, initialize_part, make_projector
 from .sparse_moellava import (
+    ROUTER_WEIGHTS,
     Router,
     RouterLogits,
     TokenMask,
@@ -217,6 +218,8 @@ class MoellavaModel(MoellavaPreTrainedModel):
         # CODEPATH: sparse checkpoints (MoE-LLaVA's kind) have a moe_config, dense ones (LLaVA's kind) have none.
         if config.moe_config is not None:
             make_sparse(self.language_model, config)
+            # Rounded to 16 bits, routers choose other experts.
+            self._keep_in_fp32_modules_strict = ROUTER_WEIGHTS
         # transformers adds the blocks of the tower and the language model; a projector stays on one device as a whole,
         # and so does a tower whose blocks it does not know.
         self._no_split_modules = [type(self.multi_modal_projector).__name__]
@@ -262,6 +265,8 @@ class MoellavaModel(MoellavaPreTrainedModel):
         """
         features = self.encoder.features(self.vision_tower, pixel_values.to(_floating_dtype(self.vision_tower)))
         projected = self.multi_modal_projector(features)
+        if self.config.image_feature_scale != 1:
+            projected = projected * self.config.image_feature_scale
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(projected))
 
     def get_placeholder_mask(

@@ -19,7 +19,7 @@ the other rows of a batch, this one does not: see `docs/design.md`.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -37,6 +37,79 @@ from transformers.utils.output_capturing import CompileableContextVar
 # a forward pass they find here: where to leave their routers' logits, and which tokens are padding.
 _router_logits_of_pass = CompileableContextVar("moellava_router_logits")
 _token_mask_of_pass = CompileableContextVar("moellava_token_mask")
+
+
+class _SortedExperts(torch.autograd.Function):
+    """Runs every expert on its own tokens, which are in the order of the experts.
+
+    What it is for is the backward pass: the gradient of all experts is one tensor, which every expert's product is
+    written into. Experts taken apart by indexing have theirs copied together afterwards, which for few tokens takes
+    as long as all the rest. Of the values within an expert those before the activation are kept, and no others.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: torch.Tensor,
+        up: torch.Tensor,
+        up_bias: torch.Tensor | None,
+        down: torch.Tensor,
+        down_bias: torch.Tensor | None,
+        activation: Callable,
+        counts: list[int],
+    ) -> torch.Tensor:
+        output = tokens.new_empty(tokens.shape[0], down.shape[1])
+        kept = []
+        for expert, span in _spans(counts):
+            before = F.linear(tokens[span], up[expert], None if up_bias is None else up_bias[expert])
+            output[span] = F.linear(activation(before), down[expert], None if down_bias is None else down_bias[expert])
+            if any(ctx.needs_input_grad):
+                kept.append(before)
+        ctx.save_for_backward(tokens, up, up_bias, down, down_bias, *kept)
+        ctx.activation, ctx.counts = activation, counts
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        saved = ctx.saved_tensors  # asked for once: with gradient checkpointing, that is what computes them anew
+        inputs, kept = saved[:5], saved[5:]
+        tokens, up, _, down, _ = inputs
+        grads = [
+            torch.empty_like(tensor) if needed else None
+            for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=False)
+        ]
+        grad_tokens, grad_up, grad_up_bias, grad_down, grad_down_bias = grads
+        for (expert, span), before in zip(_spans(ctx.counts), kept, strict=True):
+            grad_after = grad_output[span] @ down[expert]
+            with torch.enable_grad():
+                before = before.detach().requires_grad_()
+                after = ctx.activation(before)
+            (grad_before,) = torch.autograd.grad(after, before, grad_after)
+            if grad_tokens is not None:
+                torch.mm(grad_before, up[expert], out=grad_tokens[span])
+            if grad_up is not None:
+                torch.mm(grad_before.T, tokens[span], out=grad_up[expert])
+            if grad_up_bias is not None:
+                torch.sum(grad_before, dim=0, out=grad_up_bias[expert])
+            if grad_down is not None:
+                torch.mm(grad_output[span].T, after.detach(), out=grad_down[expert])
+            if grad_down_bias is not None:
+                torch.sum(grad_output[span], dim=0, out=grad_down_bias[expert])
+        for grad in grads[1:]:
+            for expert, count in enumerate(ctx.counts):
+                if grad is not None and not count:
+                    grad[expert].zero_()
+        return *grads, None, None
+
+
+def _spans(counts: list[int]) -> Iterator[tuple[int, slice]]:
+    """Goes through the experts that have tokens, each with the place of these in the order."""
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, slice(start, start + count)
+        start += count
 
 
 def sorted_mm_experts_forward(
@@ -63,18 +136,29 @@ def sorted_mm_experts_forward(
     experts_of_choices = top_k_index.reshape(-1)  # (num_tokens * k)
     order = torch.argsort(experts_of_choices, stable=True)
     counts = torch.bincount(experts_of_choices, minlength=self.num_experts).tolist()
-    tokens_in_order = hidden_states[order // num_choices]
-    # Called by the class: `self` may be the experts of a language model that is sparse by itself.
-    weights = _Experts.expert_weights(self)
-    outputs = [
-        _Experts.run_expert(self, weights[expert], tokens)
-        for expert, tokens in enumerate(tokens_in_order.split(counts))
-        if counts[expert]
+
+    # Of `self` is known what `use_experts_implementation` says of a class: it may be the experts of a language model
+    # that is sparse by itself.
+    tokens = hidden_states[order // num_choices]
+    up_name = "gate_up_proj" if self.has_gate else "up_proj"
+    weights = [
+        getattr(self, name + suffix) if self.has_bias or not suffix else None
+        for name in (up_name, "down_proj")
+        for suffix in ("", "_bias")
     ]
-    output = torch.cat(outputs) * top_k_weights.reshape(-1)[order].unsqueeze(-1).to(hidden_states.dtype)
+    if self.is_transposed:
+        weights[::2] = [weight.mT for weight in weights[::2]]
+    if torch.is_autocast_enabled("cpu"):  # which does not see into a function of our own
+        dtype = torch.get_autocast_dtype("cpu")
+        tokens = tokens.to(dtype)
+        weights = [None if weight is None else weight.to(dtype) for weight in weights]
+    output = _SortedExperts.apply(tokens, *weights, self._apply_gate if self.has_gate else self.act_fn, counts)
+    if getattr(self, "has_post_expert_norm", False):
+        output = self.post_expert_norm(output)
+    output = output * top_k_weights.reshape(-1)[order].unsqueeze(-1).to(output.dtype)
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel())
-    return output[back].view(num_tokens, num_choices, -1).sum(dim=1)
+    return output[back].view(num_tokens, num_choices, -1).sum(dim=1).to(hidden_states.dtype)
 
 
 ALL_EXPERTS_FUNCTIONS.register("sorted_mm", sorted_mm_experts_forward)
@@ -117,26 +201,21 @@ class _Experts(nn.Module):
             else:
                 init.normal_(parameter, mean=0.0, std=self._initializer_range)
 
-    # These two read what `use_experts_implementation` says of a class, whichever it is.
-
     def expert_weights(self) -> list[tuple[torch.Tensor | None, ...]]:
         """Returns the weights of every expert: up, up's bias, down, down's bias."""
         kinds = []
         # One `unbind` for all: taken one by one, every expert's gradient would be as large as that of all of them.
-        for name in ("gate_up_proj" if self.has_gate else "up_proj", "down_proj"):
+        for name in ("gate_up_proj" if self.gated else "up_proj", "down_proj"):
             kinds.append(getattr(self, name).unbind(0))
-            kinds.append(getattr(self, f"{name}_bias").unbind(0) if self.has_bias else [None] * self.num_experts)
+            kinds.append(getattr(self, f"{name}_bias").unbind(0) if self.biased else [None] * self.num_experts)
         return list(zip(*kinds, strict=True))
 
     def run_expert(self, weights: tuple[torch.Tensor | None, ...], tokens: torch.Tensor) -> torch.Tensor:
         """Runs one expert on its tokens, `(num_tokens, hidden_size)` in and out."""
         up, up_bias, down, down_bias = weights
-        if self.is_transposed:
-            up, down = up.T, down.T
         hidden = F.linear(tokens, up, up_bias)
-        hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
-        hidden = F.linear(hidden, down, down_bias)
-        return self.post_expert_norm(hidden) if getattr(self, "has_post_expert_norm", False) else hidden
+        hidden = self._apply_gate(hidden) if self.gated else self.act_fn(hidden)
+        return F.linear(hidden, down, down_bias)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -231,16 +310,25 @@ class DenseForm:
         experts_class = _EXPERTS[self.gated, self.biased]
         return experts_class(config, num_experts, self.hidden_size, self.intermediate_size, self.act_fn)
 
-    def expert_tensors(self, dense: dict[str, torch.Tensor], num_experts: int) -> dict[str, torch.Tensor]:
-        """Returns the experts' tensors, every expert a copy of the dense MLP that `dense` holds the weights of."""
+    def stacked(self, experts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Returns the experts' tensors, of the weights of an MLP of this form for each."""
         up_name = "gate_up_proj" if self.gated else "up_proj"
         tensors = {}
         for kind, suffix in (("weight", ""), ("bias", "_bias"))[: 1 + self.biased]:
-            up = torch.cat([dense[f"{name}.{kind}"] for name in self.up_names])
-            down = dense[f"{self.down_name}.{kind}"]
-            tensors[f"{up_name}{suffix}"] = up.repeat(num_experts, *[1] * up.dim())
-            tensors[f"down_proj{suffix}"] = down.repeat(num_experts, *[1] * down.dim())
+            tensors[f"{up_name}{suffix}"] = _stacked(
+                [[expert[f"{name}.{kind}"] for name in self.up_names] for expert in experts]
+            )
+            tensors[f"down_proj{suffix}"] = _stacked([[expert[f"{self.down_name}.{kind}"]] for expert in experts])
         return tensors
+
+
+def _stacked(experts: list[list[torch.Tensor]]) -> torch.Tensor:
+    """Stacks the experts, each the rows of several tensors, without any tensor in between."""
+    first = experts[0]
+    stack = first[0].new_empty(len(experts), sum(part.shape[0] for part in first), *first[0].shape[1:])
+    for rows, expert in zip(stack, experts, strict=True):
+        torch.cat(expert, out=rows)
+    return stack
 
 
 class Router(nn.Module):
@@ -287,6 +375,10 @@ class Router(nn.Module):
                 noise = torch.empty_like(tokens).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
                 tokens = tokens * noise
             return F.linear(tokens, self.weight.float(), None if self.bias is None else self.bias.float())
+
+
+# The weights of the routers and of the residual coefficient, by the ends of their names.
+ROUTER_WEIGHTS = {f"mlp.{name}.{kind}" for name in ("gate", "coefficient") for kind in ("weight", "bias")}
 
 
 class SparseMoeBlock(nn.Module):
@@ -537,6 +629,7 @@ def make_sparse(language_model: nn.Module, config) -> None:
 
 __all__ = [
     "DenseForm",
+    "ROUTER_WEIGHTS",
     "Router",
     "RouterLogits",
     "SparseMoeBlock",

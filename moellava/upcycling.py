@@ -209,7 +209,7 @@ def _sparse_tensors(
         dense = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
         _check_dense(dense, mlp, prefix)
         _check_form(form, mlp, dense, config)
-        sparse = {f"experts.{key}": tensor for key, tensor in form.expert_tensors(dense, moe.num_experts).items()}
+        sparse = {f"experts.{key}": tensor for key, tensor in form.stacked([dense] * moe.num_experts).items()}
         if moe.use_residual:
             sparse |= {f"mlp.{key}": tensor for key, tensor in dense.items()}
         if moe.use_meta_expert:
@@ -242,7 +242,7 @@ def _check_form(form: DenseForm, mlp: nn.Module, dense: dict[str, torch.Tensor],
         experts = form.build_experts(config, 1)
     weight = dense[f"{form.down_name}.weight"]
     tokens = torch.randn(4, form.hidden_size, generator=torch.Generator().manual_seed(0)).to(weight)
-    tensors = form.expert_tensors(dense, 1)
+    tensors = form.stacked([dense])
     up_name = "gate_up_proj" if form.gated else "up_proj"
     names = (up_name, f"{up_name}_bias", "down_proj", "down_proj_bias")
     weights = tuple(tensors[name][0] if name in tensors else None for name in names)

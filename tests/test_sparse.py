@@ -1116,7 +1116,7 @@ def test_experts_are_copies(form):
     weights = {name: torch.randn(p.shape) for name, p in mlp.named_parameters()}
     mlp.load_state_dict(weights)
     for count in (1, 3):
-        tensors = DenseForm(mlp).expert_tensors(weights, count)
+        tensors = DenseForm(mlp).stacked([weights] * count)
         owners = {tensor.untyped_storage().data_ptr() for tensor in weights.values()}
         assert not owners & {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
         experts = DenseForm(mlp).build_experts(tiny_config(), count)

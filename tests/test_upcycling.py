@@ -768,7 +768,9 @@ def test_missing_weights_are_initialised(dense_of, tmp_path, family):
                 assert 0.1 < state[name].float().std() < 0.3, name
                 assert abs(state[name].float().mean()) < 0.1, name
         for name, tensor in kept.items():
-            assert torch.equal(state[name], tensor.to(dtype)), name
+            # routers keep their precision
+            kept_dtype = torch.float32 if ".mlp.gate." in name or ".mlp.coefficient." in name else dtype
+            assert torch.equal(state[name], tensor.to(kept_dtype)), name
         with torch.no_grad():
             assert model(**with_pictures(dense_of(family))).logits.isfinite().all()
 
