@@ -19,6 +19,7 @@ inside the commands, so that `--help` and shell completion answer at once.
 """
 
 import contextlib
+import dataclasses
 import enum
 import importlib
 import json
@@ -148,6 +149,15 @@ Examples:
 ```
 moellava upcycle my-model my-sparse-model --num-experts 4 --top-k 2 --layers sparse
 moellava upcycle my-model my-sparse-model --layers 0,2,4 --moe-field use_residual=true
+```
+""",
+    "convert": """
+Examples:
+
+```
+moellava convert LanguageBind/MoE-LLaVA-Phi2-2.7B-4e my-model
+moellava convert ./llava-v1.5-7b my-model --vision-tower openai/clip-vit-large-patch14-336
+moellava convert ./llava-lora my-model --base lmsys/vicuna-7b-v1.5
 ```
 """,
     "routing": """
@@ -632,6 +642,64 @@ def upcycle(
         _print_summary(summary)
 
 
+@app.command(epilog=_EXAMPLES["convert"])
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A LLaVA, MoE-LLaVA or Med-MoE checkpoint; with --base, an adapter or a projector of one. A folder or "
+            "a Hub id.",
+            metavar="SOURCE",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write.", metavar="OUT", show_default=False)],
+    base: Annotated[
+        str | None, typer.Option(help="The model that an adapter or a projector belongs to.", show_default=False)
+    ] = None,
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(help="A folder or Hub id, instead of the tower that the source names.", show_default=False),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that OUT holds.")] = False,
+    dtype: DTypeOption = DType.AUTO,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalFilesOnly = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Convert an older checkpoint once, so that transformers loads it anywhere.
+
+    Every weight of the source is taken over as it is, or named with the reason why not.
+    """
+    _check_out(out, overwrite)
+    from .converting import convert as convert_checkpoint
+
+    hub_options = _hub_options(trust_remote_code, revision, token, cache_dir, local_files_only)
+    with _logging(verbose, hide_load_report=True):
+        report = convert_checkpoint(
+            source, out, base, vision_tower, dtype=_torch_dtype(dtype), overwrite=True, **hub_options
+        )
+    if as_json:
+        _print_json(dataclasses.asdict(report))
+        return
+    typer.echo(
+        f"{out}: {_count(report.num_parameters)} parameters, {_count(report.num_active_parameters)} active; "
+        f"{report.num_used} weights of {source} taken over."
+    )
+    for title, weights in (("Left out", report.left_out), ("Added", report.added)):
+        for reason in dict.fromkeys(weights.values()):
+            names = [name for name, why in weights.items() if why == reason]
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            typer.echo(f"{title}: {names[0]}{more} ({reason}).")
+    for note in report.notes:
+        typer.echo(f"Note: {note}.")
+
+
 @app.command(epilog=_EXAMPLES["routing"])
 def routing(
     checkpoint: Checkpoint,
@@ -679,7 +747,7 @@ def routing(
             typer.echo(f"layer {layer.layer}: {shares}")
         typer.echo(f"Drawn to {out}.", err=True)
     if trace.collapsed:
-        typer.echo(f"The layers {trace.collapsed} send nearly everything to one expert: no mixture.", err=True)
+        typer.echo(f"The layers {trace.collapsed} send nearly everything to the same experts: no mixture.", err=True)
 
 
 # What the options mean

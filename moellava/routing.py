@@ -23,6 +23,10 @@ import torch
 from .building import question_inputs
 
 
+# The share of all choices that the same few experts get at most in what still is a mixture.
+_MOST_LOAD = 0.95
+
+
 @dataclass
 class LayerRouting:
     """What one sparse layer did with a prompt.
@@ -39,6 +43,11 @@ class LayerRouting:
     experts: torch.Tensor
     weights: torch.Tensor
     load: list[float]
+
+
+def is_collapsed(load: list[float], num_experts_per_tok: int) -> bool:
+    """Whether a layer has learned no mixture: nearly every token goes to the same experts, while there are others."""
+    return len(load) > num_experts_per_tok and sum(sorted(load)[-num_experts_per_tok:]) > _MOST_LOAD
 
 
 @dataclass
@@ -63,8 +72,9 @@ class RoutingTrace:
     collapsed: list[int] = field(init=False)
 
     def __post_init__(self):
-        # A layer in which one expert gets nearly everything has learned no mixture.
-        self.collapsed = [routing.layer for routing in self.layers if max(routing.load) > 0.95 and self.num_experts > 1]
+        self.collapsed = [
+            routing.layer for routing in self.layers if is_collapsed(routing.load, routing.experts.shape[1])
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns tokens, choices and loads as plain numbers, for JSON."""
@@ -217,4 +227,4 @@ def _draw_load(axis: Any, load: list[float], colors: list[Any]) -> None:
     axis.set_title("share of choices", fontsize=8)
 
 
-__all__ = ["LayerRouting", "RoutingTrace", "draw_routing", "trace_routing"]
+__all__ = ["LayerRouting", "RoutingTrace", "draw_routing", "is_collapsed", "trace_routing"]

@@ -36,6 +36,9 @@ import demo  # noqa: E402
 import scans  # noqa: E402
 import training  # noqa: E402
 from picture_grid import draw_grid  # noqa: E402
+from specialisation import ROWS, ExpertLoad, draw_expert_load, expert_load  # noqa: E402
+
+from moellava import upcycle  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -151,18 +154,125 @@ def test_the_answering_process_refuses_to_start_with_moellava():
     assert "RuntimeError: moellava is imported already" in done.stderr
 
 
+GOOD = {"accuracy": 0.97, "blank_accuracy": 0.1}
+GOOD_SPARSE = {**GOOD, "collapsed_layers": []}
+
+
 @pytest.mark.parametrize(
-    ("accuracy", "blank_accuracy", "message"),
+    ("dense", "sparse", "messages"),
     [
-        (0.95, 0.1, ""),
-        (0.949, 0.1, "FAILED: 94.9% right; expected at least 95%"),
-        (0.99, 0.21, "FAILED: 21.0% right without a picture"),
+        ({}, {}, []),
+        ({"accuracy": 0.95, "blank_accuracy": 0.2}, {"accuracy": 0.95, "blank_accuracy": 0.2}, []),
+        ({"accuracy": 0.949}, {}, ["the model: 94.9% right; expected at least 95%"]),
+        ({"blank_accuracy": 0.21}, {}, ["the model: 21.0% right without a picture"]),
+        ({}, {"accuracy": 0.99}, []),
+        ({}, {"accuracy": 0.961}, []),
+        (
+            {},
+            {"accuracy": 0.959},
+            ["the sparse model: 95.9% right, of the dense one's 97.0%; expected at most 1% less"],
+        ),
+        (
+            {"accuracy": 0.96},
+            {"accuracy": 0.94},
+            [
+                "the sparse model: 94.0% right; expected at least 95%",
+                "the sparse model: 94.0% right, of the dense one's",
+            ],
+        ),
+        ({}, {"blank_accuracy": 0.4}, ["the sparse model: 40.0% right without a picture"]),
+        ({}, {"collapsed_layers": [1]}, ["the sparse model has collapsed: in its layers [1]"]),
     ],
 )
-def test_the_demo_fails_when_it_does_not_keep_its_promises(accuracy, blank_accuracy, message, capsys):
-    kept = demo.keeps_promises({"accuracy": accuracy, "blank_accuracy": blank_accuracy})
-    assert kept == (message == "")
-    assert message in capsys.readouterr().err
+def test_the_demo_fails_when_it_does_not_keep_its_promises(dense, sparse, messages, capsys):
+    kept = demo.keeps_promises({**GOOD, **dense, "sparse": {**GOOD_SPARSE, **sparse}})
+    assert kept == (not messages)
+    said = capsys.readouterr().err
+    assert said.count("FAILED: ") == len(messages)
+    assert all(f"FAILED: {message}" in said for message in messages)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The experts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sparse_model(model):
+    set_seed(0)
+    return upcycle(model, **demo.MOE, router_bias=True)
+
+
+@pytest.fixture(scope="module")
+def some_held_out():
+    return scans.load_examples()[1][:12]
+
+
+def test_the_load_counts_every_choice_once(sparse_model, some_held_out):
+    load = expert_load(sparse_model, some_held_out)
+    assert load.layers == [0, 1]
+    assert load.counts.shape == (2, len(ROWS), demo.MOE["num_experts"]) == (2, 11, 4)
+    of_digits = [sum(example.digit == digit for example in some_held_out) for digit in range(10)]
+    patches = sparse_model.config.image_seq_length
+    choices = load.counts.sum(dim=-1)
+    for layer in range(2):
+        assert choices[layer, :10].tolist() == [number * patches * 2 for number in of_digits]
+    assert (choices[:, 10] > 0).all()
+    for shares in (load.by_row, load.overall.unsqueeze(1)):
+        sums = shares.sum(dim=-1)
+        assert torch.all(torch.isclose(sums, torch.ones_like(sums)) | (sums == 0))
+
+
+def test_an_untouched_mixture_is_not_collapsed(sparse_model, some_held_out):
+    load = expert_load(sparse_model, some_held_out)
+    assert load.collapsed == []
+    assert demo.keeps_promises({**GOOD, "sparse": {**GOOD, "collapsed_layers": load.collapsed}})
+
+
+@pytest.mark.parametrize("layers", [[0, 1], [1]])
+def test_a_mixture_whose_routers_always_choose_alike_is_collapsed(layers, model, some_held_out, capsys):
+    collapsed = upcycle(model, **demo.MOE, router_bias=True)
+    for layer in layers:
+        gate = collapsed.model.language_model.layers[layer].mlp.gate
+        with torch.no_grad():
+            gate.weight.zero_()
+            gate.bias.copy_(torch.tensor([0.0, 5.0, -5.0, 4.0]))
+    load = expert_load(collapsed, some_held_out)
+    assert load.collapsed == layers
+    for layer in layers:
+        assert load.overall[layer].tolist() == [0, 0.5, 0, 0.5]
+        assert load.specialisation[layer] < 0.5
+    assert not demo.keeps_promises({**GOOD, "sparse": {**GOOD, "collapsed_layers": load.collapsed}})
+    assert f"FAILED: the sparse model has collapsed: in its layers {layers}" in capsys.readouterr().err
+    demo.say_load(load)
+    assert f"in layers {layers} the same experts take everything" in capsys.readouterr().out
+
+
+def test_specialisation_is_how_far_the_rows_lie_from_the_whole():
+    alike = ExpertLoad([0], torch.full((1, 11, 4), 3.0), 2)
+    assert alike.specialisation.tolist() == [0] and alike.collapsed == []
+    # Two rows, which share no expert: each lies half of everything away from the whole.
+    apart = ExpertLoad([0], torch.tensor([[[8.0, 8, 0, 0], [0, 0, 8, 8]]]), 2)
+    assert apart.specialisation.tolist() == [0.5] and apart.collapsed == []
+    # Just above and just below the limit.
+    assert ExpertLoad([7], torch.tensor([[[48.0, 48, 2, 2]]]), 2).collapsed == [7]
+    assert ExpertLoad([7], torch.tensor([[[47.0, 47, 3, 3]]]), 2).collapsed == []
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_the_load_is_drawn(num_layers, tmp_path):
+    counts = torch.zeros(num_layers, len(ROWS), 4)
+    counts[..., 0] = 30
+    counts[..., 2] = torch.arange(len(ROWS)) * 10.0
+    draw_expert_load(ExpertLoad(list(range(num_layers)), counts, 2), tmp_path / "experts.png")
+    with Image.open(tmp_path / "experts.png") as drawing:
+        assert drawing.format == "PNG" and min(drawing.size) > 300
+        colors = {color for _, color in drawing.convert("RGB").getcolors(maxcolors=1 << 24)}
+        width = drawing.width
+    # From white for nothing to the darkest blue for the most.
+    assert (255, 255, 255) in colors
+    assert any(blue > red + 50 and red < 30 for red, _, blue in colors)
+    assert width > 500 * num_layers * 0.7
 
 
 @pytest.mark.parametrize("mistakes", [0, 3, 40])
@@ -224,6 +334,23 @@ def test_a_short_run_writes_everything_and_fails_for_lack_of_training(tmp_path):
     assert len(list((output / "pictures").glob("*.png"))) == scans.HELD_OUT + 1
     with Image.open(output / "answers.png") as grid:
         assert grid.format == "PNG"
+
+    # The sparse model, and what its experts do.
+    sparse = results["sparse"]
+    answered = json.loads((output / "sparse-results.json").read_text(encoding="utf-8"))
+    assert [item["truth"] for item in answered["answers"]] == [item["truth"] for item in answers]
+    assert sparse["accuracy"] == answered["accuracy"] > 0.5
+    assert sparse["blank_accuracy"] == answered["blank_accuracy"] <= 0.2
+    assert {"config.json", "model.safetensors", "processor_config.json", "modeling_moellava.py"} <= {
+        path.name for path in (output / "sparse-checkpoint").iterdir()
+    }
+    config = json.loads((output / "sparse-checkpoint" / "config.json").read_text(encoding="utf-8"))
+    assert config["moe_config"]["num_experts"] == 4 and config["moe_config"]["layers"] == [0, 1]
+    assert np.array(sparse["load"]).shape == (2, 4) and np.array(sparse["load_by_row"]).shape == (2, len(ROWS), 4)
+    assert np.allclose(np.array(sparse["load"]).sum(axis=-1), 1)
+    assert len(sparse["specialisation"]) == 2 and sparse["collapsed_layers"] == []
+    with Image.open(output / "experts.png") as drawing:
+        assert drawing.format == "PNG"
 
     # What is printed at the end can be typed.
     command = done.stdout.split("Ask it yourself:")[1].strip().splitlines()[0]

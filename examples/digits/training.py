@@ -107,13 +107,20 @@ class LossInBar(ProgressCallback):
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
 
 
-def train(model: PreTrainedModel, examples: Sequence[Example], folder: str, epochs: float, seed: int = 0) -> Trainer:
+def train(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    folder: str,
+    epochs: float,
+    seed: int = 0,
+    learning_rate: float = 1.5e-3,
+) -> Trainer:
     """Trains all parts of `model`, which holds its processor, in place."""
     arguments = TrainingArguments(
         output_dir=folder,
         num_train_epochs=epochs,
         per_device_train_batch_size=32,
-        learning_rate=1.5e-3,
+        learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=50,
         weight_decay=0.1,
