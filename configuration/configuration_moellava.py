@@ -347,6 +347,12 @@ class MoellavaConfig(PreTrainedConfig):
             `"pad"`: a picture is padded to a square; `"square"`: the image processor's own resizing and cropping.
         image_seq_length (`int`, *optional*):
             How many language-model tokens a picture becomes. Always computed from the parts.
+        drop_first_patch (`bool`, *optional*, defaults to `False`):
+            Whether the first of the selected tokens is left out as well. MoE-LLaVA's models with a SigLIP tower were
+            trained so (728 tokens of 729); the converter sets it.
+        image_feature_scale (`float`, *optional*, defaults to 1.0):
+            What projected features are multiplied by. A language model that scales all that comes in (Granite,
+            MiniCPM) gets unscaled pictures by the inverse; the converter sets it.
         parts (`dict`, *optional*):
             Where each part came from, for the model card. Never read to load anything.
         tie_word_embeddings (`bool`, *optional*):
@@ -392,6 +398,8 @@ class MoellavaConfig(PreTrainedConfig):
     image_size: int | None = None
     image_aspect_ratio: str = "pad"
     image_seq_length: int | None = None
+    drop_first_patch: bool = False
+    image_feature_scale: float | int = 1.0
     parts: dict | None = None
     tie_word_embeddings: bool = False
 
@@ -420,6 +428,8 @@ class MoellavaConfig(PreTrainedConfig):
         for key in FOREIGN_KEYS:
             if key not in ("attn_implementation", "experts_implementation", "name_or_path"):  # the caller's own word
                 kwargs.pop(key, None)
+        if not 0 < self.image_feature_scale < math.inf:
+            raise ValueError(f"image_feature_scale is {self.image_feature_scale}; expected a number above 0.")
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
         self._check_and_measure()

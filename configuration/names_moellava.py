@@ -124,7 +124,18 @@ CHOICES = {
     "image_aspect_ratio": ("pad", "square"),
     "vision_feature_select_strategy": ("default", "patch", "cls", "full"),
 }
-_MLP_TYPE = re.compile(r"mlp(\d+)x_gelu")
+# The older builders' types, which say some of the fields too: each with the type's name here and the fields that its
+# numbers are. `cheap_` in front makes the narrow form of the two that have one; of the others it changes nothing.
+_OLDER_TYPES = (
+    (re.compile(r"mlp(\d+)x_gelu"), "mlp", ("num_hidden_layers",)),
+    (re.compile(r"pool_mlp(\d+)x_gelu"), "pool_mlp", ("num_hidden_layers",)),
+    (re.compile(r"qformer(\d+)_(\d+)"), "older_qformer", ("num_hidden_layers", "num_query_tokens")),
+    (re.compile(r"simple_in(\d+)_out(\d+)"), "simple", ("num_blocks_in", "num_blocks_out")),
+    (re.compile(r"linear"), "linear", ()),
+    (re.compile(r"identity"), "identity", ()),
+)
+_CHEAP = "cheap_"
+_TYPES_WITH_NARROW_FORM = ("older_qformer", "simple")
 
 
 def canonical_encoder_type(encoder_type: str) -> str:
@@ -146,29 +157,43 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 def canonical_projector(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Translates a projector's fields to those of its class.
 
-    `{"type": "mlp2x_gelu"}` becomes `{"type": "mlp", "num_hidden_layers": 2}`, and `hidden_size` becomes the width
-    field of the type. A field that the class itself calls so is left alone.
+    `{"type": "mlp2x_gelu"}` becomes `{"type": "mlp", "num_hidden_layers": 2}`, `{"type": "cheap_qformer2_64"}` becomes
+    `{"type": "older_qformer", "num_hidden_layers": 2, "num_query_tokens": 64, "narrow": True}`, and `hidden_size`
+    becomes the width field of the type. A field that the class itself calls so is left alone, and so is a type that is
+    registered by this very name.
 
     Raises:
-        ValueError: The type says another number of layers than `num_hidden_layers`, or two names of one field differ.
+        ValueError: The type says something else than a field does, or two names of one field differ.
     """
     fields = _under_own_names(fields)
     kind = fields.get("type", "mlp")
-    match = _MLP_TYPE.fullmatch(kind) if isinstance(kind, str) else None
-    if match is not None:
-        layers = int(match.group(1))
-        if fields.setdefault("num_hidden_layers", layers) != layers:
-            raise ValueError(
-                f"The projector type {kind!r} has {layers} layers, but num_hidden_layers is "
-                f"{fields['num_hidden_layers']}. Give one of the two."
-            )
-        kind = "mlp"
+    if isinstance(kind, str) and kind not in PROJECTORS:
+        written, (kind, said) = kind, _older_type(kind)
+        for name, value in said.items():
+            if fields.setdefault(name, value) != value:
+                raise ValueError(
+                    f"The projector type {written!r} means {name}={value}, but {name} is {fields[name]!r}. Give one of "
+                    "the two."
+                )
     width = PROJECTOR_WIDTH_FIELDS.get(kind) if isinstance(kind, str) else None
     if width is not None and "hidden_size" in fields and "hidden_size" not in PROJECTORS.fields(kind):
         value = fields.pop("hidden_size")
         if fields.setdefault(width, value) != value:
             raise ValueError(f"hidden_size is {value} and {width} is {fields[width]}; they are one field. Give one.")
     return {**fields, "type": kind}
+
+
+def _older_type(kind: str) -> tuple[str, dict[str, Any]]:
+    """Returns the type that an older builder's type is here, and the fields that it says; `kind` where it is none."""
+    for pattern, canonical, names in _OLDER_TYPES:
+        match = pattern.fullmatch(kind.removeprefix(_CHEAP))
+        if match is not None:
+            said: dict[str, Any] = {name: int(number) for name, number in zip(names, match.groups(), strict=True)}
+            if canonical in _TYPES_WITH_NARROW_FORM:
+                # Said in both cases, so that the wide form laid over a description of the narrow one is wide.
+                said["narrow"] = kind.startswith(_CHEAP)
+            return canonical, said
+    return kind, {}
 
 
 def canonical_projector_fields(fields: Mapping[str, Any], kind: str | None = None) -> dict[str, Any]:

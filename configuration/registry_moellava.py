@@ -14,8 +14,8 @@
 """The registries of vision encoders and projectors: exact names, one class each.
 
 A name maps to a class and never to a substring of a path. The built-in parts register themselves when
-`modeling/encoders_moellava.py` and `modeling/projectors_moellava.py` are imported; a user's own part registers itself
-with the same decorator, from the user's own file:
+`modeling/encoders_moellava.py`, `modeling/projectors_moellava.py` and `modeling/older_projectors_moellava.py` are
+imported; a user's own part registers itself with the same decorator, from the user's own file:
 
 ```python
 from torch import nn
@@ -74,9 +74,10 @@ def _load_built_in_parts() -> None:
         _built_in_parts = ()  # set first: the files below register parts, which asks for them again
         # Of each file a name that it binds before its first decorator, since it may itself be the one being imported.
         from ..modeling.encoders_moellava import VisionEncoder
+        from ..modeling.older_projectors_moellava import torch
         from ..modeling.projectors_moellava import nn
 
-        _built_in_parts = (VisionEncoder, nn)
+        _built_in_parts = (VisionEncoder, torch, nn)
 
 
 def plain_value(value: Any, owner: str) -> Any:

@@ -27,91 +27,24 @@ leaves loaded weights as they are.
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
-from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerEncoder
 from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
 from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverLayer, Idefics2RMSNorm
 
 from ..configuration.registry_moellava import register_projector
+from .projector_parts_moellava import (
+    LEARNED_TOKENS_STD,
+    QFormerModule,
+    build_activation,
+    check_bool,
+    check_image_features,
+    check_positive_int,
+    check_positive_number,
+    resolve_num_attention_heads,
+)
 
-
-# Spread of freshly drawn queries and latents: the library's usual initializer_range. They must differ from one another
-# from the start, since equal ones get equal gradients and would stay equal for ever.
-_LEARNED_TOKENS_STD = 0.02
 
 _WIDEST_DEFAULT_LATENTS = 1024
-
-# The head width that `num_attention_heads=None` aims at, and the narrowest one it settles for.
-_USUAL_HEAD_WIDTH = 64
-_NARROWEST_HEAD_WIDTH = 8
-
-
-def _check_positive_int(projector: str, **sizes: int) -> None:
-    """Raises ValueError for the first of `sizes` that is no int of at least 1."""
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"The projector '{projector}' needs {name} as an integer of at least 1, got {size!r}.")
-
-
-def _check_positive_number(projector: str, **numbers: float) -> None:
-    """Raises ValueError for the first of `numbers` that is no number above 0."""
-    for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not number > 0:
-            raise ValueError(f"The projector '{projector}' needs {name} as a number above 0, got {number!r}.")
-
-
-def _check_bool(projector: str, **flags: bool) -> None:
-    """Raises ValueError for the first of `flags` that is neither True nor False."""
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise ValueError(f"The projector '{projector}' needs {name} as True or False, got {flag!r}.")
-
-
-def _build_activation(projector: str, hidden_act: str) -> nn.Module:
-    """The activation called `hidden_act` in transformers' `ACT2FN`. Raises ValueError for one that cannot be used."""
-    if not isinstance(hidden_act, str) or hidden_act not in ACT2FN:
-        raise ValueError(
-            f"The projector '{projector}' does not know hidden_act={hidden_act!r}. Use one of transformers' "
-            f"activations: {', '.join(sorted(ACT2FN))}."
-        )
-    activation = ACT2FN[hidden_act]
-    if next(activation.parameters(), None) is not None:
-        # Nothing would initialise them: transformers' models draw weights for the layers they know.
-        raise ValueError(
-            f"The projector '{projector}' cannot use hidden_act={hidden_act!r}, which has weights of its own. Use an "
-            f"activation without weights, such as 'gelu' or 'silu'."
-        )
-    return activation
-
-
-def _resolve_num_attention_heads(projector: str, num_attention_heads: int | None, width_name: str, width: int) -> int:
-    """The number of attention heads for `width` channels: `num_attention_heads` where it is given and divides `width`
-    (ValueError where it does not), else the number whose head width lies nearest 64, which is 64 wherever 64 divides.
-    """
-    if num_attention_heads is None:
-        narrowest = min(_NARROWEST_HEAD_WIDTH, width)
-        head_widths = [head_width for head_width in range(narrowest, width + 1) if width % head_width == 0]
-        return width // min(
-            head_widths, key=lambda head_width: max(head_width / _USUAL_HEAD_WIDTH, _USUAL_HEAD_WIDTH / head_width)
-        )
-    _check_positive_int(projector, num_attention_heads=num_attention_heads)
-    if width % num_attention_heads != 0:
-        raise ValueError(
-            f"The projector '{projector}' cannot split {width_name}={width} into num_attention_heads="
-            f"{num_attention_heads} heads of equal width. Use a number of heads that divides {width}, or leave "
-            f"num_attention_heads out to have one chosen."
-        )
-    return num_attention_heads
-
-
-def _check_image_features(projector: str, image_features: torch.Tensor, vision_hidden_size: int) -> None:
-    """Raises ValueError unless `image_features` has the shape `(batch, tokens, vision_hidden_size)`."""
-    if image_features.ndim != 3 or image_features.shape[-1] != vision_hidden_size:
-        raise ValueError(
-            f"The projector '{projector}' takes image features of shape (batch, tokens, {vision_hidden_size}), got "
-            f"{tuple(image_features.shape)}. Check that vision_hidden_size is the width of the selected features."
-        )
 
 
 @register_projector("linear")
@@ -129,8 +62,8 @@ class LinearProjector(nn.Module):
 
     def __init__(self, vision_hidden_size: int, text_hidden_size: int, bias: bool = True):
         super().__init__()
-        _check_positive_int("linear", vision_hidden_size=vision_hidden_size, text_hidden_size=text_hidden_size)
-        _check_bool("linear", bias=bias)
+        check_positive_int("linear", vision_hidden_size=vision_hidden_size, text_hidden_size=text_hidden_size)
+        check_bool("linear", bias=bias)
         self.vision_hidden_size = vision_hidden_size
         self.linear = nn.Linear(vision_hidden_size, text_hidden_size, bias=bias)
 
@@ -141,7 +74,7 @@ class LinearProjector(nn.Module):
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         """`(batch, tokens, vision_hidden_size)` to `(batch, tokens, text_hidden_size)`."""
-        _check_image_features("linear", image_features, self.vision_hidden_size)
+        check_image_features("linear", image_features, self.vision_hidden_size)
         return self.linear(image_features)
 
 
@@ -179,14 +112,14 @@ class MlpProjector(nn.Module):
         super().__init__()
         if hidden_size is None:
             hidden_size = text_hidden_size
-        _check_positive_int(
+        check_positive_int(
             "mlp",
             vision_hidden_size=vision_hidden_size,
             text_hidden_size=text_hidden_size,
             hidden_size=hidden_size,
             num_hidden_layers=num_hidden_layers,
         )
-        _check_bool("mlp", bias=bias)
+        check_bool("mlp", bias=bias)
         if num_hidden_layers == 1 and hidden_size != text_hidden_size:
             raise ValueError(
                 f"The projector 'mlp' with num_hidden_layers=1 is a single layer from {vision_hidden_size} to "
@@ -196,7 +129,7 @@ class MlpProjector(nn.Module):
 
         self.vision_hidden_size = vision_hidden_size
         self.num_hidden_layers = num_hidden_layers
-        self.act = _build_activation("mlp", hidden_act)
+        self.act = build_activation("mlp", hidden_act)
         widths = [vision_hidden_size] + [hidden_size] * (num_hidden_layers - 1) + [text_hidden_size]
         for index in range(num_hidden_layers):
             # One attribute per layer instead of a list, for the parameter names of transformers' LLaVA.
@@ -209,7 +142,7 @@ class MlpProjector(nn.Module):
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         """`(batch, tokens, vision_hidden_size)` to `(batch, tokens, text_hidden_size)`."""
-        _check_image_features("mlp", image_features, self.vision_hidden_size)
+        check_image_features("mlp", image_features, self.vision_hidden_size)
         hidden_states = self.linear_1(image_features)
         for index in range(2, self.num_hidden_layers + 1):
             hidden_states = getattr(self, f"linear_{index}")(self.act(hidden_states))
@@ -230,7 +163,7 @@ class IdentityProjector(nn.Module):
 
     def __init__(self, vision_hidden_size: int, text_hidden_size: int):
         super().__init__()
-        _check_positive_int("identity", vision_hidden_size=vision_hidden_size, text_hidden_size=text_hidden_size)
+        check_positive_int("identity", vision_hidden_size=vision_hidden_size, text_hidden_size=text_hidden_size)
         if vision_hidden_size != text_hidden_size:
             raise ValueError(
                 f"The projector 'identity' needs equal widths, got vision_hidden_size={vision_hidden_size} and "
@@ -246,36 +179,8 @@ class IdentityProjector(nn.Module):
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         """`(batch, tokens, vision_hidden_size)` to the same tensor."""
-        _check_image_features("identity", image_features, self.vision_hidden_size)
+        check_image_features("identity", image_features, self.vision_hidden_size)
         return image_features
-
-
-class QFormerModule(nn.Module):
-    """The body of the Q-Former: a norm of the queries, then BLIP-2's encoder.
-
-    The parameter names and the result are those of transformers' `Blip2QFormerModel` without text input. That class
-    itself is a `PreTrainedModel`, whose forward replaces the output recording of the model around it and which an
-    attention implementation chosen for the text model would reach; this one is a plain module.
-
-    Args:
-        config (`Blip2QFormerConfig`): Sizes, and the attention implementation.
-    """
-
-    def __init__(self, config: Blip2QFormerConfig):
-        super().__init__()
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.encoder = Blip2QFormerEncoder(config)
-
-    def forward(self, query_embeds: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
-        """`query_embeds` of shape `(batch, queries, hidden_size)` and `encoder_hidden_states` of shape `(batch,
-        tokens, encoder_hidden_size)` to `(batch, queries, hidden_size)`. Every query sees every token.
-        """
-        encoder_outputs = self.encoder(
-            self.layernorm(query_embeds),
-            encoder_hidden_states=encoder_hidden_states,
-            query_length=query_embeds.shape[1],
-        )
-        return encoder_outputs.last_hidden_state
 
 
 @register_projector("qformer")
@@ -326,7 +231,7 @@ class QFormerProjector(nn.Module):
         layer_norm_eps: float = 1e-12,
     ):
         super().__init__()
-        _check_positive_int(
+        check_positive_int(
             "qformer",
             vision_hidden_size=vision_hidden_size,
             text_hidden_size=text_hidden_size,
@@ -337,15 +242,15 @@ class QFormerProjector(nn.Module):
         )
         if intermediate_size is None:
             intermediate_size = 4 * qformer_hidden_size
-        _check_positive_int("qformer", intermediate_size=intermediate_size)
-        _check_positive_number("qformer", layer_norm_eps=layer_norm_eps)
-        _build_activation("qformer", hidden_act)  # for its check alone: the blocks build their own from the name
+        check_positive_int("qformer", intermediate_size=intermediate_size)
+        check_positive_number("qformer", layer_norm_eps=layer_norm_eps)
+        build_activation("qformer", hidden_act)  # for its check alone: the blocks build their own from the name
 
         self.vision_hidden_size = vision_hidden_size
         config = Blip2QFormerConfig(
             hidden_size=qformer_hidden_size,
             num_hidden_layers=num_hidden_layers,
-            num_attention_heads=_resolve_num_attention_heads(
+            num_attention_heads=resolve_num_attention_heads(
                 "qformer", num_attention_heads, "qformer_hidden_size", qformer_hidden_size
             ),
             intermediate_size=intermediate_size,
@@ -368,17 +273,17 @@ class QFormerProjector(nn.Module):
         `fields` are the projector's other fields. Raises ValueError unless `num_query_tokens` is an integer of at
         least 1.
         """
-        _check_positive_int("qformer", num_query_tokens=num_query_tokens)
+        check_positive_int("qformer", num_query_tokens=num_query_tokens)
         return num_query_tokens
 
     @torch.no_grad()
     def initialize_parameters(self) -> None:
         """Draws the queries anew, unless they were loaded."""
-        init.normal_(self.query_tokens, mean=0.0, std=_LEARNED_TOKENS_STD)
+        init.normal_(self.query_tokens, mean=0.0, std=LEARNED_TOKENS_STD)
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         """`(batch, tokens, vision_hidden_size)` to `(batch, num_query_tokens, text_hidden_size)`."""
-        _check_image_features("qformer", image_features, self.vision_hidden_size)
+        check_image_features("qformer", image_features, self.vision_hidden_size)
         query_embeds = self.query_tokens.expand(image_features.shape[0], -1, -1)
         return self.language_projection(self.qformer(query_embeds, image_features))
 
@@ -431,10 +336,10 @@ class PerceiverProjector(nn.Module):
         rms_norm_eps: float = 1e-6,
     ):
         super().__init__()
-        _check_positive_int("perceiver", text_hidden_size=text_hidden_size)
+        check_positive_int("perceiver", text_hidden_size=text_hidden_size)
         if latent_dim is None:
             latent_dim = min(text_hidden_size, _WIDEST_DEFAULT_LATENTS)
-        _check_positive_int(
+        check_positive_int(
             "perceiver",
             vision_hidden_size=vision_hidden_size,
             text_hidden_size=text_hidden_size,
@@ -442,12 +347,12 @@ class PerceiverProjector(nn.Module):
             latent_dim=latent_dim,
             num_hidden_layers=num_hidden_layers,
         )
-        _check_positive_number("perceiver", rms_norm_eps=rms_norm_eps)
-        _build_activation("perceiver", hidden_act)  # for its check alone: the blocks build their own from the name
-        num_attention_heads = _resolve_num_attention_heads("perceiver", num_attention_heads, "latent_dim", latent_dim)
+        check_positive_number("perceiver", rms_norm_eps=rms_norm_eps)
+        build_activation("perceiver", hidden_act)  # for its check alone: the blocks build their own from the name
+        num_attention_heads = resolve_num_attention_heads("perceiver", num_attention_heads, "latent_dim", latent_dim)
         if num_key_value_heads is None:
             num_key_value_heads = num_attention_heads
-        _check_positive_int("perceiver", num_key_value_heads=num_key_value_heads)
+        check_positive_int("perceiver", num_key_value_heads=num_key_value_heads)
         if num_attention_heads % num_key_value_heads != 0:
             raise ValueError(
                 f"The projector 'perceiver' cannot share num_key_value_heads={num_key_value_heads} among "
@@ -482,17 +387,17 @@ class PerceiverProjector(nn.Module):
         """Number of tokens returned for `num_tokens` image features: `num_latents`, whatever `num_tokens` is. `fields`
         are the projector's other fields. Raises ValueError unless `num_latents` is an integer of at least 1.
         """
-        _check_positive_int("perceiver", num_latents=num_latents)
+        check_positive_int("perceiver", num_latents=num_latents)
         return num_latents
 
     @torch.no_grad()
     def initialize_parameters(self) -> None:
         """Draws the latents anew, unless they were loaded."""
-        init.normal_(self.latents, mean=0.0, std=_LEARNED_TOKENS_STD)
+        init.normal_(self.latents, mean=0.0, std=LEARNED_TOKENS_STD)
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         """`(batch, tokens, vision_hidden_size)` to `(batch, num_latents, text_hidden_size)`."""
-        _check_image_features("perceiver", image_features, self.vision_hidden_size)
+        check_image_features("perceiver", image_features, self.vision_hidden_size)
         context = self.input_projection(image_features)
         latents = self.latents.expand(image_features.shape[0], -1, -1)
         for layer in self.layers:
