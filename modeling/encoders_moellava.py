@@ -85,6 +85,7 @@ class VisionEncoder:
         layers = [layers] if isinstance(layers, int) else list(layers)
         self.feature_layers = [self._absolute_layer(layer) for layer in layers]
         self.strategy = config.vision_feature_select_strategy
+        self._drop_first_patch = bool(getattr(config, "drop_first_patch", False))
         self.interpolates = self.image_size != self.native_image_size
         self._check_image_size()
         if not layers:
@@ -102,7 +103,7 @@ class VisionEncoder:
                 "pixels. Give a larger image_size."
             )
         # Decided once: `features` runs at every forward, and measuring a tower is nothing that torch.compile can trace.
-        self._first_selected = 0 if self.strategy == "full" else self.num_prefix_tokens
+        self._first_selected = self._num_skipped_tokens
         asks = self.interpolates and self._interpolation_is_asked_for
         self._tower_arguments = {"interpolate_pos_encoding": True} if asks else {}
 
@@ -170,7 +171,12 @@ class VisionEncoder:
         """The number of tokens of one picture that the projector gets."""
         if self.strategy == "cls":
             return 1
-        return self.num_patches + (self.num_prefix_tokens if self.strategy == "full" else 0)
+        return self.num_prefix_tokens + self.num_patches - self._num_skipped_tokens
+
+    @property
+    def _num_skipped_tokens(self) -> int:
+        """The number of tokens before the first selected one."""
+        return (0 if self.strategy == "full" else self.num_prefix_tokens) + self._drop_first_patch
 
     @property
     def feature_size(self) -> int:

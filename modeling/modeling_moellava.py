@@ -29,6 +29,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import load_state_dict
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging, torch_compilable_check
@@ -44,12 +45,16 @@ from .own_encoders_moellava import CustomEncoder
 from .own_parts_moellava import build_projector, initialize_part, make_projector
 from .sparse_moellava import (
     ROUTER_WEIGHTS,
+    ModularExperts,
     Router,
     RouterLogits,
     TokenMask,
     checkpoint_with_token_mask,
+    experts_apart,
+    experts_together,
     load_balancing_loss,
     make_sparse,
+    modular_experts,
 )
 
 
@@ -98,6 +103,45 @@ class MoellavaCausalLMOutputWithPast(ModelOutput):
     image_hidden_states: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+# What stays in full precision when a model is quantised: small, and what the rest depends on.
+_UNQUANTISED = ("vision_tower", "multi_modal_projector", "lm_head", "mlp.gate", "mlp.coefficient")
+# bitsandbytes' kernel for CPUs with bf16 takes matrices whose rows are a whole number of its blocks.
+_BNB_PACKED_WIDTH = 64
+# What the configs of transformers call the list of what they leave alone.
+_SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules", "ignore")
+
+
+def with_unquantised_parts(quantization_config: object, modules_to_quantize: list[str] | None = None) -> object:
+    """Returns a quantisation config that leaves the vision tower, the projector, the routers and the head alone.
+
+    Args:
+        quantization_config (`QuantizationConfigMixin` or `dict`): What the user gives; its own list is added to.
+        modules_to_quantize (`list[str]`, *optional*): Which of those parts are not to be left alone.
+
+    Raises:
+        ValueError: `modules_to_quantize` names something else.
+    """
+    chosen = set(modules_to_quantize or ())
+    if strange := sorted(chosen - {"vision_tower", "multi_modal_projector", "lm_head"}):
+        raise ValueError(
+            f"modules_to_quantize names {strange}; expected some of 'vision_tower', 'multi_modal_projector' and "
+            "'lm_head', which are left in full precision otherwise."
+        )
+    # With and without the name that the parts have in the model with a head.
+    parts = [part for part in _UNQUANTISED if part not in chosen]
+    skipped = [*parts, *(f"model.{part}" for part in parts[:2] if part in ("vision_tower", "multi_modal_projector"))]
+    config = copy.deepcopy(quantization_config)
+    if isinstance(config, dict):
+        method = str(config.get("quant_method", "bitsandbytes"))
+        by_method = {"bitsandbytes": "llm_int8_skip_modules", "hqq": "skip_modules"}
+        name = next((name for name in _SKIP_LISTS if name in config), by_method.get(method, "modules_to_not_convert"))
+        return config | {name: [*(config.get(name) or []), *skipped]}
+    name = next((name for name in _SKIP_LISTS if hasattr(config, name)), None)
+    if name is not None:
+        setattr(config, name, [*(getattr(config, name) or []), *skipped])
+    return config
 
 
 class MoellavaPreTrainedModel(PreTrainedModel):
@@ -164,6 +208,48 @@ class MoellavaPreTrainedModel(PreTrainedModel):
         """Whether activations are computed anew in the backward pass."""
         return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args,
+        quantization_config: object | None = None,
+        modules_to_quantize: list[str] | None = None,
+        **kwargs,
+    ):
+        r"""
+        Loads a checkpoint; arguments as in transformers, but for those named here.
+
+        Args:
+            quantization_config (`QuantizationConfigMixin` or `dict`, *optional*):
+                How to quantise. The vision tower, the projector, the routers and the head stay in full precision beside
+                what the config names itself; the experts are quantised like every other linear layer.
+            modules_to_quantize (`list[str]`, *optional*):
+                Which of those are quantised as well: `"vision_tower"`, `"multi_modal_projector"`, `"lm_head"`.
+        """
+        if quantization_config is not None:
+            kwargs["quantization_config"] = with_unquantised_parts(quantization_config, modules_to_quantize)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+    @classmethod
+    def get_init_context(cls, dtype, is_quantized, *args, **kwargs):
+        contexts = super().get_init_context(dtype, is_quantized, *args, **kwargs)
+        return [*contexts, modular_experts()] if is_quantized else contexts
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        if any(isinstance(module, ModularExperts) for module in model.modules()):
+            if state_dict is None:
+                state_dict = {}
+                for file in checkpoint_files:
+                    state_dict |= load_state_dict(file)  # memory-mapped
+                checkpoint_files = None
+            state_dict = experts_apart(state_dict)
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu") and module.in_features % _BNB_PACKED_WIDTH:
+                module.support_avx512bf16_for_cpu = False  # bitsandbytes takes it for any width, and fails
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -183,6 +269,9 @@ class MoellavaPreTrainedModel(PreTrainedModel):
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
         hub_names = ("commit_message", "private", "create_pr", "revision", "commit_description", "tags", "token")
         hub_kwargs = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
+        if not getattr(self, "hf_quantizer", None) and any(isinstance(m, ModularExperts) for m in self.modules()):
+            # It was quantised and is no more: its experts go back to the form that such a model is loaded in.
+            state_dict = experts_together(self.state_dict() if state_dict is None else state_dict)
         with staged_folder(save_directory, replaces_weights=True) as staging:
             super().save_pretrained(staging, state_dict=state_dict, **kwargs)
             if self.processor is not None:

@@ -19,7 +19,10 @@ the other rows of a batch, this one does not: see `docs/design.md`.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from fractions import Fraction
 from typing import Any
 
@@ -259,6 +262,92 @@ class BiasedPlainExperts(_Experts):
     gated, biased = False, True
 
 
+class ExpertMlp(nn.Module):
+    """One expert as a module of linear layers; the arguments are those of the experts together."""
+
+    # trf-ignore: TRF029  the sizes are those of the dense MLP, whatever its family's config calls them
+    def __init__(self, hidden_size: int, intermediate_size: int, act_fn: nn.Module, gated: bool, biased: bool):
+        super().__init__()
+        self.act_fn = act_fn
+        if gated:
+            self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=biased)
+        else:
+            self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=biased)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=biased)
+        self.gated = gated
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Takes and returns tokens of shape `(num_tokens, hidden_size)`."""
+        if not self.gated:
+            return self.down_proj(self.act_fn(self.up_proj(tokens)))
+        gate, up = self.gate_up_proj(tokens).chunk(2, dim=-1)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+class ModularExperts(nn.ModuleList):
+    """The experts of one block as modules of their own, in which a quantised model holds them.
+
+    What quantises a model, whichever method it is, looks for linear layers, and leaves tensors of three dimensions in
+    full precision; so do the tools that put adapters onto quantised layers. The weights are those of the experts
+    together, taken apart: `experts.gate_up_proj[3]` is `experts.3.gate_up_proj.weight`.
+    """
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As the forward of the experts together: every touched expert runs on its own tokens."""
+        output = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            token, choice = torch.where(top_k_index == expert)
+            result = self[expert](hidden_states[token])
+            weight = top_k_weights[token, choice].unsqueeze(-1).to(result.dtype)
+            output = output.index_add(0, token, (result * weight).to(output.dtype))
+        return output
+
+
+_builds_modular_experts: ContextVar[bool] = ContextVar("moellava_builds_modular_experts", default=False)
+
+
+@contextmanager
+def modular_experts() -> Iterator[None]:
+    """Makes the sparse layers that are built within hold their experts as modules."""
+    token = _builds_modular_experts.set(True)
+    try:
+        yield
+    finally:
+        _builds_modular_experts.reset(token)
+
+
+_STACKED_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|up_proj|down_proj)(_bias)?")
+_ONE_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate_up_proj|up_proj|down_proj)\.(weight|bias)")
+
+
+def experts_apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns weights with those of the experts under the names of modules of their own, nothing copied."""
+    apart = {}
+    for name, tensor in tensors.items():
+        match = _STACKED_EXPERTS.fullmatch(name)
+        if match is None:
+            apart[name] = tensor
+            continue
+        kind = "bias" if match[3] else "weight"
+        apart |= {f"{match[1]}.{expert}.{match[2]}.{kind}": share for expert, share in enumerate(tensor.unbind(0))}
+    return apart
+
+
+def experts_together(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns weights with those of experts that are modules of their own stacked: the inverse of `experts_apart`."""
+    together, shares = {}, {}
+    for name, tensor in tensors.items():
+        match = _ONE_EXPERT.fullmatch(name)
+        if match is None:
+            together[name] = tensor
+        else:
+            stack = f"{match[1]}.{match[3]}{'_bias' if match[4] == 'bias' else ''}"
+            shares.setdefault(stack, {})[int(match[2])] = tensor
+    return together | {name: torch.stack([share[i] for i in sorted(share)]) for name, share in shares.items()}
+
+
 _EXPERTS = {
     (cls.gated, cls.biased): cls for cls in (GatedExperts, BiasedGatedExperts, PlainExperts, BiasedPlainExperts)
 }
@@ -305,8 +394,11 @@ class DenseForm:
         if others:
             raise ValueError(f"A {self.name} cannot be made sparse: {', '.join(others)} have no place in an expert.")
 
-    def build_experts(self, config, num_experts: int) -> _Experts:
+    def build_experts(self, config, num_experts: int) -> nn.Module:
         """Builds experts of this form, `config` being the model's."""
+        if _builds_modular_experts.get():
+            sizes = (self.hidden_size, self.intermediate_size)
+            return ModularExperts(ExpertMlp(*sizes, self.act_fn, self.gated, self.biased) for _ in range(num_experts))
         experts_class = _EXPERTS[self.gated, self.biased]
         return experts_class(config, num_experts, self.hidden_size, self.intermediate_size, self.act_fn)
 
@@ -629,6 +721,7 @@ def make_sparse(language_model: nn.Module, config) -> None:
 
 __all__ = [
     "DenseForm",
+    "ModularExperts",
     "ROUTER_WEIGHTS",
     "Router",
     "RouterLogits",
@@ -636,6 +729,9 @@ __all__ = [
     "TokenMask",
     "checkpoint_with_token_mask",
     "dense_mlps",
+    "experts_apart",
+    "experts_together",
     "load_balancing_loss",
     "make_sparse",
+    "modular_experts",
 ]

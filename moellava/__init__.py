@@ -35,6 +35,7 @@ _HOMES = {
     "MoellavaModel": "modeling",
     "MoellavaPreTrainedModel": "modeling",
     "MoellavaProcessor": "processing",
+    "convert": "converting",
     "inspect_checkpoint": "inspecting",
     "load_pretrained_model": "loading",
     "LoadedModel": "loading",

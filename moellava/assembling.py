@@ -57,6 +57,8 @@ from .upcycling import is_new_weight, upcycled
 logger = logging.getLogger(__name__)
 
 DEFAULT_VISION_TOWER = "openai/clip-vit-large-patch14"
+# What a tokenizer cannot do without one of; transformers would make an empty one.
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "qwen.tiktoken")
 PROJECTOR_PREFIX = "model.multi_modal_projector."
 TOWER_PREFIX = "model.vision_tower."
 
@@ -92,16 +94,32 @@ def read_language_model(source: Source) -> LanguagePart:
     config = _text_config(source)
     check_head(config)
     tensors = partial(_language_tensors, source, config)
-    return LanguagePart(config, tensors, _read_tokenizer(source), read_generation_config(source))
+    return LanguagePart(config, tensors, read_tokenizer(source), read_generation_config(source))
 
 
-def _read_tokenizer(source: Source) -> Any:
+def read_tokenizer(source: Source, text_config: PreTrainedConfig | None = None) -> Any:
+    """Returns the tokenizer of a source.
+
+    Args:
+        source (`Source`): Where it is.
+        text_config (`PreTrainedConfig`, *optional*): What the language model is, where the source's own config is not
+            one of transformers.
+
+    Raises:
+        ValueError: It has none that can be loaded.
+    """
     # A type that transformers does not have (MiniCPM) says nothing of the tokenizer, so no config is loaded for it.
-    known = source.config_dict()["model_type"] in CONFIG_MAPPING
+    if text_config is not None:
+        if not any(source.find(name) for name in _VOCABULARIES):
+            raise ValueError(f"{source} has no tokenizer: expected one of {', '.join(_VOCABULARIES)} beside the model.")
+        says_class = (source.read_json("tokenizer_config.json") or {}).get("tokenizer_class") is not None
+        config = PreTrainedConfig() if says_class else text_config
+    else:
+        config = None if source.config_dict()["model_type"] in CONFIG_MAPPING else PreTrainedConfig()
     try:
         return AutoTokenizer.from_pretrained(
             source.name,
-            config=None if known else PreTrainedConfig(),
+            config=config,
             trust_remote_code=source.trust_remote_code,
             **source.hub_options,
         )
@@ -305,7 +323,14 @@ def add_image_token(tokenizer: Any, vocab_size: int, image_token: str = IMAGE_TO
     return token_id, max(vocab_size, token_id + 1)
 
 
-def _prepare_tokenizer(tokenizer: Any) -> None:
+def prepare_tokenizer(tokenizer: Any) -> None:
+    """Makes a tokenizer pad on the left, with a token of its own.
+
+    Raises:
+        ValueError: It has no token to pad with.
+    """
+    if hasattr(tokenizer, "legacy"):
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy  # which transformers would not save
     tokenizer.padding_side = "left"  # generation continues at the right end
     if tokenizer.pad_token is None:
         # Padding is masked, so any token serves; the unknown one keeps the end token trainable.
@@ -314,7 +339,7 @@ def _prepare_tokenizer(tokenizer: Any) -> None:
             raise ValueError("The tokenizer has no pad, unknown or end token to pad batches with. Give it a pad token.")
 
 
-def _grow_embeddings(tensors: dict[str, torch.Tensor], config: PreTrainedConfig, rows: int) -> None:
+def grow_embeddings(tensors: dict[str, torch.Tensor], config: PreTrainedConfig, rows: int) -> None:
     """Adds rows to embedding and head, each the mean of those that are there; the others stay as they are."""
     own = own_causal_lm(config)
     body = _module_name(own, own.get_input_embeddings()).removeprefix(f"{own.base_model_prefix}.")
@@ -341,7 +366,7 @@ def assemble(request: LoadRequest, device_map: Any = None) -> MoellavaForCausalL
     language = read_language_model(Source(request.model_path, request.hub_options))
     vision = read_vision_part(request)
     text_config = copy.deepcopy(language.config)
-    _prepare_tokenizer(language.tokenizer)
+    prepare_tokenizer(language.tokenizer)
     image_token_id, text_config.vocab_size = add_image_token(language.tokenizer, text_config.vocab_size)
     projector, projector_tensors = dict(request.projector or {}), None
     if request.projector_path is not None:
@@ -362,10 +387,10 @@ def assemble(request: LoadRequest, device_map: Any = None) -> MoellavaForCausalL
 
     # What can be wrong apart from the weights has been found by now.
     tensors = language.tensors()
-    dtype = request.options["dtype"] or _dtype_of(language.config, tensors)
+    dtype = request.options["dtype"] or dtype_of(language.config, tensors)
     grown = text_config.vocab_size > language.config.vocab_size
     if grown:
-        _grow_embeddings(tensors, text_config, text_config.vocab_size)
+        grow_embeddings(tensors, text_config, text_config.vocab_size)
     tower_tensors = vision.tensors()
     tensors |= {f"{TOWER_PREFIX}{name}": tensor for name, tensor in tower_tensors.items()}
     tensors |= {f"{PROJECTOR_PREFIX}{name}": tensor for name, tensor in (projector_tensors or {}).items()}
@@ -488,7 +513,8 @@ def fit_projector(
     return tensors
 
 
-def _dtype_of(config: PreTrainedConfig, tensors: dict[str, torch.Tensor]) -> torch.dtype:
+def dtype_of(config: PreTrainedConfig, tensors: dict[str, torch.Tensor]) -> torch.dtype:
+    """Returns the dtype that a language model's config says, or that of its weights."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     return next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
@@ -497,12 +523,18 @@ def _dtype_of(config: PreTrainedConfig, tensors: dict[str, torch.Tensor]) -> tor
 __all__ = [
     "PROJECTOR_PREFIX",
     "TOWER_PREFIX",
+    "VisionPart",
+    "add_image_token",
     "assemble",
+    "dtype_of",
     "fit_projector",
+    "grow_embeddings",
+    "prepare_tokenizer",
     "projector_shapes",
     "read_custom_encoder",
     "read_generation_config",
     "read_language_model",
+    "read_tokenizer",
     "read_vision_part",
     "read_vision_tower",
     "report_claims",

@@ -38,6 +38,7 @@ def build(
     config: MoellavaConfig,
     tensors: dict[str, torch.Tensor] | str | os.PathLike,
     is_new: Callable[[str], bool] = lambda name: False,
+    strict: bool = False,
     **options,
 ) -> MoellavaForCausalLM:
     """Builds a model of a config and named weights.
@@ -47,10 +48,11 @@ def build(
         tensors (`dict[str, torch.Tensor]`, `str` or `os.PathLike`):
             Weights under the names of the tree, memory-mapped or not; or a checkpoint, a folder or a Hub id.
         is_new (callable): Which weights, by name, are to be initialised where `tensors` lacks them.
+        strict (`bool`): Whether weights that no part uses are an error.
         options: Passed on to `from_pretrained`.
 
     Raises:
-        ValueError: A weight is missing or has another shape than the config says.
+        ValueError: A weight is missing or has another shape than the config says; or, `strict`, is not used.
     """
     options = {name: value for name, value in options.items() if value is not None}
     name, state_dict = (None, tensors) if isinstance(tensors, dict) else (tensors, None)
@@ -76,6 +78,12 @@ def build(
         )
     if report["missing_keys"]:
         logger.info("newly initialised: %s", ", ".join(sorted(report["missing_keys"])))
+    if report["unexpected_keys"] and strict:
+        raise ValueError(
+            f"{len(report['unexpected_keys'])} weight(s) of {origin} have no place in the model: "
+            f"{_first_few(sorted(report['unexpected_keys']))}. The files and the config beside them do not belong "
+            "together."
+        )
     if report["unexpected_keys"]:
         logger.info("skipped, since no part uses them: %s", ", ".join(sorted(report["unexpected_keys"])))
     return model

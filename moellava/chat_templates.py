@@ -13,6 +13,8 @@
 # limitations under the License.
 """Chat templates for conversations with pictures: the tokenizer's own with a header, or the Vicuna form."""
 
+import re
+
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -56,7 +58,7 @@ VICUNA_SYSTEM_TEXT = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
-# Vicuna v1.1, as LLaVA-1.5 and MoE-LLaVA were trained with: turns joined by one space, answers closed by `eos_token`,
+# Vicuna v1.1, as LLaVA-1.5 and MoE-LLaVA were trained with: turns joined by one space, answers closed by STOP_TEXT,
 # nothing between an answer and the next turn. `generation` marks what `return_assistant_tokens_mask` returns; it must
 # not stand inside a macro, where transformers counts its offsets wrongly.
 _VICUNA_TEXT_TEMPLATE = """\
@@ -74,12 +76,10 @@ _VICUNA_TEXT_TEMPLATE = """\
 {{- vicuna.separator + 'USER: ' + message['content'] -}}
 {%- set vicuna.separator = ' ' -%}
 {%- elif message['role'] == 'assistant' -%}
-{%- if not eos_token -%}
-{{- raise_exception('This template closes every answer with the eos_token, and the tokenizer has none.') -}}
-{%- endif -%}
+EOS_CHECK\
 {{- vicuna.separator + 'ASSISTANT: ' -}}
 {%- generation -%}
-{{- message['content'] + eos_token -}}
+{{- message['content'] + STOP_TEXT -}}
 {%- endgeneration -%}
 {%- set vicuna.separator = '' -%}
 {%- elif message['role'] == 'system' -%}
@@ -90,6 +90,12 @@ _VICUNA_TEXT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{- vicuna.separator + 'ASSISTANT:' -}}
+{%- endif -%}
+"""
+
+_EOS_CHECK = """\
+{%- if not eos_token -%}
+{{- raise_exception('This template closes every answer with the eos_token, and the tokenizer has none.') -}}
 {%- endif -%}
 """
 
@@ -117,7 +123,7 @@ def multimodal_chat_template(
         ValueError: `tokenizer_template` knows contents made of parts only, and writes another token for pictures.
     """
     if tokenizer_template is None:
-        tokenizer_template = _VICUNA_TEXT_TEMPLATE.replace("SYSTEM_TEXT", _jinja_string(VICUNA_SYSTEM_TEXT))
+        tokenizer_template = vicuna_text_template()
     if isinstance(tokenizer_template, dict):
         return {name: multimodal_chat_template(template, image_token) for name, template in tokenizer_template.items()}
     if not isinstance(tokenizer_template, str):
@@ -125,7 +131,7 @@ def multimodal_chat_template(
             f"`tokenizer_template` is of type {type(tokenizer_template).__name__}; expected the text of a chat "
             "template, a dict of them by name, or None."
         )
-    header = _HEADER.replace("IMAGE_TOKEN", _jinja_string(f"{image_token}\n"))
+    header = filled(_HEADER, IMAGE_TOKEN=f"{image_token}\n")
     if tokenizer_template.startswith(header):
         return tokenizer_template
     as_parts = _rendered_probe(tokenizer_template, [{"type": "image"}, {"type": "text", "text": _PROBE}])
@@ -150,6 +156,24 @@ def _rendered_probe(template: str, content: str | list[dict[str, str]]) -> str:
         return ""
 
 
+def vicuna_text_template(system: str = VICUNA_SYSTEM_TEXT, stop: str | None = None) -> str:
+    """Returns the Vicuna form for contents that are plain text; see [`multimodal_chat_template`].
+
+    Args:
+        system (`str`, *optional*): The system text of conversations that bring none.
+        stop (`str`, *optional*): What closes every answer; `None`: the tokenizer's `eos_token`.
+    """
+    template = _VICUNA_TEXT_TEMPLATE.replace("EOS_CHECK", _EOS_CHECK if stop is None else "")
+    if stop is None:
+        template = template.replace("STOP_TEXT", "eos_token")
+    return filled(template, SYSTEM_TEXT=system, **({} if stop is None else {"STOP_TEXT": stop}))
+
+
+def filled(template: str, **texts: str) -> str:
+    """Returns a template with texts, as jinja writes them, in the place of names."""
+    return re.sub("|".join(texts), lambda name: _jinja_string(texts[name[0]]), template)
+
+
 def _jinja_string(text: str) -> str:
     escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
     return f"'{escaped}'"
@@ -157,4 +181,10 @@ def _jinja_string(text: str) -> str:
 
 VICUNA_CHAT_TEMPLATE = multimodal_chat_template(None)
 
-__all__ = ["VICUNA_CHAT_TEMPLATE", "VICUNA_SYSTEM_TEXT", "multimodal_chat_template"]
+__all__ = [
+    "VICUNA_CHAT_TEMPLATE",
+    "VICUNA_SYSTEM_TEXT",
+    "filled",
+    "multimodal_chat_template",
+    "vicuna_text_template",
+]

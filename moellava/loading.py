@@ -41,18 +41,16 @@ from .configuration.checkpoint_moellava import AUTO_MAP
 from .configuration.custom_code_moellava import CUSTOM_MODULE, is_own_class, registered_in
 from .configuration.names_moellava import canonical_projector, stacked_projector
 from .configuration.registry_moellava import ENCODERS, PROJECTORS, plain_value
+from .converting import is_older, load_older
 from .modeling import MoellavaForCausalLM
 from .processing import MoellavaProcessor
 from .projector_files import read_projector
 from .request import LoadRequest, is_custom_encoder, read_request
-from .sources import Source
+from .sources import CONFIG_NAME, Source
 from .upcycling import is_new_weight, upcycled, with_moe_changes
 
 
 logger = logging.getLogger(__name__)
-
-# Left in full precision when a model is quantised: small, and what the rest depends on.
-_UNQUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head", "mlp.gate", "mlp.coefficient"]
 
 # What a device_map may say beside devices: transformers' ways of spreading a model, and where it may be put off to.
 _PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
@@ -153,9 +151,32 @@ def load_pretrained_model(
 def _load(request: LoadRequest, placement: Any) -> Any:
     source = Source(request.model_path, request.hub_options)
     fields = source.config_dict()
+    if is_older(fields):
+        return _load_older(source, None, request, placement)
     if fields.get("model_type") != MoellavaConfig.model_type:
         return assemble(request, device_map=placement)
     return _load_checkpoint(source, fields, request, placement)
+
+
+def _load_older(source: Source, base: Source | None, request: LoadRequest, placement: Any) -> Any:
+    """Loads a LLaVA, MoE-LLaVA or Med-MoE checkpoint, or an adapter or a projector of one."""
+    if request.projector or request.projector_path or request.moe:
+        raise ValueError(
+            f"{source} is an older checkpoint, whose projector and experts are part of what it is. Convert it first "
+            "(`moellava convert`), then load the result with another projector_config or moe_config."
+        )
+    model, _ = load_older(
+        source,
+        base,
+        request.vision_tower,
+        changes=request.model_fields,
+        merge=request.options["merge"],
+        dtype=request.options["dtype"],
+        device_map=placement,
+        quantization_config=request.options["quantization_config"],
+        **request.model_options,
+    )
+    return model
 
 
 def _load_checkpoint(source: Source, fields: dict[str, Any], request: LoadRequest, placement: Any) -> Any:
@@ -377,12 +398,15 @@ def _is_not_about_the_type(record: logging.LogRecord) -> bool:
 
 
 def _load_adapter(request: LoadRequest, placement: Any) -> Any:
-    """Loads a LoRA adapter onto its base."""
+    """Loads a LoRA adapter, or the projector of an older checkpoint, onto its base."""
+    adapter = Source(request.model_path, request.hub_options)
+    fields = adapter.read_json(CONFIG_NAME)
+    if fields is not None and is_older(fields):
+        return _load_older(adapter, Source(request.model_base, request.hub_options), request, placement)
     try:
         from peft import PeftModel
     except ImportError as error:
         raise ImportError("A LoRA adapter needs PEFT, which is not installed: `pip install moellava[peft]`.") from error
-    adapter = Source(request.model_path, request.hub_options)
     if adapter.read_json("adapter_config.json") is None:
         raise ValueError(
             f"model_base is given, but {adapter} is no LoRA adapter: it has no adapter_config.json. To load a "
@@ -453,13 +477,12 @@ def _quantization(options: dict[str, Any]) -> Any:
             "`pip install moellava[quantized]`."
         ) from error
     if options["load_8bit"]:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(_UNQUANTISED))
+        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=options["dtype"] or torch.bfloat16,
-        llm_int8_skip_modules=list(_UNQUANTISED),
     )
 
 

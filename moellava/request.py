@@ -71,6 +71,7 @@ _MODEL_OPTIONS = (
     "distributed_config",
     "experts_implementation",
     "max_memory",
+    "modules_to_quantize",
     "offload_buffers",
     "offload_folder",
     "offload_state_dict",

@@ -70,6 +70,9 @@ class MoellavaProcessor(ProcessorMixin):
             none). `"square"`: the image processor alone decides; CLIP's cuts off what is outside the centre square,
             SigLIP's stretches. Can be given for one call too.
         image_token (`str`, *optional*, defaults to `"<image>"`): What stands for a picture in the text.
+        space_after_image (`bool`, *optional*, defaults to `False`):
+            Whether a space is put between a picture and the text behind it. LLaVA's code tokenizes that text as one of
+            its own, before which LLaMA's tokenizers put a space; those with `legacy=False` do not do so behind a token.
         chat_template (`str` or `dict[str, str]`, *optional*): The template of `apply_chat_template`.
 
     Raises:
@@ -87,6 +90,7 @@ class MoellavaProcessor(ProcessorMixin):
         num_image_tokens: int | None = None,
         image_aspect_ratio: str = "pad",
         image_token: str = "<image>",
+        space_after_image: bool = False,
         chat_template=None,
         **kwargs,
     ):
@@ -102,6 +106,7 @@ class MoellavaProcessor(ProcessorMixin):
         self.image_token = image_token
         self.image_token_id = _single_token_id(tokenizer, image_token)
         self.image_token_ids = [self.image_token_id]
+        self.space_after_image = space_after_image
         # Written to processor_config.json, so that AutoProcessor finds this class in a checkpoint.
         self.auto_map = dict(AUTO_MAP)
 
@@ -183,6 +188,17 @@ class MoellavaProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict | None = None, image_idx: int = 0, **kwargs) -> str:
         """Returns what a placeholder becomes; the same for every picture."""
         return self.image_token * self.num_image_tokens
+
+    def get_text_with_replacements(self, text: list[str], images_replacements: list[str] | None = None, *others):
+        """Puts the tokens of every picture in the place of its placeholder; see `ProcessorMixin`."""
+        replacements = list(images_replacements or [])
+        if self.space_after_image and replacements:
+            _, found = super().get_text_with_replacements(list(text), replacements, *others)
+            ends = [(row, place["span"][1]) for row, places in zip(text, found, strict=True) for place in places]
+            for index, (row, end) in enumerate(ends):
+                if end < len(row) and not row.startswith(self.image_token, end):
+                    replacements[index] += " "
+        return super().get_text_with_replacements(text, replacements, *others)
 
     def _process_images(self, images, image_aspect_ratio=None, input_data_format=None, **kwargs):
         """Converts, pads and preprocesses pictures; returns the image processor's output and the replacements."""

@@ -72,6 +72,16 @@ NOT_RUN = {
     ("README.md", "make demo"): "both set up an environment of several GB; .ci/run runs make test",
     ("README.md", "pip install ."): "changes the environment that the tests run in",
     ("README.md", 'model.push_to_hub("me/my-model")'): "needs the Hub",
+    ("docs/older-checkpoints.md", "# MoE-LLaVA and Med-MoE, dense and sparse; LLaVA-1.5 in its original form"): (
+        "needs the Hub"
+    ),
+    (
+        "docs/older-checkpoints.md",
+        'hf download JsST/Med-MoE --include "stage3/llavaphi-2.7b-medmoe/*" --local-dir med-moe',
+    ): "needs the Hub",
+    ("docs/performance.md", "python benchmarks/moe.py --tokens 1 --tokens 16 --tokens 128 --seconds 6"): (
+        "takes twenty minutes on a quiet machine"
+    ),
     ("docs/quickstart.md", "pip install ."): "changes the environment that the tests run in",
     ("docs/quickstart.md", 'model.push_to_hub("me/my-model")'): "needs the Hub",
 }

@@ -94,7 +94,7 @@ def draw_expert_load(load: ExpertLoad, file: Path) -> None:
     )
     shares = load.by_row
     for row, place in enumerate(places[0]):
-        image = place.imshow(shares[row], cmap="Blues", vmin=0, vmax=float(shares.max()), aspect="auto")
+        image = place.imshow(shares[row].numpy(), cmap="Blues", vmin=0, vmax=float(shares.max()), aspect="auto")
         for digit in range(num_rows):
             for expert in range(num_experts):
                 share = float(shares[row, digit, expert])

@@ -1,0 +1,515 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""From an older checkpoint to a model of ours: its parts read, its weights sorted, its conversation kept.
+
+`read_converted` reads one into a `Converted`, of which `load_older` makes the model; `convert` saves it.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, GenerationConfig
+
+from ..assembling import (
+    PROJECTOR_PREFIX,
+    TOWER_PREFIX,
+    VisionPart,
+    add_image_token,
+    dtype_of,
+    fit_projector,
+    grow_embeddings,
+    prepare_tokenizer,
+    projector_shapes,
+    read_generation_config,
+    read_tokenizer,
+    read_vision_tower,
+)
+from ..building import IMAGE_TOKEN, build, make_processor
+from ..chat_templates import multimodal_chat_template
+from ..configuration import MoellavaConfig
+from ..sources import CONFIG_NAME, Source, load_image_processor, read_tensors
+from .conversations import conversation_for, prepare_older_tokenizer, stop_token_ids
+from .older_config import OlderCheckpointError, OlderModel, is_llava_hf, is_older, read_older_config
+from .older_weights import (
+    WeightReport,
+    language_tensors,
+    moe_fields_told_by,
+    part_tensors,
+    sort_weights,
+)
+from .tokenizers import read_older_tokenizer
+
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_CONFIG = "adapter_config.json"
+NON_LORA_FILE = "non_lora_trainables.bin"
+PROJECTOR_FILE = "mm_projector.bin"
+_PICTURE_MARKS = ("<im_start>", "<im_end>")
+
+
+@dataclass
+class Converted:
+    """What a model of ours is made of, read from an older checkpoint.
+
+    Attributes:
+        config (`MoellavaConfig`): The model's config.
+        tensors (`dict[str, torch.Tensor]`): Its weights, memory-mapped but for those that are stacked.
+        tokenizer, image_processor: Those of its processor.
+        chat_template (`str`): The conversation that it was trained on.
+        generation_config (`GenerationConfig`): How it answers.
+        weights (`WeightReport`): What became of the older weights.
+        notes (`list[str]`): What else is not taken over as it is, and why.
+        space_after_image (`bool`): Whether the tokenizer needs a space behind a picture to say what it said.
+    """
+
+    config: MoellavaConfig
+    tensors: dict[str, torch.Tensor]
+    tokenizer: Any
+    image_processor: Any
+    chat_template: str
+    generation_config: GenerationConfig | None
+    weights: WeightReport
+    notes: list[str] = field(default_factory=list)
+    space_after_image: bool = False
+
+
+def read_converted(
+    source: Source,
+    base: Source | None = None,
+    vision_tower: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> Converted:
+    """Reads an older checkpoint.
+
+    Args:
+        source (`Source`): The checkpoint; or, with `base`, a folder with a projector or a LoRA adapter.
+        base (`Source`, *optional*): The language model that these belong to.
+        vision_tower (`str`, *optional*): A folder or Hub id in the place of the vision tower that the config names.
+        changes (`Mapping`, *optional*): Fields of `MoellavaConfig` that are to be other than the checkpoint says.
+
+    Raises:
+        FileNotFoundError, ValueError: Something is missing, damaged, or of a kind that cannot be converted.
+    """
+    fields = source.config_dict()
+    changes = dict(changes or {})
+    if is_llava_hf(fields):
+        return _read_llava_hf(source, changes)
+    older = read_older_config(fields, source.name)
+    tower = _read_tower(older, source, vision_tower)
+    tokenizer_source = source if base is None or _has_tokenizer(source) else base
+    tokenizer = read_older_tokenizer(tokenizer_source, older.text_config)
+    family = _conversation_family(older, tokenizer)
+    # Older transformers took True where the file does not say it.
+    legacy = (tokenizer_source.read_json("tokenizer_config.json") or {}).get("legacy", True)
+    prepare_older_tokenizer(tokenizer, family, legacy=legacy)
+    _add_picture_marks(tokenizer, older, fields)
+    prepare_tokenizer(tokenizer)
+    vocab_size = older.text_config.vocab_size
+    image_token_id, rows = add_image_token(tokenizer, vocab_size)
+    rows = max(rows, *(index + 1 for index in tokenizer.get_added_vocab().values()))
+    older.text_config.vocab_size = rows
+    is_siglip = tower.encoder_type == "siglip"
+    drops = is_siglip and older.vision_feature_select_strategy == "patch"
+    if drops:
+        older.notes.append(
+            "the first patch of a picture is dropped, as the older code did before the model was trained"
+        )
+
+    weights = _open_weights(source, base)
+    language, projector, tower_weights, report = sort_weights(weights, older, source.name)
+    if older.is_tied is None:
+        older.text_config.tie_word_embeddings = "lm_head.weight" not in language
+    if older.moe is not None:
+        older.moe = moe_fields_told_by(language, older.moe)
+    _check_tower(tower_weights, tower.config, source, vision_tower or older.vision_tower)
+    multiplier = getattr(older.text_config, "embedding_multiplier", 1.0)
+    fields = {
+        "encoder_type": tower.encoder_type,
+        "vision_feature_layer": older.vision_feature_layer,
+        "vision_feature_select_strategy": older.vision_feature_select_strategy,
+        "image_aspect_ratio": older.image_aspect_ratio,
+        **changes,
+    }
+    config = MoellavaConfig(
+        text_config=older.text_config,
+        vision_config=tower.config,
+        projector_config=dict(older.projector),
+        moe_config=older.moe,
+        image_token_id=image_token_id,
+        drop_first_patch=drops,
+        # The older code never scaled pictures; text it scaled with no picture beside it only, which is mended here.
+        image_feature_scale=1 / multiplier,
+        parts={
+            "converted_from": _public_name(source.name),
+            "vision_tower": _public_name(vision_tower or older.vision_tower),
+        },
+        **fields,
+    )
+    tensors = language_tensors(language, older.text_config, config.moe_config, source.name)
+    own = part_tensors(projector, tower_weights, dict(older.projector))
+    tower_tensors = {name: tensor for name, tensor in own.items() if name.startswith(TOWER_PREFIX)}
+    projector_tensors = {
+        name.removeprefix(PROJECTOR_PREFIX): tensor for name, tensor in own.items() if name not in tower_tensors
+    }
+    fit_projector(source.name, projector_tensors, config, projector_shapes(config))
+    if not tower_tensors:
+        own |= {f"{TOWER_PREFIX}{name}": tensor for name, tensor in tower.tensors().items()}
+        report.added[f"{TOWER_PREFIX}*"] = f"from {vision_tower or older.vision_tower}"
+    tensors |= own
+    if older.family.drops_head_bias:
+        head = tensors["lm_head.weight"]
+        tensors["lm_head.bias"] = head.new_zeros(head.shape[0])
+        report.added["lm_head.bias"] = "zeros: the older class has no bias in its head"
+    if rows > vocab_size:
+        grow_embeddings(tensors, older.text_config, rows)
+        older.notes.append(f"{rows - vocab_size} row(s) are added to the vocabulary for {IMAGE_TOKEN}")
+    conversation = conversation_for(family)
+    template = conversation.chat_template
+    if older.has_picture_marks:
+        start, end = _PICTURE_MARKS
+        template = template.replace(IMAGE_TOKEN, f"{start}{IMAGE_TOKEN}{end}")
+    generation_config = _readable(read_generation_config(source)) or GenerationConfig()
+    generation_config.eos_token_id = stop_token_ids(tokenizer, conversation)
+    generation_config.pad_token_id = tokenizer.pad_token_id
+    generation_config.bos_token_id = tokenizer.bos_token_id
+    if rows > vocab_size:
+        generation_config.suppress_tokens = list(range(vocab_size, rows))
+    return Converted(
+        config,
+        tensors,
+        tokenizer,
+        tower.image_processor,
+        template,
+        generation_config,
+        report,
+        older.notes,
+        _needs_space_after_image(tokenizer),
+    )
+
+
+def _public_name(name: str) -> str:
+    """A Hub id as it is, and of a path its end: the rest says nothing to others, and may say too much."""
+    return os.path.basename(os.path.normpath(name)) if os.path.exists(name) or name.count("/") > 1 else name
+
+
+def _has_tokenizer(source: Source) -> bool:
+    return source.find("tokenizer_config.json") is not None
+
+
+def _conversation_family(older: OlderModel, tokenizer: Any) -> str:
+    # OpenChat is a Mistral with a stop of its own.
+    if older.family.name == "mistral" and "<|end_of_turn|>" in tokenizer.get_vocab():
+        return "openchat"
+    return older.family.name
+
+
+def _readable(generation_config: GenerationConfig | None) -> GenerationConfig | None:
+    """Takes out what has no effect without sampling, such as Vicuna's temperature: transformers would not save it."""
+    if generation_config is not None and not generation_config.do_sample:
+        for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            setattr(generation_config, name, None)
+    return generation_config
+
+
+def _needs_space_after_image(tokenizer: Any) -> bool:
+    """Whether the text behind a picture, which the older code tokenizes by itself, would lack the space before it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return getattr(getattr(backend, "pre_tokenizer", None), "prepend_scheme", None) == "first"
+
+
+def _add_picture_marks(tokenizer: Any, older: OlderModel, fields: Mapping[str, Any]) -> None:
+    """Adds the tokens that the older code adds when it loads a model with marks around its pictures, in its order."""
+    if not older.has_picture_marks:
+        return
+    if fields.get("mm_use_im_patch_token", True):
+        tokenizer.add_tokens(["<im_patch>"], special_tokens=True)
+    tokenizer.add_tokens(list(_PICTURE_MARKS), special_tokens=True)
+
+
+def _read_tower(older: OlderModel, source: Source, given: str | None) -> VisionPart:
+    name = given or older.vision_tower
+    if name is None:
+        raise OlderCheckpointError(
+            f"The config.json of {source} names no vision tower (mm_image_tower, mm_vision_tower). Give one as "
+            "mm_vision_tower (--vision-tower), a folder or a Hub id."
+        )
+    try:
+        return read_vision_tower(Source(name, source.hub_options))
+    except (OSError, ValueError) as error:
+        if given is not None:
+            raise
+        raise OlderCheckpointError(
+            f"The config.json of {source} names the vision tower {name!r}, which cannot be had here "
+            f"({str(error).partition(chr(10))[0]}). Give it as mm_vision_tower (--vision-tower), a folder or a Hub id, "
+            "such as 'openai/clip-vit-large-patch14-336'."
+        ) from error
+
+
+def _check_tower(weights: Mapping[str, torch.Tensor], config: Any, source: Source, name: str | None) -> None:
+    """Refuses a vision tower that is another one than that whose weights the checkpoint holds."""
+    patches = weights.get("embeddings.patch_embedding.weight")
+    if patches is None:
+        return
+    found, expected = (patches.shape[0], patches.shape[-1]), (config.hidden_size, config.patch_size)
+    if found != expected:
+        raise OlderCheckpointError(
+            f"The files of {source} hold a vision tower {found[0]} wide with patches of {found[1]} pixels, but {name} "
+            f"is {expected[0]} wide with patches of {expected[1]}. Give the tower that the model was trained with as "
+            "mm_vision_tower (--vision-tower)."
+        )
+
+
+def _open_weights(source: Source, base: Source | None) -> dict[str, torch.Tensor]:
+    if base is None:
+        if source.find(PROJECTOR_FILE) is not None and source.find(ADAPTER_CONFIG) is None and _has_no_weights(source):
+            raise OlderCheckpointError(
+                f"{source} holds a projector alone ({PROJECTOR_FILE}). Give the language model that it belongs to as "
+                "model_base (--base)."
+            )
+        _check_shards(source)
+        return source.tensors()
+    for name in (NON_LORA_FILE, PROJECTOR_FILE):
+        path = source.find(name)
+        if path is not None:
+            return base.tensors() | {_trained_name(key): tensor for key, tensor in read_tensors(path)}
+    if source.find(ADAPTER_CONFIG) is not None:
+        return base.tensors()
+    raise OlderCheckpointError(
+        f"A base is given, but {source} has neither {NON_LORA_FILE}, as it stands beside a LoRA adapter, nor "
+        f"{PROJECTOR_FILE}. To load a whole checkpoint, leave the base out."
+    )
+
+
+def _has_no_weights(source: Source) -> bool:
+    try:
+        source.weight_files()
+    except FileNotFoundError:
+        return True
+    return False
+
+
+def _trained_name(name: str) -> str:
+    """The name of a weight that a trainer has saved apart, without what PEFT puts in front."""
+    name = name.removeprefix("base_model.")
+    return name.removeprefix("model.") if name.startswith(("model.model.", "model.transformer.")) else name
+
+
+def _check_shards(source: Source) -> None:
+    """Refuses shards beside those that the index lists: they are of another checkpoint, or the index is."""
+    if not source.is_local:
+        return
+    listed = {path.name for path in source.weight_files()}
+    kinds = {(name.partition("-")[0].partition(".")[0], Path(name).suffix) for name in listed}
+    for prefix, suffix in kinds:
+        shard = re.compile(rf"{re.escape(prefix)}-\d+-of-\d+{re.escape(suffix)}")
+        strange = sorted(name for name in os.listdir(source.name) if shard.fullmatch(name) and name not in listed)
+        if strange:
+            raise OlderCheckpointError(
+                f"{source} holds {', '.join(strange)}, which its index does not list: files of two checkpoints are "
+                "mixed. Remove what does not belong to it, or download it again."
+            )
+
+
+# What transformers' LLaVA calls its parts on disk, beside the names of its modules.
+_LLAVA_HF_NAMES = (
+    (re.compile(r"^language_model\.model\."), "model.language_model."),
+    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"^(?:model\.)?vision_tower\.(?:vision_model\.)?"), TOWER_PREFIX),
+    (re.compile(r"^(?:model\.)?multi_modal_projector\."), "model.multi_modal_projector."),
+)
+
+
+def _read_llava_hf(source: Source, changes: dict[str, Any]) -> Converted:
+    """Reads a checkpoint of transformers' `LlavaForConditionalGeneration`, whose tree is ours."""
+    llava = AutoConfig.from_pretrained(source.name, **source.hub_options)
+    tokenizer, image_processor = read_tokenizer(source), load_image_processor(source)
+    template = _own_template(source, tokenizer)
+    prepare_tokenizer(tokenizer)
+    projector = {
+        "type": "mlp",
+        "hidden_act": llava.projector_hidden_act,
+        "bias": llava.multimodal_projector_bias,
+    }
+    fields = {
+        "vision_feature_layer": llava.vision_feature_layer,
+        "vision_feature_select_strategy": llava.vision_feature_select_strategy,
+        "image_aspect_ratio": "pad" if getattr(image_processor, "do_pad", False) else "square",
+        **changes,
+    }
+    config = MoellavaConfig(
+        text_config=llava.text_config,
+        vision_config=llava.vision_config,
+        projector_config=projector,
+        image_token_id=llava.image_token_id,
+        parts={"converted_from": _public_name(source.name)},
+        **fields,
+    )
+    _check_shards(source)
+    tensors, report = {}, WeightReport()
+    for name, tensor in source.tensors().items():
+        if name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")):
+            report.left_out[name] = "computed anew"
+            continue
+        for pattern, ours in _LLAVA_HF_NAMES:
+            name = pattern.sub(ours, name)
+        tensors[name] = tensor
+    report.num_used = len(tensors)
+    return Converted(config, tensors, tokenizer, image_processor, template, read_generation_config(source), report)
+
+
+def _own_template(source: Source, tokenizer: Any) -> str:
+    """Returns the chat template of a processor of transformers, wherever its version keeps it."""
+    template = source.find("chat_template.jinja")
+    if template is not None:
+        return multimodal_chat_template(template.read_text(encoding="utf-8"), IMAGE_TOKEN)
+    older = source.read_json("chat_template.json") or {}
+    return multimodal_chat_template(older.get("chat_template", tokenizer.chat_template), IMAGE_TOKEN)
+
+
+def load_older(
+    source: Source,
+    base: Source | None = None,
+    vision_tower: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    merge: bool = True,
+    **options: Any,
+) -> tuple[Any, Converted]:
+    """Reads and builds an older checkpoint, with its processor as `model.processor`.
+
+    Args:
+        source, base, vision_tower, changes: As for `read_converted`.
+        merge (`bool`): Whether a LoRA adapter is added to the weights; otherwise a `PeftModel` is returned.
+        options: Those of `from_pretrained`.
+    """
+    converted = read_converted(source, base, vision_tower, changes)
+    options["dtype"] = options.get("dtype") or dtype_of(converted.config.text_config, converted.tensors)
+    model = build(converted.config, converted.tensors, strict=True, **options)
+    if converted.generation_config is not None:
+        model.generation_config = converted.generation_config
+    model.processor = make_processor(model, converted.image_processor, converted.tokenizer)
+    model.processor.chat_template = converted.chat_template
+    model.processor.space_after_image = converted.space_after_image
+    for note in converted.notes:
+        logger.info("%s: %s", source, note)
+    if base is not None and source.find(ADAPTER_CONFIG) is not None:
+        from .adapters import attach_adapter
+
+        model = attach_adapter(model, source, merge)
+    return model, converted
+
+
+@dataclass
+class ConversionReport:
+    """What a conversion did.
+
+    Attributes:
+        source, out (`str`): From where to where.
+        num_used (`int`): How many weights of the source have their place in the model.
+        left_out, added (`dict[str, str]`): Weights of the source that have none, and of the model that the source does
+            not have, with the reasons.
+        notes (`list[str]`): What else is not taken over as it is, and why.
+        num_parameters, num_active_parameters (`int`): In all, and those that a token meets.
+    """
+
+    source: str
+    out: str
+    num_used: int
+    left_out: dict[str, str]
+    added: dict[str, str]
+    notes: list[str]
+    num_parameters: int
+    num_active_parameters: int
+
+
+def convert(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    base: str | os.PathLike | None = None,
+    vision_tower: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    overwrite: bool = False,
+    **hub_options,
+) -> ConversionReport:
+    """Converts an older checkpoint to one of ours, which transformers loads with nothing else installed.
+
+    Args:
+        source (`str` or `os.PathLike`): A LLaVA, MoE-LLaVA or Med-MoE checkpoint, one of transformers' own LLaVA, or,
+            with `base`, a LoRA adapter or a projector of one; a folder or a Hub id.
+        out (`str` or `os.PathLike`): The folder to write.
+        base (`str` or `os.PathLike`, *optional*): What an adapter or a projector belongs to.
+        vision_tower (`str`, *optional*): A folder or Hub id, where the config names a tower that cannot be had.
+        dtype (`torch.dtype` or `str`, *optional*): By default that of the weights.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether a folder that holds something is written to. A
+            model in it is replaced as a whole, or not at all.
+        hub_options: `revision`, `token`, `cache_dir`, `local_files_only`, `trust_remote_code`.
+
+    Returns:
+        [`ConversionReport`]: What was taken over, what was left out and why.
+
+    Raises:
+        FileExistsError: `out` holds something.
+        FileNotFoundError, ValueError: Something is missing, damaged, or of a kind that cannot be converted; nothing has
+            been written.
+
+    Example:
+
+    ```python
+    >>> from moellava import convert
+
+    >>> report = convert("LanguageBind/MoE-LLaVA-Phi2-2.7B-4e", "moe-llava-phi2")
+    ```"""
+    from ..inspecting import inspect_checkpoint
+
+    older = Source(source, hub_options)
+    out = os.path.abspath(out)
+    if older.is_local and os.path.exists(out) and os.path.samefile(older.name, out):
+        raise ValueError(f"The folder to write is the source itself, {older}. Give another one.")
+    if os.path.isdir(out) and os.listdir(out) and not overwrite:
+        raise FileExistsError(f"The folder {out} holds something already. Give another one, or overwrite=True.")
+    if base is None and not is_older(older.config_dict()):
+        raise OlderCheckpointError(
+            f"{older} is a model of type {older.config_dict()['model_type']!r}, which needs no conversion or cannot be "
+            "converted. Expected a LLaVA, MoE-LLaVA or Med-MoE checkpoint."
+        )
+    base = None if base is None else Source(base, hub_options)
+    model, converted = load_older(older, base, vision_tower, dtype=dtype)
+    model.save_pretrained(out)
+    summary = inspect_checkpoint(out)
+    return ConversionReport(
+        source=older.name,
+        out=out,
+        num_used=converted.weights.num_used,
+        left_out=converted.weights.left_out,
+        added=converted.weights.added,
+        notes=converted.notes,
+        num_parameters=summary.parameters.total,
+        num_active_parameters=summary.parameters.active,
+    )
+
+
+__all__ = [
+    "CONFIG_NAME",
+    "ConversionReport",
+    "Converted",
+    "convert",
+    "load_older",
+    "read_converted",
+]
