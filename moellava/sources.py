@@ -178,7 +178,9 @@ def read_tensors(path: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor]]:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
-                    yield name, file.get_tensor(name)
+                    tensor = file.get_tensor(name)
+                    tensor.origin = (path, name)  # for `unmapped`
+                    yield name, tensor
         except SafetensorError as error:
             raise ValueError(
                 f"{path} cannot be read as safetensors ({error}): it is truncated or damaged. Save or download it "
@@ -186,6 +188,18 @@ def read_tensors(path: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor]]:
             ) from error
         return
     yield from _read_pickle(path).items()
+
+
+def unmapped(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor of `read_tensors` in memory of its own, read without the mapping that it came from.
+
+    What is copied out of a mapping leaves its pages resident until the file is closed, beside the copy.
+    """
+    if not hasattr(tensor, "origin"):
+        return tensor
+    path, name = tensor.origin
+    with safe_open(path, framework="pt", backend="pread") as file:
+        return file.get_tensor(name)
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
@@ -236,4 +250,4 @@ def load_image_processor(source: Source) -> Any:
         ) from error
 
 
-__all__ = ["CONFIG_NAME", "OPEN_CLIP_CONFIG_NAME", "Source", "load_image_processor", "read_tensors"]
+__all__ = ["CONFIG_NAME", "OPEN_CLIP_CONFIG_NAME", "Source", "load_image_processor", "read_tensors", "unmapped"]

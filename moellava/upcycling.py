@@ -33,7 +33,7 @@ from .configuration import MoellavaConfig, MoellavaMoeConfig
 from .configuration.names_moellava import canonical_moe
 from .modeling import MoellavaForCausalLM
 from .modeling.sparse_moellava import DenseForm, dense_mlps
-from .sources import Source, read_tensors
+from .sources import Source, read_tensors, unmapped
 
 
 _BODY = "model.language_model."
@@ -206,7 +206,9 @@ def _sparse_tensors(
     for index in moe.layers:
         name, mlp = mlps[index]
         form, prefix = DenseForm(mlp), f"{_BODY}{name}."
-        dense = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+        dense = {
+            key.removeprefix(prefix): unmapped(tensors.pop(key)) for key in list(tensors) if key.startswith(prefix)
+        }
         _check_dense(dense, mlp, prefix)
         _check_form(form, mlp, dense, config)
         sparse = {f"experts.{key}": tensor for key, tensor in form.stacked([dense] * moe.num_experts).items()}

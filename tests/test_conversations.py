@@ -343,8 +343,8 @@ def test_ids_without_pictures_are_those_of_the_text(turns, parts):
     assert ids == expected
 
 
-# The older code tokenizes the text behind a picture as a text of its own, with a space before it; a LLaMA tokenizer with
-# legacy=False puts none behind a special token, so the processor does.
+# The older code tokenizes the text behind a picture as a text of its own, with a space before it; a LLaMA tokenizer
+# with legacy=False puts none behind a special token, so the processor does.
 @pytest.mark.parametrize("turns", [turns for turns in TURNS if "without picture" not in turns])
 def test_ids_behind_pictures_of_a_tokenizer_that_is_not_legacy(turns, parts):
     ids, expected = ids_of(parts, "llama", TURNS[turns], legacy=False, space_after_image=True)

@@ -1,0 +1,194 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Memory and time of loading, assembling and upcycling, against transformers' own LLaVA of the same bytes.
+
+    python benchmarks/loading.py
+    python benchmarks/loading.py --repeats 5 --out build/loading.json
+
+Every measurement is a fresh process: the peak of its resident memory (`VmHWM`: anonymous pages and those mapped from
+files, each once) over what it held when everything was imported, as a share of the bytes of the model that comes out;
+every weight is read once afterwards, so that pages which are only promised count too. Time is that of the call, as a
+ratio to transformers loading the LLaVA. Processes take turns, and the median counts.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+CASES = ("transformers_llava", "load", "load_fp32", "assemble", "upcycle", "load_sparse")
+THREADS = 2
+
+
+def sizes() -> dict:
+    from transformers import CLIPVisionConfig, LlamaConfig
+
+    return {
+        "text": LlamaConfig(
+            vocab_size=8064,
+            hidden_size=1024,
+            intermediate_size=2816,
+            num_hidden_layers=12,
+            num_attention_heads=16,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        "vision": CLIPVisionConfig(
+            hidden_size=512,
+            intermediate_size=2048,
+            num_hidden_layers=12,
+            num_attention_heads=8,
+            image_size=224,
+            patch_size=14,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+    }
+
+
+def make(folder: Path) -> None:
+    """Writes the parts, the assembled model, the sparse one, and a LLaVA of the dense one's size."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionModel,
+        LlamaForCausalLM,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        PreTrainedTokenizerFast,
+    )
+
+    from moellava import load_pretrained_model, upcycle
+
+    torch.set_default_dtype(torch.bfloat16)
+    configs = sizes()
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"word{number}": number for number in range(3, 8000)}}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+    )
+    LlamaForCausalLM(configs["text"]).save_pretrained(folder / "language-model")
+    tokenizer.save_pretrained(folder / "language-model")
+    CLIPVisionModel(configs["vision"]).save_pretrained(folder / "vision-tower")
+    CLIPImageProcessor(size={"shortest_edge": 224}, crop_size=224).save_pretrained(folder / "vision-tower")
+    llava = LlavaConfig(text_config=configs["text"], vision_config=configs["vision"], image_token_id=8000)
+    LlavaForConditionalGeneration(llava).save_pretrained(folder / "llava")
+    model = load_pretrained_model(
+        folder / "language-model", mm_vision_tower=folder / "vision-tower", device="cpu"
+    ).model
+    model.save_pretrained(folder / "dense")
+    upcycle(model, num_experts=4, layers="dense").save_pretrained(folder / "sparse")
+
+
+def measure(case: str, folder: Path) -> dict[str, float]:
+    """Runs one case in this process."""
+    import time
+
+    import torch
+
+    torch.set_num_threads(THREADS)
+    import transformers
+
+    from moellava import load_pretrained_model
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    from transformers import LlavaForConditionalGeneration
+
+    import moellava.assembling  # noqa: F401
+
+    dense, parts = str(folder / "dense"), (str(folder / "language-model"), str(folder / "vision-tower"))
+    runs = {
+        "transformers_llava": lambda: LlavaForConditionalGeneration.from_pretrained(folder / "llava", dtype="auto"),
+        "load": lambda: load_pretrained_model(dense, device="cpu").model,
+        "load_fp32": lambda: load_pretrained_model(dense, device="cpu", dtype="float32").model,
+        "assemble": lambda: load_pretrained_model(parts[0], mm_vision_tower=parts[1], device="cpu").model,
+        "upcycle": lambda: (
+            load_pretrained_model(dense, device="cpu", moe_config={"num_experts": 4, "layers": "dense"}).model
+        ),
+        "load_sparse": lambda: load_pretrained_model(str(folder / "sparse"), device="cpu").model,
+    }
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    idle = memory("VmRSS")
+    began = time.perf_counter()
+    model = runs[case]()
+    seconds = time.perf_counter() - began
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    for parameter in model.parameters():
+        parameter.view(-1)[:: 4096 // parameter.element_size()].float().sum()  # one value of every page
+    return {"peak": (memory("VmHWM") - idle) / size, "seconds": seconds, "bytes": size}
+
+
+def memory(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--case", choices=CASES, action="append", help="which cases (default: all)")
+    parser.add_argument("--folder", type=Path, help="where to keep the models (default: a temporary folder)")
+    parser.add_argument("--out", type=Path, help="also write the rows as JSON")
+    parser.add_argument("--measure", choices=CASES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        sys.stdout.write(json.dumps(measure(arguments.measure, arguments.folder)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        if not (folder / "sparse").exists():
+            make(folder)
+        cases = arguments.case or CASES
+        results: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
+        for repeat in range(arguments.repeats + 1):
+            for case in cases:
+                command = [sys.executable, __file__, "--measure", case, "--folder", folder]
+                environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+                done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+                if repeat:  # the first round brings the files into the page cache
+                    results[case].append(json.loads(done.stdout.splitlines()[-1]))
+    show(results, arguments.out)
+
+
+def show(results: dict[str, list[dict[str, float]]], out: Path | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    medians = {
+        case: {name: statistics.median(row[name] for row in rows) for name in rows[0]} for case, rows in results.items()
+    }
+    peer = medians.get("transformers_llava", {}).get("seconds")
+    table = Table(title=f"{THREADS} threads; peak over idle / bytes of the model; time / transformers' LLaVA")
+    for column in ("case", "model MB", "peak", "seconds", "time ratio"):
+        table.add_column(column, justify="right")
+    for case, row in medians.items():
+        ratio = "" if peer is None else f"{row['seconds'] / peer:.2f}"
+        table.add_row(case, f"{row['bytes'] / 1e6:.0f}", f"{row['peak']:.3f}", f"{row['seconds']:.2f}", ratio)
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(medians, indent=1))
+
+
+if __name__ == "__main__":
+    main()
