@@ -329,8 +329,6 @@ def prepare_tokenizer(tokenizer: Any) -> None:
     Raises:
         ValueError: It has no token to pad with.
     """
-    if hasattr(tokenizer, "legacy"):
-        tokenizer.init_kwargs["legacy"] = tokenizer.legacy  # which transformers would not save
     tokenizer.padding_side = "left"  # generation continues at the right end
     if tokenizer.pad_token is None:
         # Padding is masked, so any token serves; the unknown one keeps the end token trainable.

@@ -271,6 +271,9 @@ class MoellavaProcessor(ProcessorMixin):
             `list[str]`: The path of `processor_config.json`.
         """
         save_directory = os.fspath(save_directory)
+        if hasattr(self.tokenizer, "legacy"):
+            # transformers saves it of a tokenizer that was made with it, and not of one that was loaded so.
+            self.tokenizer.init_kwargs["legacy"] = self.tokenizer.legacy
         with staged_folder(save_directory) as staging:
             files = super().save_pretrained(staging)
             export_code(staging, earlier=save_directory)

@@ -618,6 +618,24 @@ def test_the_report_counts_parameters(shop, tmp_path, family):
     assert report.num_parameters - report.num_active_parameters == experts // 2
 
 
+def test_marks_around_pictures(shop):
+    """Where the config says so, a picture stands between two tokens, which the older loader adds to the tokenizer."""
+    model, _, tokenizer, _ = shop.load(shop.write("phi", moe={}, mm_use_im_start_end=True))
+    marks = tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"])
+    assert len(set(marks)) == 2 and tokenizer.unk_token_id not in marks
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    prompt = model.processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert "USER: <im_start><image><im_end>\nWhat? ASSISTANT:" in prompt
+    ids = model.processor(images=picture(1), text=prompt, return_tensors="pt")["input_ids"][0].tolist()
+    places = [index for index, token in enumerate(ids) if token == model.config.image_token_id]
+    assert [ids[places[0] - 1], ids[places[-1] + 1]] == marks
+    assert max(ids) < model.config.text_config.vocab_size
+
+
+def test_the_context_that_the_config_says(shop):
+    assert shop.load(shop.write("phi", moe={}, max_sequence_length=96))[3] == 96
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "phi"])
 def test_a_saved_processor_makes_the_same_tokens(shop, tmp_path, family):
     older = shop.write(family, moe={})
@@ -811,6 +829,15 @@ def test_converted_once_it_loads_anywhere(shop, tmp_path, family, fields):
     # What was converted is one of this package's checkpoints, and equal to what is loaded at once.
     assert_same_weights(load_pretrained_model(out, device="cpu").model.state_dict(), shop.load(older)[0].state_dict())
     assert not list(out.glob("*.bin")) and list(out.glob("*.safetensors"))
+
+
+def test_a_loaded_model_is_saved_as_one_of_ours(shop, tmp_path):
+    older = shop.write("stablelm", med_moe=True)
+    model = shop.load(older)[0]
+    model.save_pretrained(tmp_path / "saved")
+    again = load_pretrained_model(tmp_path / "saved", device="cpu").model
+    assert_same_weights(again.state_dict(), model.state_dict())
+    assert_same_answers(shop, older, again)
 
 
 def test_convert_in_python(shop, tmp_path):
@@ -1082,6 +1109,7 @@ BAD_MOE = {
     "no number of experts": ({"num_experts": ABSENT}, "num_experts"),
     "more experts than the file": ({"num_experts": [8, 8]}, "expert"),
     "fewer experts than the file": ({"num_experts": [2, 2]}, "expert"),
+    "layers with other numbers of experts": ({"num_experts": [4, 2]}, "num_experts"),
     "experts that are no number": ({"num_experts": "four"}, "num_experts"),
     "other layers than the file": ({"moe_layers_idx": [1, 3]}, "layer"),
     "a layer that is not there": ({"moe_layers_idx": [0, 2, 9], "num_experts": 4}, "9"),
@@ -1103,6 +1131,28 @@ def test_bad_mixtures(shop, tmp_path, refused, fault):
     older = shop.write("phi", moe={})
     moe = {name: value for name, value in (older.config["moe"] | changed).items() if value is not ABSENT}
     refused(shop.copy(older, tmp_path / "source", moe=moe), match)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"no_bias": False}, {"kv_channels": 32}, {"rotary_pct": 0.5}, {"rotary_emb_base": ABSENT}], ids=str
+)
+def test_qwens_that_are_no_qwen2(shop, tmp_path, changed):
+    """What Qwen2 has no word for is refused, not left out; what is absent has Qwen-1's default."""
+    folder = shop.copy(shop.write("qwen", moe={}), tmp_path / "source", **changed)
+    (name,) = changed
+    if changed[name] is ABSENT:
+        text_config = load_pretrained_model(folder, device="cpu").model.config.text_config
+        assert text_config.rope_parameters["rope_theta"] == 10000
+        return
+    with pytest.raises(ValueError, match=name):
+        load_pretrained_model(folder, device="cpu")
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": {"lm_head.weight": 5}}', "[]", "no JSON"])
+def test_an_index_that_is_none(shop, tmp_path, refused, content):
+    folder = shop.copy(shop.write("phi", moe={}, shards="sharded_safetensors"), tmp_path / "source")
+    (folder / "model.safetensors.index.json").write_text(content, encoding="utf-8")
+    refused(folder, "model.safetensors.index.json")
 
 
 class Harmful:

@@ -76,7 +76,7 @@ class OlderModel:
         vision_feature_select_strategy (`str`): `"patch"` or `"full"`.
         projector (`dict`): The projector's type and fields.
         moe (`dict`, *optional*): The fields of the sparse layers.
-        lora_scale (`float`): What adapters within the checkpoint are multiplied by.
+        lora_scale (`float`, *optional*): What adapters within the checkpoint are multiplied by, if the config tells.
         image_aspect_ratio (`str`): How pictures are made square.
         has_picture_marks (`bool`): Whether a picture stands between `<im_start>` and `<im_end>`.
         notes (`list[str]`): What is not taken over as it is, and why.
@@ -90,7 +90,7 @@ class OlderModel:
     vision_feature_select_strategy: str
     projector: dict[str, Any]
     moe: dict[str, Any] | None
-    lora_scale: float
+    lora_scale: float | None
     image_aspect_ratio: str
     has_picture_marks: bool
     notes: list[str]
@@ -245,6 +245,8 @@ def read_older_config(fields: Mapping[str, Any], origin: str) -> OlderModel:
         is_tied = True  # the default of the class that wrote it, which is not written
     if is_tied is not None:
         text_config.tie_word_embeddings = bool(is_tied)
+    if fields.get("max_sequence_length"):  # what the older loader goes by
+        text_config.max_position_embeddings = fields["max_sequence_length"]
     pad = text_config.pad_token_id
     if pad is not None and not 0 <= pad < text_config.vocab_size:
         notes.append(f"pad_token_id {pad} lies outside the vocabulary and is left out")
@@ -283,9 +285,11 @@ def _moe_fields(fields: Mapping[str, Any], origin: str, notes: list[str]) -> dic
     is_sparse = str(fields.get("model_type")).startswith("moe_")
     if not isinstance(moe, Mapping) or not moe.get("moe_enable", is_sparse):
         if is_sparse:
+            found = "moe_enable is false" if isinstance(moe, Mapping) else "it has none"
             raise OlderCheckpointError(
-                f"The config.json of {origin} says model_type {fields['model_type']!r}, but nothing of its sparse "
-                "layers under 'moe'. Expected what MoE-LLaVA writes: moe_enable, moe_layers_idx, num_experts, ..."
+                f"The config.json of {origin} says model_type {fields['model_type']!r}, but under 'moe', where its "
+                f"sparse layers should be described, {found}. Expected what MoE-LLaVA writes: moe_enable: true, "
+                "moe_layers_idx, num_experts, ..."
             )
         return None
     if moe.get("num_experts") in (None, []):
@@ -314,9 +318,11 @@ def _moe_fields(fields: Mapping[str, Any], origin: str, notes: list[str]) -> dic
     }
 
 
-def _lora_scale(fields: Mapping[str, Any]) -> float:
-    lora = fields.get("lora") or {}
-    return lora.get("lora_alpha", 256) / lora.get("lora_r", 128)
+def _lora_scale(fields: Mapping[str, Any]) -> float | None:
+    lora = fields.get("lora")
+    if not isinstance(lora, Mapping) or not lora.get("lora_r") or lora.get("lora_alpha") is None:
+        return None
+    return lora["lora_alpha"] / lora["lora_r"]
 
 
 def _aspect_ratio(fields: Mapping[str, Any], notes: list[str]) -> str:
