@@ -60,8 +60,10 @@ from .tokenizers import read_older_tokenizer
 logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA_FILE = "non_lora_trainables.bin"
 PROJECTOR_FILE = "mm_projector.bin"
+_OF_PROJECTOR = ".mm_projector."
 _PICTURE_MARKS = ("<im_start>", "<im_end>")
 
 
@@ -112,6 +114,8 @@ def read_converted(
     changes = dict(changes or {})
     if is_llava_hf(fields):
         return _read_llava_hf(source, changes)
+    if base is None:
+        _check_needs_no_base(source)
     older = read_older_config(fields, source.name)
     tower = _read_tower(older, source, vision_tower)
     tokenizer_source = source if base is None or _has_tokenizer(source) else base
@@ -134,7 +138,8 @@ def read_converted(
         )
 
     weights = _open_weights(source, base)
-    language, projector, tower_weights, report = sort_weights(weights, older, source.name)
+    origin = source.name if base is None else f"{source} with the base {base}"
+    language, projector, tower_weights, report = sort_weights(weights, older, origin)
     if older.is_tied is None:
         older.text_config.tie_word_embeddings = "lm_head.weight" not in language
     if older.moe is not None:
@@ -279,23 +284,43 @@ def _check_tower(weights: Mapping[str, torch.Tensor], config: Any, source: Sourc
 
 def _open_weights(source: Source, base: Source | None) -> dict[str, torch.Tensor]:
     if base is None:
-        if source.find(PROJECTOR_FILE) is not None and source.find(ADAPTER_CONFIG) is None and _has_no_weights(source):
-            raise OlderCheckpointError(
-                f"{source} holds a projector alone ({PROJECTOR_FILE}). Give the language model that it belongs to as "
-                "model_base (--base)."
-            )
         _check_shards(source)
         return source.tensors()
-    for name in (NON_LORA_FILE, PROJECTOR_FILE):
+    is_adapter = source.find(ADAPTER_CONFIG) is not None
+    adapter = next((name for name in ADAPTER_FILES if source.find(name) is not None), NON_LORA_FILE)
+    if not is_adapter and source.find(adapter) is not None:
+        raise OlderCheckpointError(
+            f"{source} holds {adapter} of a LoRA adapter, but no {ADAPTER_CONFIG}, which tells what its weights are "
+            "multiplied by. Add the one that was saved beside it."
+        )
+    tensors = base.tensors()
+    for name in (NON_LORA_FILE, PROJECTOR_FILE) if is_adapter else (PROJECTOR_FILE,):
         path = source.find(name)
         if path is not None:
-            return base.tensors() | {_trained_name(key): tensor for key, tensor in read_tensors(path)}
-    if source.find(ADAPTER_CONFIG) is not None:
-        return base.tensors()
+            trained = {_trained_name(key): tensor for key, tensor in read_tensors(path)}
+            if any(_OF_PROJECTOR in key for key in trained):  # of the base's own nothing is to remain
+                tensors = {key: tensor for key, tensor in tensors.items() if _OF_PROJECTOR not in key}
+            return tensors | trained
+    if is_adapter:
+        if not any(_OF_PROJECTOR in key for key in tensors):
+            raise FileNotFoundError(
+                f"Neither {source} nor the base {base} holds a projector. Expected {NON_LORA_FILE}, which the older "
+                "trainer saves beside an adapter."
+            )
+        return tensors
     raise OlderCheckpointError(
         f"A base is given, but {source} has neither {NON_LORA_FILE}, as it stands beside a LoRA adapter, nor "
         f"{PROJECTOR_FILE}. To load a whole checkpoint, leave the base out."
     )
+
+
+def _check_needs_no_base(source: Source) -> None:
+    for name, kind in ((ADAPTER_CONFIG, "a LoRA adapter"), (PROJECTOR_FILE, "a projector")):
+        if source.find(name) is not None and _has_no_weights(source):
+            raise OlderCheckpointError(
+                f"{source} holds {kind} alone ({name}). Give the language model that it belongs to as model_base "
+                "(--base)."
+            )
 
 
 def _has_no_weights(source: Source) -> bool:
@@ -308,7 +333,8 @@ def _has_no_weights(source: Source) -> bool:
 
 def _trained_name(name: str) -> str:
     """The name of a weight that a trainer has saved apart, without what PEFT puts in front."""
-    name = name.removeprefix("base_model.")
+    if name.startswith("base_model.model."):
+        return name.removeprefix("base_model.model.")
     return name.removeprefix("model.") if name.startswith(("model.model.", "model.transformer.")) else name
 
 
@@ -400,8 +426,21 @@ def load_older(
         options: Those of `from_pretrained`.
     """
     converted = read_converted(source, base, vision_tower, changes)
+    if not merge and converted.weights.num_merged:
+        raise OlderCheckpointError(
+            f"The LoRA weights of {source} lie within the checkpoint and belong to its experts, which are stacked "
+            "here: they are always merged. Leave merge=False out."
+        )
     options["dtype"] = options.get("dtype") or dtype_of(converted.config.text_config, converted.tensors)
-    model = build(converted.config, converted.tensors, strict=True, **options)
+    try:
+        model = build(converted.config, converted.tensors, strict=True, **options)
+    except ValueError as error:
+        if base is None:
+            raise
+        raise OlderCheckpointError(
+            f"With the base {base}, {source} cannot be built: {error} The base has to be the model that it was trained "
+            "on, of the sizes that its config.json says."
+        ) from error
     if converted.generation_config is not None:
         model.generation_config = converted.generation_config
     model.processor = make_processor(model, converted.image_processor, converted.tokenizer)

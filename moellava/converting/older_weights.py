@@ -18,15 +18,17 @@ knows is an error.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from transformers import AutoModel, PreTrainedConfig
+from transformers.utils import logging as transformers_logging
 
 from ..assembling import PROJECTOR_PREFIX, TOWER_PREFIX
 from ..modeling.sparse_moellava import DenseForm, dense_mlps
 from ..projector_files import older_projector_tensors
+from ..sources import unmapped
 from .older_config import OlderCheckpointError, OlderModel
 
 
@@ -63,11 +65,13 @@ class WeightReport:
 
     Attributes:
         num_used (`int`): How many have their place in the model.
+        num_merged (`int`): How many of them are weights of LoRA adapters within the checkpoint.
         left_out (`dict[str, str]`): Those that have none, with the reason.
         added (`dict[str, str]`): Weights of the model that the checkpoint does not have, with what they are.
     """
 
     num_used: int = 0
+    num_merged: int = 0
     left_out: dict[str, str] = field(default_factory=dict)
     added: dict[str, str] = field(default_factory=dict)
 
@@ -87,8 +91,10 @@ def sort_weights(
     language: dict[str, torch.Tensor] = {}
     projector: dict[str, torch.Tensor] = {}
     tower: dict[str, torch.Tensor] = {}
-    report, unknown = WeightReport(), []
-    for name, tensor in source.items():
+    merged, unknown = merge_lora(source, older.lora_scale, origin), []
+    num_merged = len(source) - len(merged)
+    report = WeightReport(num_used=num_merged, num_merged=num_merged)
+    for name, tensor in merged.items():
         reason = next((reason for pattern, reason in _LEFT_OUT if pattern.fullmatch(name)), None)
         if name == "lm_head.bias" and older.family.drops_head_bias:
             reason = "the older class has no bias in its head"
@@ -110,11 +116,20 @@ def sort_weights(
             f"{', '.join(sorted(unknown)[:5])}. Its files and its config do not belong together, or it is of a kind "
             "that cannot be converted."
         )
-    return merge_lora(language, older.lora_scale, origin), projector, tower, report
+    return language, projector, tower, report
 
 
-def merge_lora(tensors: Mapping[str, torch.Tensor], scale: float, origin: str) -> dict[str, torch.Tensor]:
-    """Returns weights with the adapters among them added: `W + scale * B A` (Hu et al. 2021, arXiv:2106.09685)."""
+def merge_lora(tensors: Mapping[str, torch.Tensor], scale: float | None, origin: str) -> dict[str, torch.Tensor]:
+    """Returns weights with the adapters among them added: `W + scale * B A` (Hu et al. 2021, arXiv:2106.09685).
+
+    Args:
+        tensors (`Mapping`): The weights under their older names.
+        scale (`float`, *optional*): What the adapters are multiplied by; `None` where the config does not tell.
+        origin (`str`): The checkpoint's name, for error messages.
+
+    Raises:
+        OlderCheckpointError: There are adapters, and nothing tells their scale, or one of them is not whole.
+    """
     merged, adapters = {}, {}
     for name, tensor in tensors.items():
         match = _LORA.fullmatch(name)
@@ -122,14 +137,43 @@ def merge_lora(tensors: Mapping[str, torch.Tensor], scale: float, origin: str) -
             merged[name.replace(".base_layer.", ".")] = tensor
         else:
             adapters.setdefault(match[1], {})[match[2]] = tensor
+    if adapters and scale is None:
+        raise OlderCheckpointError(
+            f"The files of {origin} hold LoRA weights ({next(iter(adapters))}, ...), but its config.json does not tell "
+            "what they are multiplied by: 'lora' has no lora_alpha and lora_r. Write them there, as the model was "
+            "trained with them."
+        )
     for name, pair in adapters.items():
         weight = merged.get(f"{name}.weight")
         if weight is None or set(pair) != {"A", "B"}:
             raise OlderCheckpointError(
                 f"The adapter of {name} in {origin} is not whole: expected weight, lora_A, lora_B."
             )
+        ranks = {pair["A"].shape[0], pair["B"].shape[-1]}
+        if len(ranks) > 1 or weight.shape != (pair["B"].shape[0], pair["A"].shape[-1]):
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (weight, pair["A"], pair["B"]))
+            raise OlderCheckpointError(
+                f"The weight, lora_A and lora_B of {name} in {origin} are {shapes}, which do not belong together."
+            )
         merged[f"{name}.weight"] = (weight.float() + scale * (pair["B"].float() @ pair["A"].float())).to(weight.dtype)
     return merged
+
+
+def our_names(name: str, tensor: torch.Tensor, older: OlderModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Goes through the weights of our tree that hold a weight of an older model, each with its share.
+
+    Raises:
+        ValueError: It is one that the projector does not have.
+    """
+    if match := _PROJECTOR.fullmatch(name):
+        renamed = older_projector_tensors(dict(older.projector), {match[1]: tensor})
+        yield from ((f"{PROJECTOR_PREFIX}{own_name}", share) for own_name, share in renamed.items())
+    elif match := _TOWER.fullmatch(name):
+        yield f"{TOWER_PREFIX}{match[1]}", tensor
+    else:
+        for own_name, share in older.family.renamed(name, tensor):
+            is_head = own_name.startswith("lm_head.")
+            yield own_name if is_head else f"{_BODY}{own_name.removeprefix('model.')}", share
 
 
 def moe_fields_told_by(language: Mapping[str, torch.Tensor], moe: Mapping[str, object]) -> dict[str, object]:
@@ -181,7 +225,7 @@ def language_tensors(
         return tensors
     with torch.device("meta"):
         mlps = dense_mlps(AutoModel.from_config(text_config))
-    for layer, block in blocks.items():
+    for layer, block in transformers_logging.tqdm(blocks.items(), desc="Stacking experts"):
         name, mlp = mlps[layer]
         form = DenseForm(mlp)
         shapes = {key: tuple(tensor.shape) for key, tensor in mlp.state_dict().items()}
@@ -199,7 +243,8 @@ def language_tensors(
                 f"In layer {layer} of {origin} there is {', '.join(strange)}, of which its config says nothing."
             )
         sparse = {f"gate.{key}": tensor for key, tensor in block.get("gate", {}).items()}
-        sparse |= {f"experts.{key}": tensor for key, tensor in form.stacked([block[kind] for kind in names]).items()}
+        experts = [{key: unmapped(tensor) for key, tensor in block[kind].items()} for kind in names]
+        sparse |= {f"experts.{key}": tensor for key, tensor in form.stacked(experts).items()}
         sparse |= block.get("coefficient", {})
         sparse |= {f"mlp.{key}": tensor for key, tensor in block.get("residual", {}).items()}
         sparse |= {f"meta_expert.{key}": tensor for key, tensor in block.get("meta", {}).items()}
@@ -217,4 +262,12 @@ def part_tensors(
     }
 
 
-__all__ = ["WeightReport", "language_tensors", "merge_lora", "moe_fields_told_by", "part_tensors", "sort_weights"]
+__all__ = [
+    "WeightReport",
+    "language_tensors",
+    "merge_lora",
+    "moe_fields_told_by",
+    "our_names",
+    "part_tensors",
+    "sort_weights",
+]
