@@ -32,7 +32,10 @@ import tempfile
 from pathlib import Path
 
 
-CASES = ("transformers_llava", "load", "load_fp32", "assemble", "upcycle", "load_sparse")
+CASES = (
+    "transformers_llava", "load", "load_fp32", "assemble", "upcycle", "load_sparse", "older", "older_bin"
+)  # fmt: skip
+NUM_EXPERTS = 4
 THREADS = 2
 
 
@@ -96,7 +99,55 @@ def make(folder: Path) -> None:
         folder / "language-model", mm_vision_tower=folder / "vision-tower", device="cpu"
     ).model
     model.save_pretrained(folder / "dense")
-    upcycle(model, num_experts=4, layers="dense").save_pretrained(folder / "sparse")
+    upcycle(model, num_experts=NUM_EXPERTS, layers="dense").save_pretrained(folder / "sparse")
+    write_older(folder, model, tokenizer)
+
+
+def write_older(folder: Path, model, tokenizer) -> None:
+    """Writes the sparse model as MoE-LLaVA does, in two shards: as safetensors, and as pickles."""
+    import torch
+    from safetensors.torch import save_file
+
+    projector = {"linear_1": "0", "linear_2": "2"}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        body = name.replace("model.language_model.", "model.")
+        if ".mlp." in body and "language_model" in name:
+            mlp, _, weight = body.partition(".mlp.")
+            for expert in range(NUM_EXPERTS):
+                state[f"{mlp}.mlp.deepspeed_moe.experts.deepspeed_experts.{expert}.{weight}"] = tensor.clone()
+            state[f"{mlp}.mlp.deepspeed_moe.gate.wg.weight"] = torch.randn(
+                NUM_EXPERTS, model.config.text_config.hidden_size
+            )
+        elif "multi_modal_projector" in name:
+            layer, kind = name.rsplit(".", 2)[1:]
+            state[f"model.mm_projector.image_spatial_proj.{projector[layer]}.{kind}"] = tensor.clone()
+        elif "vision_tower" not in name:
+            state[body] = tensor.clone()
+    text = model.config.text_config.to_dict()
+    fields = {name: text[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    moe = {"moe_enable": True, "moe_mode": "dense", "num_experts": [NUM_EXPERTS], "top_k_experts": 2}
+    fields |= {"num_attention_heads": text["num_attention_heads"], "model_type": "moe_llava_llama", "moe": moe}
+    fields |= {
+        "mm_image_tower": str(folder / "vision-tower"),
+        "image_projector_type": "mlp2x_gelu",
+        "rms_norm_eps": 1e-6,
+    }
+    fields |= {"mm_vision_select_layer": -2, "torch_dtype": "bfloat16", "architectures": ["MoELLaVALlamaForCausalLM"]}
+    names = list(state)
+    shards = [names[: len(names) // 2], names[len(names) // 2 :]]
+    for kind, stem, suffix in (("older", "model", "safetensors"), ("older-bin", "pytorch_model", "bin")):
+        home = folder / kind
+        home.mkdir()
+        tokenizer.save_pretrained(home)
+        (home / "config.json").write_text(json.dumps(fields))
+        weight_map = {}
+        for number, shard in enumerate(shards, 1):
+            file = f"{stem}-{number:05}-of-00002.{suffix}"
+            part = {name: state[name] for name in shard}
+            save_file(part, home / file, {"format": "pt"}) if suffix == "safetensors" else torch.save(part, home / file)
+            weight_map |= dict.fromkeys(shard, file)
+        (home / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 def measure(case: str, folder: Path) -> dict[str, float]:
@@ -126,6 +177,8 @@ def measure(case: str, folder: Path) -> dict[str, float]:
             load_pretrained_model(dense, device="cpu", moe_config={"num_experts": 4, "layers": "dense"}).model
         ),
         "load_sparse": lambda: load_pretrained_model(str(folder / "sparse"), device="cpu").model,
+        "older": lambda: load_pretrained_model(str(folder / "older"), device="cpu").model,
+        "older_bin": lambda: load_pretrained_model(str(folder / "older-bin"), device="cpu").model,
     }
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     idle = memory("VmRSS")
@@ -156,7 +209,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
-        if not (folder / "sparse").exists():
+        if not (folder / "older-bin").exists():
             make(folder)
         cases = arguments.case or CASES
         results: dict[str, list[dict[str, float]]] = {case: [] for case in cases}

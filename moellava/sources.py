@@ -198,6 +198,8 @@ def unmapped(tensor: torch.Tensor) -> torch.Tensor:
     if not hasattr(tensor, "origin"):
         return tensor
     path, name = tensor.origin
+    if path.suffix != ".safetensors":
+        return _read_pickle(path)[name].clone()  # out of a mapping that ends with this line
     with safe_open(path, framework="pt", backend="pread") as file:
         return file.get_tensor(name)
 
@@ -230,6 +232,9 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     }
     if content and not tensors:
         raise ValueError(f"{path} holds no tensors by name; expected a state dict, from names to tensors.")
+    if is_zip:
+        for name, tensor in tensors.items():
+            tensor.origin = (path, name)
     return tensors
 
 
