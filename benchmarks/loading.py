@@ -24,24 +24,34 @@ ratio to transformers loading the LLaVA. Processes take turns, and the median co
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from measuring import THREADS, Row, compared, forget_peak_memory, in_fresh_process, memory
 
 
 CASES = (
     "transformers_llava", "load", "load_fp32", "assemble", "upcycle", "load_sparse", "older", "older_bin"
 )  # fmt: skip
 NUM_EXPERTS = 4
-THREADS = 2
+PEER = "transformers_llava"
+PEAK_AIMS = dict.fromkeys(("load", "load_fp32", "load_sparse"), 1.10) | dict.fromkeys(("assemble", "upcycle"), 1.15)
+TIME_AIMS = {"load": 1.10, "assemble": 1.3}
 
 
-def sizes() -> dict:
+def sizes(tiny: bool = False) -> dict:
     from transformers import CLIPVisionConfig, LlamaConfig
 
+    if tiny:  # only to see that it runs
+        width = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+        ends = {"bos_token_id": 1, "eos_token_id": 2}
+        return {
+            "text": LlamaConfig(vocab_size=8064, **width, **ends),
+            "vision": CLIPVisionConfig(image_size=224, patch_size=56, **width, **ends),
+        }
     return {
         "text": LlamaConfig(
             vocab_size=8064,
@@ -65,30 +75,24 @@ def sizes() -> dict:
     }
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, tiny: bool = False) -> None:
     """Writes the parts, the assembled model, the sparse one, and a LLaVA of the dense one's size."""
     import torch
-    from tokenizers import Tokenizer, models
+    from measuring import word_tokenizer
     from transformers import (
         CLIPImageProcessor,
         CLIPVisionModel,
         LlamaForCausalLM,
         LlavaConfig,
         LlavaForConditionalGeneration,
-        PreTrainedTokenizerFast,
     )
 
     from moellava import load_pretrained_model, upcycle
 
+    configs = sizes(tiny)
+    default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
-    configs = sizes()
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"word{number}": number for number in range(3, 8000)}}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-    )
+    tokenizer = word_tokenizer(8000)
     LlamaForCausalLM(configs["text"]).save_pretrained(folder / "language-model")
     tokenizer.save_pretrained(folder / "language-model")
     CLIPVisionModel(configs["vision"]).save_pretrained(folder / "vision-tower")
@@ -101,6 +105,7 @@ def make(folder: Path) -> None:
     model.save_pretrained(folder / "dense")
     upcycle(model, num_experts=NUM_EXPERTS, layers="dense").save_pretrained(folder / "sparse")
     write_older(folder, model, tokenizer)
+    torch.set_default_dtype(default_dtype)
 
 
 def write_older(folder: Path, model, tokenizer) -> None:
@@ -180,7 +185,7 @@ def measure(case: str, folder: Path) -> dict[str, float]:
         "older": lambda: load_pretrained_model(str(folder / "older"), device="cpu").model,
         "older_bin": lambda: load_pretrained_model(str(folder / "older-bin"), device="cpu").model,
     }
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    forget_peak_memory()
     idle = memory("VmRSS")
     began = time.perf_counter()
     model = runs[case]()
@@ -191,9 +196,48 @@ def measure(case: str, folder: Path) -> dict[str, float]:
     return {"peak": (memory("VmHWM") - idle) / size, "seconds": seconds, "bytes": size}
 
 
-def memory(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
+def take_turns(
+    cases: Sequence[str], repeats: int, folder: Path, tell: Callable[[str], None] = lambda what: None
+) -> dict[str, list[dict[str, float]]]:
+    """Returns what every case measured, in fresh processes, `repeats` times; `tell` is told what comes next."""
+    results: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
+    for repeat in range(repeats + 1):
+        for case in cases:
+            tell(f"{case}, {repeat} of {repeats}")
+            measured = in_fresh_process(__file__, "--measure", case, "--folder", folder)
+            if repeat:  # the first round brings the files into the page cache
+                results[case].append(measured)
+    return results
+
+
+def rows(
+    quick: bool = False, tell: Callable[[str], None] = lambda what: None, cases: Sequence[str] | None = None
+) -> list[Row]:
+    """Measures; `tell` is told what comes next."""
+    cases = [PEER, *(case for case in cases or CASES if case != PEER)]
+    with tempfile.TemporaryDirectory() as temporary:
+        tell("writing the models")
+        make(Path(temporary), tiny=quick)
+        results = take_turns(cases, 1 if quick else 3, Path(temporary), tell)
+    found = []
+    for case, measured in results.items():
+        size = measured[0]["bytes"]
+        peaks = [one["peak"] * size for one in measured]
+        found.append(
+            compared(
+                "loading",
+                f"{case}: peak memory",
+                "bytes of the model",
+                peaks,
+                [size] * len(measured),
+                unit="MB",
+                aim=PEAK_AIMS.get(case),
+            )
+        )
+        if case != PEER:
+            seconds, others = ([one["seconds"] for one in results[name]] for name in (case, PEER))
+            found.append(compared("loading", f"{case}: time", PEER, seconds, others, aim=TIME_AIMS.get(case)))
+    return found
 
 
 def main() -> None:
@@ -212,14 +256,7 @@ def main() -> None:
         if not (folder / "older-bin").exists():
             make(folder)
         cases = arguments.case or CASES
-        results: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
-        for repeat in range(arguments.repeats + 1):
-            for case in cases:
-                command = [sys.executable, __file__, "--measure", case, "--folder", folder]
-                environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-                done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-                if repeat:  # the first round brings the files into the page cache
-                    results[case].append(json.loads(done.stdout.splitlines()[-1]))
+        results = take_turns(cases, arguments.repeats, folder)
     show(results, arguments.out)
 
 
@@ -230,7 +267,7 @@ def show(results: dict[str, list[dict[str, float]]], out: Path | None) -> None:
     medians = {
         case: {name: statistics.median(row[name] for row in rows) for name in rows[0]} for case, rows in results.items()
     }
-    peer = medians.get("transformers_llava", {}).get("seconds")
+    peer = medians.get(PEER, {}).get("seconds")
     table = Table(title=f"{THREADS} threads; peak over idle / bytes of the model; time / transformers' LLaVA")
     for column in ("case", "model MB", "peak", "seconds", "time ratio"):
         table.add_column(column, justify="right")

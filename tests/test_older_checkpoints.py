@@ -1134,7 +1134,9 @@ def test_bad_mixtures(shop, tmp_path, refused, fault):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"no_bias": False}, {"kv_channels": 32}, {"rotary_pct": 0.5}, {"rotary_emb_base": ABSENT}], ids=str
+    "changed",
+    [{"no_bias": False}, {"kv_channels": 32}, {"rotary_pct": 0.5}, {"rotary_emb_base": ABSENT}],
+    ids=lambda changed: next(iter(changed)),
 )
 def test_qwens_that_are_no_qwen2(shop, tmp_path, changed):
     """What Qwen2 has no word for is refused, not left out; what is absent has Qwen-1's default."""

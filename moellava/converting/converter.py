@@ -44,6 +44,7 @@ from ..assembling import (
 from ..building import IMAGE_TOKEN, build, make_processor
 from ..chat_templates import multimodal_chat_template
 from ..configuration import MoellavaConfig
+from ..projector_files import older_projector_tensors
 from ..sources import CONFIG_NAME, Source, load_image_processor, read_tensors
 from .conversations import conversation_for, prepare_older_tokenizer, stop_token_ids
 from .older_config import OlderCheckpointError, OlderModel, is_llava_hf, is_older, read_older_config
@@ -51,7 +52,6 @@ from .older_weights import (
     WeightReport,
     language_tensors,
     moe_fields_told_by,
-    part_tensors,
     sort_weights,
 )
 from .tokenizers import read_older_tokenizer
@@ -118,74 +118,67 @@ def read_converted(
         _check_needs_no_base(source)
     older = read_older_config(fields, source.name)
     tower = _read_tower(older, source, vision_tower)
-    tokenizer_source = source if base is None or _has_tokenizer(source) else base
-    tokenizer = read_older_tokenizer(tokenizer_source, older.text_config)
-    family = _conversation_family(older, tokenizer)
-    # Older transformers took True where the file does not say it.
-    legacy = (tokenizer_source.read_json("tokenizer_config.json") or {}).get("legacy", True)
-    prepare_older_tokenizer(tokenizer, family, legacy=legacy)
-    _add_picture_marks(tokenizer, older, fields)
-    prepare_tokenizer(tokenizer)
-    vocab_size = older.text_config.vocab_size
-    image_token_id, rows = add_image_token(tokenizer, vocab_size)
-    rows = max(rows, *(index + 1 for index in tokenizer.get_added_vocab().values()))
-    older.text_config.vocab_size = rows
-    is_siglip = tower.encoder_type == "siglip"
-    drops = is_siglip and older.vision_feature_select_strategy == "patch"
-    if drops:
-        older.notes.append(
-            "the first patch of a picture is dropped, as the older code did before the model was trained"
-        )
+    talk = _read_conversation(older, source if base is None or _has_tokenizer(source) else base, source, fields)
+    older.text_config.vocab_size = talk.rows
 
     weights = _open_weights(source, base)
     origin = source.name if base is None else f"{source} with the base {base}"
     language, projector, tower_weights, report = sort_weights(weights, older, origin)
+    _check_tower(tower_weights, tower.config, source, vision_tower or older.vision_tower)
     if older.is_tied is None:
         older.text_config.tie_word_embeddings = "lm_head.weight" not in language
     if older.moe is not None:
         older.moe = moe_fields_told_by(language, older.moe)
-    _check_tower(tower_weights, tower.config, source, vision_tower or older.vision_tower)
-    multiplier = getattr(older.text_config, "embedding_multiplier", 1.0)
-    fields = {
-        "encoder_type": tower.encoder_type,
-        "vision_feature_layer": older.vision_feature_layer,
-        "vision_feature_select_strategy": older.vision_feature_select_strategy,
-        "image_aspect_ratio": older.image_aspect_ratio,
-        **changes,
-    }
-    config = MoellavaConfig(
-        text_config=older.text_config,
-        vision_config=tower.config,
-        projector_config=dict(older.projector),
-        moe_config=older.moe,
-        image_token_id=image_token_id,
-        drop_first_patch=drops,
-        # The older code never scaled pictures; text it scaled with no picture beside it only, which is mended here.
-        image_feature_scale=1 / multiplier,
-        parts={
-            "converted_from": _public_name(source.name),
-            "vision_tower": _public_name(vision_tower or older.vision_tower),
-        },
-        **fields,
-    )
+    config = _our_config(older, tower, talk, source, vision_tower, changes)
     tensors = language_tensors(language, older.text_config, config.moe_config, source.name)
-    own = part_tensors(projector, tower_weights, dict(older.projector))
-    tower_tensors = {name: tensor for name, tensor in own.items() if name.startswith(TOWER_PREFIX)}
-    projector_tensors = {
-        name.removeprefix(PROJECTOR_PREFIX): tensor for name, tensor in own.items() if name not in tower_tensors
-    }
-    fit_projector(source.name, projector_tensors, config, projector_shapes(config))
-    if not tower_tensors:
-        own |= {f"{TOWER_PREFIX}{name}": tensor for name, tensor in tower.tensors().items()}
-        report.added[f"{TOWER_PREFIX}*"] = f"from {vision_tower or older.vision_tower}"
-    tensors |= own
+    tensors |= _projector_and_tower(projector, tower_weights, tower, config, source, report)
     if older.family.drops_head_bias:
         head = tensors["lm_head.weight"]
         tensors["lm_head.bias"] = head.new_zeros(head.shape[0])
         report.added["lm_head.bias"] = "zeros: the older class has no bias in its head"
-    if rows > vocab_size:
-        grow_embeddings(tensors, older.text_config, rows)
-        older.notes.append(f"{rows - vocab_size} row(s) are added to the vocabulary for {IMAGE_TOKEN}")
+    if talk.rows > talk.known_rows:
+        grow_embeddings(tensors, older.text_config, talk.rows)
+        older.notes.append(f"{talk.rows - talk.known_rows} row(s) are added to the vocabulary for {IMAGE_TOKEN}")
+    return Converted(
+        config,
+        tensors,
+        talk.tokenizer,
+        tower.image_processor,
+        talk.chat_template,
+        talk.generation_config,
+        report,
+        older.notes,
+        _needs_space_after_image(talk.tokenizer),
+    )
+
+
+@dataclass
+class _Talk:
+    """How a model is talked to: its tokenizer with all that it needs, its conversation, how it answers.
+
+    `known_rows` of the vocabulary have weights in the checkpoint, of `rows` that there are to be.
+    """
+
+    tokenizer: Any
+    chat_template: str
+    generation_config: GenerationConfig
+    image_token_id: int
+    known_rows: int
+    rows: int
+
+
+def _read_conversation(older: OlderModel, home: Source, source: Source, fields: Mapping[str, Any]) -> _Talk:
+    """Reads the tokenizer, which lies in `home`, and makes it what the older loader made of it."""
+    tokenizer = read_older_tokenizer(home, older.text_config)
+    family = _conversation_family(older, tokenizer)
+    # Older transformers took True where the file does not say it.
+    legacy = (home.read_json("tokenizer_config.json") or {}).get("legacy", True)
+    prepare_older_tokenizer(tokenizer, family, legacy=legacy)
+    _add_picture_marks(tokenizer, older, fields)
+    prepare_tokenizer(tokenizer)
+    known_rows = older.text_config.vocab_size
+    image_token_id, rows = add_image_token(tokenizer, known_rows)
+    rows = max(rows, *(index + 1 for index in tokenizer.get_added_vocab().values()))
     conversation = conversation_for(family)
     template = conversation.chat_template
     if older.has_picture_marks:
@@ -195,19 +188,66 @@ def read_converted(
     generation_config.eos_token_id = stop_token_ids(tokenizer, conversation)
     generation_config.pad_token_id = tokenizer.pad_token_id
     generation_config.bos_token_id = tokenizer.bos_token_id
-    if rows > vocab_size:
-        generation_config.suppress_tokens = list(range(vocab_size, rows))
-    return Converted(
-        config,
-        tensors,
-        tokenizer,
-        tower.image_processor,
-        template,
-        generation_config,
-        report,
-        older.notes,
-        _needs_space_after_image(tokenizer),
+    if rows > known_rows:
+        generation_config.suppress_tokens = list(range(known_rows, rows))
+    return _Talk(tokenizer, template, generation_config, image_token_id, known_rows, rows)
+
+
+def _our_config(
+    older: OlderModel,
+    tower: VisionPart,
+    talk: _Talk,
+    source: Source,
+    vision_tower: str | None,
+    changes: Mapping[str, Any],
+) -> MoellavaConfig:
+    drops_first_patch = tower.encoder_type == "siglip" and older.vision_feature_select_strategy == "patch"
+    if drops_first_patch:
+        older.notes.append(
+            "the first patch of a picture is dropped, as the older code did before the model was trained"
+        )
+    fields = {
+        "encoder_type": tower.encoder_type,
+        "vision_feature_layer": older.vision_feature_layer,
+        "vision_feature_select_strategy": older.vision_feature_select_strategy,
+        "image_aspect_ratio": older.image_aspect_ratio,
+        **changes,
+    }
+    return MoellavaConfig(
+        text_config=older.text_config,
+        vision_config=tower.config,
+        projector_config=dict(older.projector),
+        moe_config=older.moe,
+        image_token_id=talk.image_token_id,
+        drop_first_patch=drops_first_patch,
+        # The older code never scaled pictures; text it scaled with no picture beside it only, which is mended here.
+        image_feature_scale=1 / getattr(older.text_config, "embedding_multiplier", 1.0),
+        parts={
+            "converted_from": _public_name(source.name),
+            "vision_tower": _public_name(vision_tower or older.vision_tower),
+        },
+        **fields,
     )
+
+
+def _projector_and_tower(
+    projector: dict[str, torch.Tensor],
+    tower_weights: dict[str, torch.Tensor],
+    tower: VisionPart,
+    config: MoellavaConfig,
+    source: Source,
+    report: WeightReport,
+) -> dict[str, torch.Tensor]:
+    """Returns the weights of both under our names; those of a tower that the checkpoint does not hold are its own."""
+    projector_config = config.projector_config
+    projector = older_projector_tensors({"type": projector_config.type, **projector_config.fields}, projector)
+    projector = fit_projector(source.name, projector, config, projector_shapes(config))
+    if not tower_weights:
+        tower_weights = tower.tensors()
+        report.added[f"{TOWER_PREFIX}*"] = f"from {config.parts['vision_tower']}"
+    return {f"{PROJECTOR_PREFIX}{name}": tensor for name, tensor in projector.items()} | {
+        f"{TOWER_PREFIX}{name}": tensor for name, tensor in tower_weights.items()
+    }
 
 
 def _public_name(name: str) -> str:

@@ -252,22 +252,11 @@ def language_tensors(
     return tensors
 
 
-def part_tensors(
-    projector: Mapping[str, torch.Tensor], tower: Mapping[str, torch.Tensor], fields: dict[str, object]
-) -> dict[str, torch.Tensor]:
-    """Returns the weights of the projector and of the vision tower under the names of our tree."""
-    renamed = older_projector_tensors(fields, dict(projector))
-    return {f"{PROJECTOR_PREFIX}{name}": tensor for name, tensor in renamed.items()} | {
-        f"{TOWER_PREFIX}{name}": tensor for name, tensor in tower.items()
-    }
-
-
 __all__ = [
     "WeightReport",
     "language_tensors",
     "merge_lora",
     "moe_fields_told_by",
     "our_names",
-    "part_tensors",
     "sort_weights",
 ]
