@@ -43,6 +43,13 @@ from .encoders_moellava import encoder_for
 from .language_moellava import apply_head, build_head
 from .own_encoders_moellava import CustomEncoder
 from .own_parts_moellava import build_projector, initialize_part, make_projector
+from .quantized_moellava import (
+    check_quantized,
+    mend_4bit_layers,
+    reads_packed_weights,
+    unpack_4bit_layer,
+    with_unquantised_parts,
+)
 from .sparse_moellava import (
     ROUTER_WEIGHTS,
     ModularExperts,
@@ -103,45 +110,6 @@ class MoellavaCausalLMOutputWithPast(ModelOutput):
     image_hidden_states: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
-
-
-# What stays in full precision when a model is quantised: small, and what the rest depends on.
-_UNQUANTISED = ("vision_tower", "multi_modal_projector", "lm_head", "mlp.gate", "mlp.coefficient")
-# bitsandbytes' kernel for CPUs with bf16 takes matrices whose rows are a whole number of its blocks.
-_BNB_PACKED_WIDTH = 64
-# What the configs of transformers call the list of what they leave alone.
-_SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules", "ignore")
-
-
-def with_unquantised_parts(quantization_config: object, modules_to_quantize: list[str] | None = None) -> object:
-    """Returns a quantisation config that leaves the vision tower, the projector, the routers and the head alone.
-
-    Args:
-        quantization_config (`QuantizationConfigMixin` or `dict`): What the user gives; its own list is added to.
-        modules_to_quantize (`list[str]`, *optional*): Which of those parts are not to be left alone.
-
-    Raises:
-        ValueError: `modules_to_quantize` names something else.
-    """
-    chosen = set(modules_to_quantize or ())
-    if strange := sorted(chosen - {"vision_tower", "multi_modal_projector", "lm_head"}):
-        raise ValueError(
-            f"modules_to_quantize names {strange}; expected some of 'vision_tower', 'multi_modal_projector' and "
-            "'lm_head', which are left in full precision otherwise."
-        )
-    # With and without the name that the parts have in the model with a head.
-    parts = [part for part in _UNQUANTISED if part not in chosen]
-    skipped = [*parts, *(f"model.{part}" for part in parts[:2] if part in ("vision_tower", "multi_modal_projector"))]
-    config = copy.deepcopy(quantization_config)
-    if isinstance(config, dict):
-        method = str(config.get("quant_method", "bitsandbytes"))
-        by_method = {"bitsandbytes": "llm_int8_skip_modules", "hqq": "skip_modules"}
-        name = next((name for name in _SKIP_LISTS if name in config), by_method.get(method, "modules_to_not_convert"))
-        return config | {name: [*(config.get(name) or []), *skipped]}
-    name = next((name for name in _SKIP_LISTS if hasattr(config, name)), None)
-    if name is not None:
-        setattr(config, name, [*(getattr(config, name) or []), *skipped])
-    return config
 
 
 class MoellavaPreTrainedModel(PreTrainedModel):
@@ -226,10 +194,22 @@ class MoellavaPreTrainedModel(PreTrainedModel):
                 what the config names itself; the experts are quantised like every other linear layer.
             modules_to_quantize (`list[str]`, *optional*):
                 Which of those are quantised as well: `"vision_tower"`, `"multi_modal_projector"`, `"lm_head"`.
+
+        Raises:
+            ValueError: `modules_to_quantize` names something else, is given without a way to quantise, or names a part
+                without weights of its own: a new projector, a head that is tied to the embedding.
         """
+        if quantization_config is None and modules_to_quantize is not None:
+            raise ValueError(
+                f"modules_to_quantize is {modules_to_quantize!r}, but nothing says how to quantise. Give a "
+                "quantization_config, or leave it out: what a checkpoint has quantised, it tells by itself."
+            )
         if quantization_config is not None:
             kwargs["quantization_config"] = with_unquantised_parts(quantization_config, modules_to_quantize)
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        if quantization_config is not None:
+            check_quantized(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     @classmethod
     def get_init_context(cls, dtype, is_quantized, *args, **kwargs):
@@ -245,10 +225,14 @@ class MoellavaPreTrainedModel(PreTrainedModel):
                     state_dict |= load_state_dict(file)  # memory-mapped
                 checkpoint_files = None
             state_dict = experts_apart(state_dict)
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu") and module.in_features % _BNB_PACKED_WIDTH:
-                module.support_avx512bf16_for_cpu = False  # bitsandbytes takes it for any width, and fails
+        mend_4bit_layers(model)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+
+    def dequantize(self, dtype: torch.dtype | None = None):
+        """Puts full-precision weights in the place of quantised ones; arguments as in transformers."""
+        for module in self.modules():
+            unpack_4bit_layer(module)
+        return super().dequantize(dtype or self.dtype)
 
     def save_pretrained(
         self,
@@ -272,6 +256,9 @@ class MoellavaPreTrainedModel(PreTrainedModel):
         if not getattr(self, "hf_quantizer", None) and any(isinstance(m, ModularExperts) for m in self.modules()):
             # It was quantised and is no more: its experts go back to the form that such a model is loaded in.
             state_dict = experts_together(self.state_dict() if state_dict is None else state_dict)
+        if getattr(self, "hf_quantizer", None) and getattr(self, "_weight_conversions", None):
+            # Packed weights are saved as they are; what reads them while loading has no way back.
+            self._weight_conversions = [kept for kept in self._weight_conversions if not reads_packed_weights(kept)]
         with staged_folder(save_directory, replaces_weights=True) as staging:
             super().save_pretrained(staging, state_dict=state_dict, **kwargs)
             if self.processor is not None:
@@ -354,6 +341,7 @@ class MoellavaModel(MoellavaPreTrainedModel):
         """
         features = self.encoder.features(self.vision_tower, pixel_values.to(_floating_dtype(self.vision_tower)))
         projected = self.multi_modal_projector(features)
+        # CODEPATH: converted MiniCPM checkpoints take pictures unscaled; all others have a scale of 1.
         if self.config.image_feature_scale != 1:
             projected = projected * self.config.image_feature_scale
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(projected))

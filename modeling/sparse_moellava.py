@@ -297,11 +297,12 @@ class ModularExperts(nn.ModuleList):
     ) -> torch.Tensor:
         """As the forward of the experts together: every touched expert runs on its own tokens."""
         output = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            token, choice = torch.where(top_k_index == expert)
-            result = self[expert](hidden_states[token])
-            weight = top_k_weights[token, choice].unsqueeze(-1).to(result.dtype)
-            output = output.index_add(0, token, (result * weight).to(output.dtype))
+        for number, expert in enumerate(self):
+            token, choice = torch.where(top_k_index == number)
+            if token.numel():
+                result = expert(hidden_states[token])
+                weight = top_k_weights[token, choice].unsqueeze(-1).to(result.dtype)
+                output = output.index_add(0, token, (result * weight).to(output.dtype))
         return output
 
 

@@ -39,6 +39,8 @@ _HOMES = {
     "inspect_checkpoint": "inspecting",
     "load_pretrained_model": "loading",
     "LoadedModel": "loading",
+    "quantization_coverage": "quantizing",
+    "resident_bytes": "quantizing",
     "upcycle": "upcycling",
 }
 

@@ -37,7 +37,10 @@ from . import __version__
 
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from .inspecting import CheckpointSummary
+    from .quantizing import QuantizationCoverage
 
 
 _DEBUG = "moellava.debug"
@@ -987,6 +990,10 @@ def _print_summary(summary: "CheckpointSummary") -> None:
     console.print()
     console.print(parts)
 
+    if summary.coverage is not None:
+        console.print()
+        console.print(_coverage_table(summary.coverage))
+
     weights = Table(box=None, header_style="cyan", padding=(0, 2, 0, 0))
     weights.add_column("Weights", overflow="fold")
     weights.add_column("Count", justify="right", no_wrap=True)
@@ -1001,6 +1008,26 @@ def _print_summary(summary: "CheckpointSummary") -> None:
             weights.add_row(Text(f"  {'tied to the embedding' if 'tied' in part.type else 'none'}", style="dim"))
     console.print()
     console.print(weights)
+
+
+def _coverage_table(coverage: "QuantizationCoverage") -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="cyan", padding=(0, 2, 0, 0))
+    table.add_column("Quantised", overflow="fold")
+    for header in ("Modules", "Parameters", "In memory", "Of bf16"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("Left in full precision", overflow="fold")
+    for name, of in [*((part.name, part) for part in coverage.parts), ("total", coverage)]:
+        modules, left = "", ""
+        if of is not coverage:
+            modules = f"{of.quantized_modules} of {of.modules}"
+            left = "; ".join(f"{count} {reason}" for reason, count in of.left.items())
+        share = f"{of.bytes / of.bytes_bf16:.3f}" if of.bytes_bf16 else ""
+        cells = [name, modules, f"{of.quantized_parameters:,}", _size(of.bytes), share, left]
+        table.add_row(*map(Text, cells), style="bold" if of is coverage else None)
+    return table
 
 
 def _overview(summary: "CheckpointSummary") -> Iterator[tuple[str, str]]:

@@ -22,7 +22,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ from .configuration.configuration_moellava import _part_config
 from .configuration.registry_moellava import ENCODERS, PROJECTORS
 from .loading import context_length
 from .modeling.encoders_moellava import encoder_for
+from .quantizing import QuantizationCoverage, Weights, coverage_of, is_expert, looks_linear
 from .sources import Source, read_tensors
 
 
@@ -193,6 +194,7 @@ class CheckpointSummary:
         image_token_id (`int`): The id of the placeholder.
         dtype (`str`): The dtype that the model is loaded in when nobody asks for another.
         quantization (`str`, *optional*): The method that the weights are quantised with.
+        coverage (`QuantizationCoverage`, *optional*): What of a quantised model is quantised, what is not and why.
         parameters (`Parameters`): Of the whole model.
         bytes (`Bytes`): Of the whole model; `disk` is the size of the weight files.
         parts (`list[Part]`): The weights, part by part.
@@ -212,6 +214,7 @@ class CheckpointSummary:
     image_token_id: int
     dtype: str
     quantization: str | None
+    coverage: QuantizationCoverage | None
     parameters: Parameters
     bytes: Bytes
     parts: list[Part]
@@ -274,7 +277,8 @@ def inspect_checkpoint(
     config = MoellavaConfig.from_dict(dict(fields)) if not own_code else _config_without_code(source, fields)
     headers, disk = _read_headers(source)
     sparse = _sparse_facts(config, headers)
-    parts = _parts(config, headers, _dtype_name(config.dtype), sparse)
+    dtype, quantization = _dtype_name(config.dtype), fields.get("quantization_config")
+    parts = _parts(config, headers, dtype, sparse)
     encoder = _encoder_facts(config)
     return CheckpointSummary(
         checkpoint=source.name,
@@ -287,7 +291,8 @@ def inspect_checkpoint(
         image_aspect_ratio=config.image_aspect_ratio,
         image_token_id=config.image_token_id,
         dtype=_dtype_name(config.dtype) or _most_common_dtype(headers),
-        quantization=(fields.get("quantization_config") or {}).get("quant_method"),
+        quantization=(quantization or {}).get("quant_method"),
+        coverage=coverage_of(_weights(headers, dtype), quantization) if quantization else None,
         parameters=Parameters(*map(sum, zip(*(part.parameters for part in parts), strict=True))),
         bytes=Bytes(disk, sum(part.bytes.memory for part in parts)),
         parts=parts,
@@ -518,27 +523,59 @@ def _parts(config: Any, headers: Mapping[str, _Header], dtype: str | None, spars
 def _part(
     name: str, kind: str, source: str | None, headers: Mapping[str, _Header], dtype: str | None, active_share: float
 ) -> Part:
+    state = _quantisation_state(headers)
+    quantised = set(state.values())
+    total, routed, disk, memory = 0, 0, 0, 0
+    for tensor, header in headers.items():
+        disk += header.size
+        memory += _memory(tensor, header, dtype, state)
+        if tensor in state or tensor.rpartition(".")[2] in _BUFFERS:
+            continue
+        if header.is_floating_point or tensor in quantised:
+            total += header.elements
+            routed += header.elements if is_expert(tensor) else 0
+    active = total - routed + round(routed * active_share)
+    shown = {tensor: header for tensor, header in headers.items() if tensor not in state}
+    return Part(name, kind, source, Parameters(total, active), Bytes(disk, memory), _groups(shown))
+
+
+def _quantisation_state(headers: Iterable[str]) -> dict[str, str]:
+    """Returns the tensors that belong to quantised weights, with the name of the weight."""
     state = {}
     for tensor in headers:
         if match := _QUANTISATION_STATE.fullmatch(tensor):
             state[tensor] = match.group("weight") or f"{match.group('module')}.weight"
+    return state
+
+
+def _memory(tensor: str, header: _Header, dtype: str | None, state: Mapping[str, str]) -> int:
+    """Returns the bytes of a tensor in a model that is loaded in the checkpoint's own dtype."""
+    is_plain = tensor not in state and tensor not in state.values()
+    if header.is_floating_point and dtype is not None and is_plain:
+        return header.elements * _itemsize(dtype)
+    return header.size
+
+
+def _weights(headers: Mapping[str, _Header], dtype: str | None) -> Iterator[Weights]:
+    """Goes through the modules of a checkpoint."""
+    state = _quantisation_state(headers)
     quantised = set(state.values())
-    total, routed, disk, memory = 0, 0, 0, 0
-    for tensor, header in headers.items():
-        is_quantised = tensor in quantised
-        disk += header.size
-        if header.is_floating_point and dtype is not None and not is_quantised and tensor not in state:
-            memory += header.elements * _itemsize(dtype)
-        else:
-            memory += header.size
-        if tensor in state or tensor.rpartition(".")[2] in _BUFFERS:
-            continue
-        if header.is_floating_point or is_quantised:
-            total += header.elements
-            routed += header.elements if "experts" in tensor.split(".") else 0
-    active = total - routed + round(routed * active_share)
-    shown = {tensor: header for tensor, header in headers.items() if tensor not in state}
-    return Part(name, kind, source, Parameters(total, active), Bytes(disk, memory), _groups(shown))
+    modules: dict[str, list[str]] = {}
+    for tensor in headers:
+        modules.setdefault(state.get(tensor, tensor).rpartition(".")[0], []).append(tensor)
+    for module, tensors in modules.items():
+        own = [tensor for tensor in tensors if tensor not in state and tensor.rpartition(".")[2] not in _BUFFERS]
+        counted = [tensor for tensor in own if headers[tensor].is_floating_point or tensor in quantised]
+        dimensions = max((len(headers[tensor].packed_shape or headers[tensor].shape) for tensor in own), default=0)
+        if counted:
+            yield Weights(
+                module=module,
+                parameters=sum(headers[tensor].elements for tensor in counted),
+                bytes=sum(_memory(tensor, headers[tensor], dtype, state) for tensor in tensors),
+                is_quantized=not quantised.isdisjoint(own),
+                is_linear=looks_linear(module, dimensions),
+                is_stacked=is_expert(module) and dimensions == 3,
+            )
 
 
 def _groups(headers: Mapping[str, _Header]) -> list[WeightGroup]:
@@ -555,6 +592,8 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, QuantizationCoverage):
+        return value.to_dict()
     if dataclasses.is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, tuple) and hasattr(value, "_asdict"):

@@ -45,6 +45,7 @@ from .converting import is_older, load_older
 from .modeling import MoellavaForCausalLM
 from .processing import MoellavaProcessor
 from .projector_files import read_projector
+from .quantizing import STACKED, quantization_coverage
 from .request import LoadRequest, is_custom_encoder, read_request
 from .sources import CONFIG_NAME, Source
 from .upcycling import is_new_weight, upcycled, with_moe_changes
@@ -109,7 +110,8 @@ def load_pretrained_model(
             `vision_feature_layer`, ...); `dtype`; `quantization_config`; `merge=False` to keep a LoRA adapter apart;
             `encoder_debug` and `projector_debug` to log what is detected, loaded, skipped and newly initialised;
             `revision`, `token`, `cache_dir`, `local_files_only`, `trust_remote_code` for the Hub;
-            `attn_implementation`, `max_memory`, `offload_folder` and the like for `from_pretrained`.
+            `modules_to_quantize`, `attn_implementation`, `max_memory`, `offload_folder` and the like for
+            `from_pretrained`.
 
     Returns:
         [`LoadedModel`]: `(model, image_processor, tokenizer, context_len)`.
@@ -143,6 +145,7 @@ def load_pretrained_model(
     with _logs_shown(request.options["encoder_debug"] or request.options["projector_debug"]):
         model = _load(request, placement) if request.model_base is None else _load_adapter(request, placement)
         _log_parts(model, request)
+        _log_coverage(model)
     return LoadedModel(
         model, model.processor.image_processor, model.processor.tokenizer, context_length(model.config.text_config)
     )
@@ -541,6 +544,22 @@ def _log_parts(model: Any, request: LoadRequest) -> None:
             config.text_config.hidden_size,
         )  # fmt: skip
         _log_shapes("projector", inner.multi_modal_projector)
+
+
+def _log_coverage(model: Any) -> None:
+    """Logs what of a quantised model is quantised, what is not and why."""
+    if getattr(model.config, "quantization_config", None) is None:
+        return
+    coverage = quantization_coverage(model)
+    for line in coverage.lines():
+        logger.info("quantised: %s", line)
+    for part in coverage.parts:
+        if STACKED in part.left:
+            logger.warning(
+                "The experts of this %r are %s, which %s leaves in full precision: %s bytes.",
+                model.config.text_config.model_type, STACKED, coverage.method,
+                f"{part.bytes:,}",
+            )  # fmt: skip
 
 
 def _log_shapes(label: str, part: torch.nn.Module) -> None:

@@ -82,6 +82,9 @@ NOT_RUN = {
     ("docs/performance.md", "python benchmarks/moe.py --tokens 1 --tokens 16 --tokens 128 --seconds 6"): (
         "takes twenty minutes on a quiet machine"
     ),
+    ("docs/performance.md", "python benchmarks/quantized.py"): (
+        "needs the checkpoints of the demo, and takes two minutes"
+    ),
     ("docs/quickstart.md", "pip install ."): "changes the environment that the tests run in",
     ("docs/quickstart.md", 'model.push_to_hub("me/my-model")'): "needs the Hub",
 }
