@@ -17,11 +17,13 @@
 #   PYTHON       the Python that .venv is made with (3.11 or newer)
 #   PYTEST_ARGS  more arguments for pytest, e.g. make test PYTEST_ARGS="-k processor -x"
 #   WORKERS      test processes
+#   BENCH_ARGS   more arguments for the benchmarks, e.g. make bench BENCH_ARGS="--only vision"
 
 # python3, or where that is missing or older, one that is named by its version.
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; done; echo python3)
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 WORKERS ?= 2
 
 VENV := .venv
@@ -39,7 +41,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-matrix test-versions lint style clean
+.PHONY: help setup demo test test-matrix test-versions bench lint style clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-22s%s\n", $$1, $$2}'
@@ -77,6 +79,9 @@ $(OLD)/.done: $(STAMP)
 	@rm -rf $(OLD)
 	@$(PIP) install --no-deps --target $(OLD) transformers==$(OLD_VERSION)
 	@touch $@
+
+bench: $(STAMP) ## time and memory against transformers' LLaVA and against floors (build/bench), a quarter of an hour
+	@$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
 
 lint: $(STAMP) ## ruff, and transformers-mlinter on the files that travel
 	@$(BIN)/ruff check .

@@ -197,11 +197,15 @@ def measure(case: str, folder: Path) -> dict[str, float]:
 
 
 def take_turns(
-    cases: Sequence[str], repeats: int, folder: Path, tell: Callable[[str], None] = lambda what: None
+    cases: Sequence[str],
+    repeats: int,
+    folder: Path,
+    tell: Callable[[str], None] = lambda what: None,
+    warms_up: bool = True,
 ) -> dict[str, list[dict[str, float]]]:
     """Returns what every case measured, in fresh processes, `repeats` times; `tell` is told what comes next."""
     results: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
-    for repeat in range(repeats + 1):
+    for repeat in range(0 if warms_up else 1, repeats + 1):
         for case in cases:
             tell(f"{case}, {repeat} of {repeats}")
             measured = in_fresh_process(__file__, "--measure", case, "--folder", folder)
@@ -210,15 +214,17 @@ def take_turns(
     return results
 
 
-def rows(
-    quick: bool = False, tell: Callable[[str], None] = lambda what: None, cases: Sequence[str] | None = None
-) -> list[Row]:
+def rows(quick: bool = False, tell: Callable[[str], None] = lambda what: None) -> list[Row]:
     """Measures; `tell` is told what comes next."""
-    cases = [PEER, *(case for case in cases or CASES if case != PEER)]
     with tempfile.TemporaryDirectory() as temporary:
         tell("writing the models")
         make(Path(temporary), tiny=quick)
-        results = take_turns(cases, 1 if quick else 3, Path(temporary), tell)
+        results = take_turns(CASES, 1 if quick else 3, Path(temporary), tell, warms_up=not quick)
+    return as_rows(results)
+
+
+def as_rows(results: dict[str, list[dict[str, float]]]) -> list[Row]:
+    """Returns the ratios of what was measured: peaks to the model's bytes, times to transformers'."""
     found = []
     for case, measured in results.items():
         size = measured[0]["bytes"]
@@ -234,7 +240,7 @@ def rows(
                 aim=PEAK_AIMS.get(case),
             )
         )
-        if case != PEER:
+        if case != PEER and PEER in results:
             seconds, others = ([one["seconds"] for one in results[name]] for name in (case, PEER))
             found.append(compared("loading", f"{case}: time", PEER, seconds, others, aim=TIME_AIMS.get(case)))
     return found

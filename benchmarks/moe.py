@@ -25,16 +25,16 @@ for more than one token. The time of a size is bounded (`--seconds`), but for th
 
 import argparse
 import json
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import measuring
 import torch
+from measuring import THREADS, alternating, seconds_of
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -48,11 +48,12 @@ WIDTHS = {
     "phi-2": (BiasedPlainExperts, 2560, 10240, "gelu_new"),
     "stablelm-1.6b": (GatedExperts, 2048, 5632, "silu"),
 }
+TINY_WIDTHS = {"tiny": (GatedExperts, 32, 64, "silu")}  # only to see that it runs
 CHOICES = [(1, 4), (2, 4), (2, 8)]  # experts per token, experts
 TOKENS = [1, 16, 128, 640, 4096]
 IMPLEMENTATIONS = ["sorted_mm", "eager", "grouped_mm", "batched_mm"]
 BATCHED_MM_LIMIT = 1
-LEAST_REPEATS = 3
+FLOOR_AIM, BEST_AIM = 1.15, 1.05
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Row:
 
 
 def make_experts(widths: str, num_experts: int, dtype: torch.dtype) -> nn.Module:
-    experts_class, hidden_size, intermediate_size, activation = WIDTHS[widths]
+    experts_class, hidden_size, intermediate_size, activation = (WIDTHS | TINY_WIDTHS)[widths]
     config = SimpleNamespace(text_config=SimpleNamespace(initializer_range=0.02), _experts_implementation="eager")
     experts = experts_class(config, num_experts, hidden_size, intermediate_size, ACT2FN[activation])
     experts.initialize_parameters()
@@ -98,12 +99,14 @@ def make_floor(
 def timed(run: Callable[[], torch.Tensor], backward: bool, leaves: list[torch.Tensor]) -> float:
     for leaf in leaves:
         leaf.grad = None
-    start = time.perf_counter()
-    with torch.set_grad_enabled(backward):
-        output = run()
-        if backward:
-            output.sum().backward()
-    return time.perf_counter() - start
+
+    def passes() -> None:
+        with torch.set_grad_enabled(backward):
+            output = run()
+            if backward:
+                output.sum().backward()
+
+    return seconds_of(passes)
 
 
 def measure(
@@ -130,15 +133,7 @@ def measure(
     for name in IMPLEMENTATIONS:
         if name != "batched_mm" or tokens <= BATCHED_MM_LIMIT:
             runs[name] = lambda name=name: _run(experts, name, hidden_states, index, weights)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    began = time.perf_counter()
-    for repeat in range(repeats + 1):
-        if repeat > LEAST_REPEATS and time.perf_counter() - began > seconds:
-            break
-        for name, run in runs.items():
-            taken = timed(run, backward, leaves)
-            if repeat:  # the first round warms up
-                times[name].append(taken)
+    times = alternating(runs, repeats, seconds=seconds, timer=lambda run: timed(run, backward, leaves))
     medians = {name: statistics.median(values) for name, values in times.items()}
     return Row(
         widths=widths,
@@ -158,7 +153,8 @@ def _run(experts, name, hidden_states, index, weights) -> torch.Tensor:
 
 
 def show(rows: list[Row]) -> None:
-    table = Table(title=f"ratio to the floor, {torch.get_num_threads()} threads, {platform.processor() or 'CPU'}")
+    machine = measuring.in_words(measuring.machine(torch.get_num_threads()))
+    table = Table(title=f"ratio to the floor; {machine}")
     for column in ("widths", "dtype", "k of E", "tokens", "pass", "floor ms", *IMPLEMENTATIONS):
         table.add_column(column, justify="right")
     for row in rows:
@@ -175,6 +171,29 @@ def show(rows: list[Row]) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
+def rows(quick: bool = False, tell: Callable[[str], None] = lambda what: None) -> list[measuring.Row]:
+    """Measures the sizes that `make bench` shows: StableLM's widths, 2 of 4 experts; `tell` is told what comes next."""
+    widths, repeats, numbers = ("tiny", 1, [1, 16]) if quick else ("stablelm-1.6b", 9, [1, 16, 128])
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for tokens, backward in [*((number, False) for number in numbers), (numbers[-1], True)]:
+            name = str(dtype).removeprefix("torch.")
+            label = f"{tokens} tokens, forward{' and backward' if backward else ''}, 2 of 4 experts, {name}"
+            tell(label)
+            row = measure(widths, dtype, 2, 4, tokens, backward, repeats=repeats, seconds=6)
+            ratio = row.ratios["sorted_mm"]
+            value = ratio * row.floor_ms
+            found.append(
+                measuring.Row("moe", label, "the floor", ratio, aim=FLOOR_AIM, value=value, peer_value=row.floor_ms)
+            )
+            best = min((name for name in row.ratios if name != "sorted_mm"), key=row.ratios.get)
+            peer_value = row.ratios[best] * row.floor_ms
+            found.append(
+                measuring.Row("moe", label, best, value / peer_value, aim=BEST_AIM, value=value, peer_value=peer_value)
+            )
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="at most 128 tokens, 2 of 4 experts")
@@ -183,7 +202,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=10, help="for a size, beyond three repeats")
     parser.add_argument("--choices", nargs="+", help="such as 2/4: experts per token / experts (default: all)")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--out", type=Path, help="also write the rows as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -198,14 +217,14 @@ def main() -> None:
         for tokens in arguments.tokens or ([1, 16, 128] if arguments.quick else TOKENS)
         for backward in (False, True)
     ]
-    rows = []
+    measured = []
     with Progress(transient=True) as progress:
         for size in progress.track(sizes):
-            rows.append(measure(*size, repeats=arguments.repeats, seconds=arguments.seconds))
-    show(rows)
+            measured.append(measure(*size, repeats=arguments.repeats, seconds=arguments.seconds))
+    show(measured)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        arguments.out.write_text(json.dumps([asdict(row) for row in measured], indent=1))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@
 """Chat templates for conversations with pictures: the tokenizer's own with a header, or the Vicuna form."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -149,11 +150,20 @@ def multimodal_chat_template(
 
 def _rendered_probe(template: str, content: str | list[dict[str, str]]) -> str:
     """Renders one user message; a template that cannot take this content gives nothing."""
-    conversation = [{"role": "user", "content": content}]
-    try:
-        return render_jinja_template([conversation], chat_template=template, bos_token="<s>", eos_token="</s>")[0][0]
-    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-        return ""
+
+    def render() -> str:
+        conversation = [{"role": "user", "content": content}]
+        try:
+            return render_jinja_template([conversation], chat_template=template, bos_token="<s>", eos_token="</s>")[0][
+                0
+            ]
+        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            return ""
+
+    # On a stack of its own: Jinja's errors hold on to themselves, and by their frames to what all callers hold, which
+    # here may be the weights of a model.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(render).result()
 
 
 def vicuna_text_template(system: str = VICUNA_SYSTEM_TEXT, stop: str | None = None) -> str:

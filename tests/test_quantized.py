@@ -254,9 +254,9 @@ def test_a_language_model_that_is_sparse_by_itself(make, caplog):
     assert "experts of this 'mixtral' are tensors of three dimensions, which bitsandbytes leaves" in caplog.text
 
 
-def test_another_method(checkpoints, tmp_path, parts, monkeypatch):
+@torch._dynamo.config.patch(disable=True)  # its functions are compiled otherwise
+def test_another_method(checkpoints, tmp_path, parts):
     """BitNet's layers, which quantise while they compute, need nothing installed; they take a checkpoint's config."""
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # its functions are compiled otherwise
     folder = parts.copy(checkpoints / "sparse", tmp_path / "bitnet")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {
