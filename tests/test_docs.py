@@ -79,6 +79,9 @@ NOT_RUN = {
         "docs/older-checkpoints.md",
         'hf download JsST/Med-MoE --include "stage3/llavaphi-2.7b-medmoe/*" --local-dir med-moe',
     ): "needs the Hub",
+    ("docs/performance.md", "python benchmarks/loading.py --repeats 3"): (
+        "makes models of several GB, and takes minutes"
+    ),
     ("docs/performance.md", "python benchmarks/moe.py --tokens 1 --tokens 16 --tokens 128 --seconds 6"): (
         "takes twenty minutes on a quiet machine"
     ),
