@@ -20,10 +20,11 @@ the other rows of a batch, this one does not: see `docs/design.md`.
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -167,6 +168,20 @@ def sorted_mm_experts_forward(
 ALL_EXPERTS_FUNCTIONS.register("sorted_mm", sorted_mm_experts_forward)
 
 
+def _one_after_the_other(
+    experts: Iterable[Callable], hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Runs every touched expert, a function of tokens, on its own tokens; shapes as in the forward of experts."""
+    output = torch.zeros_like(hidden_states)
+    for number, expert in enumerate(experts):
+        token, choice = torch.where(top_k_index == number)
+        if token.numel():
+            result = expert(hidden_states[token])
+            weight = top_k_weights[token, choice].unsqueeze(-1).to(result.dtype)
+            output = output.index_add(0, token, (result * weight).to(output.dtype))
+    return output
+
+
 class _Experts(nn.Module):
     """The experts of one block, every kind of weight as one tensor with the expert as its first dimension.
 
@@ -224,14 +239,8 @@ class _Experts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """The plain form (`experts_implementation="eager"`): one expert after the other."""
-        output = torch.zeros_like(hidden_states)
-        for expert, weights in enumerate(self.expert_weights()):
-            token, choice = torch.where(top_k_index == expert)
-            if token.numel():
-                result = self.run_expert(weights, hidden_states[token])
-                weight = top_k_weights[token, choice].unsqueeze(-1).to(result.dtype)
-                output = output.index_add(0, token, (result * weight).to(output.dtype))
-        return output
+        experts = [partial(self.run_expert, weights) for weights in self.expert_weights()]
+        return _one_after_the_other(experts, hidden_states, top_k_index, top_k_weights)
 
 
 @use_experts_implementation
@@ -296,14 +305,7 @@ class ModularExperts(nn.ModuleList):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """As the forward of the experts together: every touched expert runs on its own tokens."""
-        output = torch.zeros_like(hidden_states)
-        for number, expert in enumerate(self):
-            token, choice = torch.where(top_k_index == number)
-            if token.numel():
-                result = expert(hidden_states[token])
-                weight = top_k_weights[token, choice].unsqueeze(-1).to(result.dtype)
-                output = output.index_add(0, token, (result * weight).to(output.dtype))
-        return output
+        return _one_after_the_other(self, hidden_states, top_k_index, top_k_weights)
 
 
 _builds_modular_experts: ContextVar[bool] = ContextVar("moellava_builds_modular_experts", default=False)

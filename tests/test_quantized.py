@@ -426,6 +426,7 @@ def train(model, batch, steps, learning_rate):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_adapters_on_a_quantised_mixture(checkpoints, tmp_path, bits):
     peft = pytest.importorskip("peft")
+    torch.manual_seed(1)  # a merge in 4 bits comes as near as the adapter's first weights let it: 0.89 to 0.92
     base = load_pretrained_model(checkpoints / "sparse", device="cpu", **DOUBLE[bits]).model
     logits_of(base)  # as when a model is evaluated before training
     batch = lesson(base)

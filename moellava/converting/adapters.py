@@ -23,7 +23,7 @@ from .older_config import OlderCheckpointError, OlderModel, read_older_config
 from .older_weights import our_names
 
 
-_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.default)?\.weight")
 # Options of PEFT's that go by the names or the number of layers, which are others here, or that add other weights.
 _REFUSED = (
@@ -102,11 +102,11 @@ def _read_adapter_config(source: Source) -> Any:
 
 def _read_pairs(source: Source) -> dict[str, dict[str, torch.Tensor]]:
     """Reads the weights of an adapter: for each of its layers, by the older name, A and B."""
-    path = next((path for name in _FILES if (path := source.find(name)) is not None), None)
+    path = next((path for name in ADAPTER_FILES if (path := source.find(name)) is not None), None)
     if path is None:
         raise FileNotFoundError(
-            f"{source} has an adapter_config.json, but no weights of an adapter: expected {' or '.join(_FILES)} beside "
-            "it. Save or download it again."
+            f"{source} has an adapter_config.json, but no weights of an adapter: expected {' or '.join(ADAPTER_FILES)} "
+            "beside it. Save or download it again."
         )
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in read_tensors(path):
@@ -171,4 +171,4 @@ def _renamed(
     return tensors
 
 
-__all__ = ["attach_adapter"]
+__all__ = ["ADAPTER_FILES", "attach_adapter"]

@@ -45,7 +45,8 @@ from ..building import IMAGE_TOKEN, build, make_processor
 from ..chat_templates import multimodal_chat_template
 from ..configuration import MoellavaConfig
 from ..projector_files import older_projector_tensors
-from ..sources import CONFIG_NAME, Source, load_image_processor, read_tensors
+from ..sources import Source, load_image_processor, read_tensors
+from .adapters import ADAPTER_FILES, attach_adapter
 from .conversations import conversation_for, prepare_older_tokenizer, stop_token_ids
 from .older_config import OlderCheckpointError, OlderModel, is_llava_hf, is_older, read_older_config
 from .older_weights import (
@@ -60,7 +61,6 @@ from .tokenizers import read_older_tokenizer
 logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA_FILE = "non_lora_trainables.bin"
 PROJECTOR_FILE = "mm_projector.bin"
 _OF_PROJECTOR = ".mm_projector."
@@ -489,8 +489,6 @@ def load_older(
     for note in converted.notes:
         logger.info("%s: %s", source, note)
     if base is not None and source.find(ADAPTER_CONFIG) is not None:
-        from .adapters import attach_adapter
-
         model = attach_adapter(model, source, merge)
     return model, converted
 
@@ -585,7 +583,6 @@ def convert(
 
 
 __all__ = [
-    "CONFIG_NAME",
     "ConversionReport",
     "Converted",
     "convert",

@@ -172,8 +172,12 @@ def our_names(name: str, tensor: torch.Tensor, older: OlderModel) -> Iterator[tu
         yield f"{TOWER_PREFIX}{match[1]}", tensor
     else:
         for own_name, share in older.family.renamed(name, tensor):
-            is_head = own_name.startswith("lm_head.")
-            yield own_name if is_head else f"{_BODY}{own_name.removeprefix('model.')}", share
+            yield _in_our_tree(own_name), share
+
+
+def _in_our_tree(name: str) -> str:
+    """The place of a weight of transformers' causal language model in our tree."""
+    return name if name.startswith("lm_head.") else f"{_BODY}{name.removeprefix('model.')}"
 
 
 def moe_fields_told_by(language: Mapping[str, torch.Tensor], moe: Mapping[str, object]) -> dict[str, object]:
@@ -208,7 +212,7 @@ def language_tensors(
     for name, tensor in language.items():
         match = _SPARSE.fullmatch(name)
         if match is None:
-            tensors[name if name.startswith("lm_head.") else f"{_BODY}{name.removeprefix('model.')}"] = tensor
+            tensors[_in_our_tree(name)] = tensor
             continue
         kind, key = next(
             (kind, key) for kind in ("gate", "weight", "coefficient", "residual", "meta") if (key := match[kind])
