@@ -55,8 +55,13 @@ EXTRAS = {
     "sentencepiece": ["protobuf", "sentencepiece"],
     "quantized": ["bitsandbytes>=0.50"],
     "peft": ["peft>=0.18"],
+    "train": ["datasets>=4", "pyyaml>=6", "tensorboard>=2.18"],
+    # The page to try a checkpoint on. Gradio 6 wants Pillow below 13.
+    "web": ["gradio>=6,<7"],
     "demo": ["matplotlib>=3.8", "scikit-learn>=1.4"],
-    "test": ["pytest>=8", "pytest-xdist>=3.6"],
+    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
+    # trl, nbclient, ipykernel and playwright: for the tests of training, of the notebook and of the page.
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "ipykernel>=6", "nbclient>=0.10", "playwright>=1.45", "trl>=1"],
     "lint": ["ruff>=0.17", "transformers-mlinter>=0.1.5"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
