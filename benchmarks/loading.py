@@ -24,22 +24,35 @@ ratio to transformers loading the LLaVA. Processes take turns, and the median co
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from measuring import THREADS, Row, compared, forget_peak_memory, in_fresh_process, memory
+from measuring import (
+    THREADS,
+    Row,
+    compared,
+    forget_peak_memory,
+    in_fresh_process,
+    in_words,
+    machine,
+    memory,
+    print_progress,
+    show,
+    write,
+)
 
 
 CASES = (
-    "transformers_llava", "load", "load_fp32", "assemble", "upcycle", "load_sparse", "older", "older_bin"
+    "transformers_llava", "transformers_llava_fp32", "load", "load_fp32", "assemble", "upcycle", "load_sparse", "older",
+    "older_bin",
 )  # fmt: skip
 NUM_EXPERTS = 4
 PEER = "transformers_llava"
+PEERS = {"load_fp32": "transformers_llava_fp32"}  # where another one does the same
 PEAK_AIMS = dict.fromkeys(("load", "load_fp32", "load_sparse"), 1.10) | dict.fromkeys(("assemble", "upcycle"), 1.15)
-TIME_AIMS = {"load": 1.10, "assemble": 1.3}
+TIME_AIMS = {"load": 1.10, "load_fp32": 1.10, "assemble": 1.3}
 
 
 def sizes(tiny: bool = False) -> dict:
@@ -99,6 +112,8 @@ def make(folder: Path, tiny: bool = False) -> None:
     CLIPImageProcessor(size={"shortest_edge": 224}, crop_size=224).save_pretrained(folder / "vision-tower")
     llava = LlavaConfig(text_config=configs["text"], vision_config=configs["vision"], image_token_id=8000)
     LlavaForConditionalGeneration(llava).save_pretrained(folder / "llava")
+    tokenizer.save_pretrained(folder / "llava")
+    CLIPImageProcessor(size={"shortest_edge": 224}, crop_size=224).save_pretrained(folder / "llava")
     model = load_pretrained_model(
         folder / "language-model", mm_vision_tower=folder / "vision-tower", device="cpu"
     ).model
@@ -168,13 +183,23 @@ def measure(case: str, folder: Path) -> dict[str, float]:
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    from transformers import LlavaForConditionalGeneration
+    from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
     import moellava.assembling  # noqa: F401
 
+    def load_llava(dtype: torch.dtype | str) -> LlavaForConditionalGeneration:
+        """Loads what `load_pretrained_model` does: the model, its tokenizer and its image processor."""
+        model = LlavaForConditionalGeneration.from_pretrained(folder / "llava", dtype=dtype)
+        model.processor = (
+            AutoTokenizer.from_pretrained(folder / "llava"),
+            AutoImageProcessor.from_pretrained(folder / "llava"),
+        )
+        return model
+
     dense, parts = str(folder / "dense"), (str(folder / "language-model"), str(folder / "vision-tower"))
     runs = {
-        "transformers_llava": lambda: LlavaForConditionalGeneration.from_pretrained(folder / "llava", dtype="auto"),
+        "transformers_llava": lambda: load_llava("auto"),
+        "transformers_llava_fp32": lambda: load_llava(torch.float32),
         "load": lambda: load_pretrained_model(dense, device="cpu").model,
         "load_fp32": lambda: load_pretrained_model(dense, device="cpu", dtype="float32").model,
         "assemble": lambda: load_pretrained_model(parts[0], mm_vision_tower=parts[1], device="cpu").model,
@@ -240,9 +265,10 @@ def as_rows(results: dict[str, list[dict[str, float]]]) -> list[Row]:
                 aim=PEAK_AIMS.get(case),
             )
         )
-        if case != PEER and PEER in results:
-            seconds, others = ([one["seconds"] for one in results[name]] for name in (case, PEER))
-            found.append(compared("loading", f"{case}: time", PEER, seconds, others, aim=TIME_AIMS.get(case)))
+        peer = PEERS.get(case, PEER)
+        if not case.startswith(PEER) and peer in results:
+            seconds, others = ([one["seconds"] for one in results[name]] for name in (case, peer))
+            found.append(compared("loading", f"{case}: time", peer, seconds, others, aim=TIME_AIMS.get(case)))
     return found
 
 
@@ -262,28 +288,11 @@ def main() -> None:
         if not (folder / "older-bin").exists():
             make(folder)
         cases = arguments.case or CASES
-        results = take_turns(cases, arguments.repeats, folder)
-    show(results, arguments.out)
-
-
-def show(results: dict[str, list[dict[str, float]]], out: Path | None) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    medians = {
-        case: {name: statistics.median(row[name] for row in rows) for name in rows[0]} for case, rows in results.items()
-    }
-    peer = medians.get(PEER, {}).get("seconds")
-    table = Table(title=f"{THREADS} threads; peak over idle / bytes of the model; time / transformers' LLaVA")
-    for column in ("case", "model MB", "peak", "seconds", "time ratio"):
-        table.add_column(column, justify="right")
-    for case, row in medians.items():
-        ratio = "" if peer is None else f"{row['seconds'] / peer:.2f}"
-        table.add_row(case, f"{row['bytes'] / 1e6:.0f}", f"{row['peak']:.3f}", f"{row['seconds']:.2f}", ratio)
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(medians, indent=1))
+        found = as_rows(take_turns(cases, arguments.repeats, folder, print_progress))
+    described = {"machine": machine(THREADS)}
+    show(found, in_words(described["machine"]))
+    if arguments.out:
+        write(found, described, arguments.out)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ Every figure is a ratio to a peer or a floor of the same run. What is compared t
 round every time, the first round warms up, and the median counts.
 """
 
+import ctypes
 import json
 import math
 import os
@@ -187,6 +188,21 @@ def in_fresh_process(script: str | os.PathLike, *arguments: object) -> dict[str,
 def forget_peak_memory() -> None:
     """Makes `memory("VmHWM")` tell the peak from here on."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def reuse_freed_memory() -> None:
+    """Makes the C library keep what is freed, so that large tensors do not come from the kernel again every time.
+
+    Fresh pages are zeroed one by one, at a price that depends on what else the machine has just done: with gradients of
+    hundreds of megabytes, that price and not the arithmetic would decide a comparison.
+    """
+    libc = ctypes.CDLL(None)
+    mallopt = getattr(libc, "mallopt", None)
+    if mallopt is None:  # not glibc
+        return
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    if not (mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1)):
+        raise RuntimeError("mallopt has refused to keep freed memory; the figures would depend on the kernel's paging.")
 
 
 def memory(name: str) -> int:

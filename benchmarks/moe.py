@@ -20,7 +20,8 @@
 The floor is what no implementation can save: each touched expert's dense MLP, run once on its own tokens, which were
 sorted beforehand. Every row is a ratio to the floor of the same run; implementations and floor take turns, and the
 median over the repeats counts. `batched_mm` copies an expert's weights for every choice of a token, and is left out
-for more than one token. The time of a size is bounded (`--seconds`), but for three repeats.
+for more than one token. The time of a size is bounded (`--seconds`), but for three repeats. Memory that was freed is
+used again: zeroing fresh pages is no part of what is compared.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from types import SimpleNamespace
 
 import measuring
 import torch
-from measuring import THREADS, alternating, seconds_of
+from measuring import THREADS, alternating, reuse_freed_memory, seconds_of
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -173,6 +174,7 @@ def show(rows: list[Row]) -> None:
 
 def rows(quick: bool = False, tell: Callable[[str], None] = lambda what: None) -> list[measuring.Row]:
     """Measures the sizes that `make bench` shows: StableLM's widths, 2 of 4 experts; `tell` is told what comes next."""
+    reuse_freed_memory()
     widths, repeats, numbers = ("tiny", 1, [1, 16]) if quick else ("stablelm-1.6b", 9, [1, 16, 128])
     found = []
     for dtype in (torch.bfloat16, torch.float32):
@@ -206,6 +208,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the rows as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    reuse_freed_memory()
     choices = [(2, 4)] if arguments.quick else CHOICES
     if arguments.choices:
         choices = [tuple(map(int, choice.split("/"))) for choice in arguments.choices]

@@ -24,6 +24,7 @@ import copy
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 
@@ -40,7 +41,8 @@ def build_head(text_config: PreTrainedConfig) -> nn.Linear:
     Raises:
         ValueError: The family's output projection is no linear layer.
     """
-    own = own_causal_lm(text_config).get_output_embeddings()
+    with no_init_weights():  # of the whole model nothing but the head's shape is wanted
+        own = own_causal_lm(text_config).get_output_embeddings()
     if not isinstance(own, nn.Linear):
         raise ValueError(
             f"A {text_config.model_type} language model has no linear output projection (found "
