@@ -310,7 +310,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
         axes.barh(place, row.ratio, color=colours[row.benchmark], height=0.7)
         if row.aim is not None:
             axes.plot([row.aim] * 2, [place - 0.45, place + 0.45], color="black", linewidth=2)
-        axes.text(row.ratio, place, f" {row.ratio:.2f}", va="center", fontsize=7)
+        axes.text(max(row.ratio, row.aim or 0), place, f"  {row.ratio:.2f}", va="center", fontsize=7)
     axes.axvline(1, color="grey", linewidth=0.8)
     labels = [f"{row.benchmark}: {row.name} / {row.peer}" for row in bars]
     axes.set_yticks(range(len(bars)), labels, fontsize=7)
@@ -319,6 +319,8 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     for axes, row in zip(lower.subplots(1, len(lines), squeeze=False)[0] if lines else [], lines, strict=True):
         axes.loglog(row.sizes, row.costs, "o-", color=colours[row.benchmark])
         axes.set_xticks(row.sizes, [f"{size:g}" for size in row.sizes], fontsize=7)
+        axes.set_ylim(min(row.costs) / 1.5, max(row.costs) * 1.5)
+        axes.set_yticks(row.costs, [f"{cost:.3g}" for cost in row.costs], fontsize=7)
         axes.minorticks_off()
         axes.set_title(f"{row.name}\nexponent {row.exponent:.2f}", fontsize=8)
         axes.set_ylabel(row.unit, fontsize=8)

@@ -79,6 +79,7 @@ NOT_RUN = {
         "docs/older-checkpoints.md",
         'hf download JsST/Med-MoE --include "stage3/llavaphi-2.7b-medmoe/*" --local-dir med-moe',
     ): "needs the Hub",
+    ("docs/performance.md", "make bench"): "takes a quarter of an hour on a quiet machine",
     ("docs/performance.md", "python benchmarks/loading.py --repeats 3"): (
         "makes models of several GB, and takes minutes"
     ),
