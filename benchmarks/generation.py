@@ -326,14 +326,19 @@ def measure_peer(folder: Path, sizes: Sizes, tell: Callable[[str], None]) -> lis
 
 def measure_memory(folder: Path, sizes: Sizes, tell: Callable[[str], None]) -> list[Row]:
     found = []
+    folders = {"ours": folder / "ours", "peer": folder}
+    load_ours(folder, torch.float32).save_pretrained(folders["ours"])
     for dtype in sizes.dtypes:
         name = str(dtype).removeprefix("torch.")
         tell(f"peak memory, {name}")
-        peaks: dict[str, list[float]] = {"ours": [], "peer": []}
-        options = ["--dtype", name, "--folder", folder, *(["--quick"] if sizes == TINY else [])]
+        peaks: dict[str, list[float]] = {who: [] for who in folders}
+        options = ["--dtype", name, *(["--quick"] if sizes == TINY else [])]
         for _ in range(sizes.few_repeats):
             with ThreadPoolExecutor() as pool:  # both at the same time, which memory takes no notice of
-                runs = {who: pool.submit(in_fresh_process, __file__, "--measure", who, *options) for who in peaks}
+                runs = {
+                    who: pool.submit(in_fresh_process, __file__, "--measure", who, "--folder", home, *options)
+                    for who, home in folders.items()
+                }
             for who, run in runs.items():
                 peaks[who].append(run.result()["peak"])
         label = f"peak memory of loading and generating, {name}"
