@@ -77,6 +77,11 @@ _WEIGHT_FILE = re.compile(
 )
 
 
+def is_weight_file(name: str) -> bool:
+    """Whether a file of a checkpoint holds weights, or tells which files hold them."""
+    return _WEIGHT_FILE.fullmatch(name) is not None
+
+
 def is_flat() -> bool:
     """Whether this file runs from a checkpoint (or transformers' cache of one) instead of from the package."""
     return (Path(__file__).parent / f"{ENTRY_MODULE}.py").exists()
@@ -196,7 +201,7 @@ def _carry_over(earlier: Path, staging: Path, replaces_weights: bool) -> list[st
     for path in earlier.iterdir():
         if (staging / path.name).exists() or path.name.endswith(".saving"):
             continue
-        if replaces_weights and path.is_file() and _WEIGHT_FILE.fullmatch(path.name):
+        if replaces_weights and path.is_file() and is_weight_file(path.name):
             continue
         try:
             if path.is_symlink():
@@ -235,4 +240,12 @@ def _exchange(staging: Path, target: Path) -> None:
     aside.rename(staging)
 
 
-__all__ = ["AUTO_MAP", "ENTRY_MODULE", "export_code", "is_flat", "staged_folder", "travelling_files"]
+__all__ = [
+    "AUTO_MAP",
+    "ENTRY_MODULE",
+    "export_code",
+    "is_flat",
+    "is_weight_file",
+    "staged_folder",
+    "travelling_files",
+]

@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -38,6 +39,7 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration.checkpoint_moellava import staged_folder
 from ..configuration.configuration_moellava import MoellavaConfig
 from ..configuration.custom_code_moellava import is_own_class
+from ..configuration.hub_moellava import commit_checkpoint
 from ..configuration.registry_moellava import PROJECTORS
 from .encoders_moellava import encoder_for
 from .language_moellava import apply_head, build_head
@@ -253,6 +255,8 @@ class MoellavaPreTrainedModel(PreTrainedModel):
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
         hub_names = ("commit_message", "private", "create_pr", "revision", "commit_description", "tags", "token")
         hub_kwargs = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
+        if "max_shard_size" in kwargs:
+            hub_kwargs["max_shard_size"] = kwargs["max_shard_size"]
         if not getattr(self, "hf_quantizer", None) and any(isinstance(m, ModularExperts) for m in self.modules()):
             # It was quantised and is no more: its experts go back to the form that such a model is loaded in.
             state_dict = experts_together(self.state_dict() if state_dict is None else state_dict)
@@ -265,6 +269,16 @@ class MoellavaPreTrainedModel(PreTrainedModel):
                 self.processor.save_pretrained(staging)
         if push_to_hub:
             self.push_to_hub(repo_id, **hub_kwargs)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, files_timestamps: dict, **kwargs):
+        """Sends what `push_to_hub` has saved in one commit, which leaves no weights of an earlier push behind.
+
+        transformers deletes nothing: of a repository that held one `model.safetensors`, it would go on to read that one
+        after the model has been pushed in shards.
+        """
+        saved = sorted(path for path in Path(working_dir).rglob("*") if path.is_file())
+        files = [path.relative_to(working_dir).as_posix() for path in saved]
+        return commit_checkpoint(working_dir, files, repo_id, **kwargs).commit
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

@@ -39,6 +39,7 @@ _HOMES = {
     "inspect_checkpoint": "inspecting",
     "load_pretrained_model": "loading",
     "LoadedModel": "loading",
+    "push": "hub",
     "quantization_coverage": "quantizing",
     "resident_bytes": "quantizing",
     "upcycle": "upcycling",

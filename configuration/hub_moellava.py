@@ -1,0 +1,102 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Sending a checkpoint to the Hub: one commit that makes the repository hold it, and no weights of an earlier one.
+
+It travels, because a model that was loaded without the package can be pushed too.
+"""
+
+import os
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import RevisionNotFoundError
+
+from .checkpoint_moellava import is_weight_file
+
+
+class SentCheckpoint(NamedTuple):
+    """What `commit_checkpoint` did.
+
+    Attributes:
+        commit (`CommitInfo`): The commit that holds the checkpoint now.
+        changed (`bool`): Whether it is a new one; `False` where the repository held the very same files already.
+        deleted (`list[str]`): The weight files of an earlier checkpoint that it deletes.
+    """
+
+    commit: CommitInfo
+    changed: bool
+    deleted: list[str]
+
+
+def commit_checkpoint(
+    folder: str | os.PathLike,
+    files: Iterable[str],
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    token: str | bool | None = None,
+) -> SentCheckpoint:
+    """Makes one commit of files of a checkpoint, weights included, on a repository that exists.
+
+    Large files are uploaded first. Until the commit, which comes last, nobody sees any of it.
+
+    Args:
+        folder (`str` or `os.PathLike`): Where the files lie.
+        files (`Iterable[str]`): Their names in the folder and in the repository. Weight files of the repository that
+            are not among them are deleted by the same commit: transformers would read a `model.safetensors` that an
+            earlier push left there rather than the shards of this one.
+        repo_id (`str`): The repository.
+        revision (`str`, *optional*): The branch; made from `main` if it is not there. Defaults to `main`.
+        create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request against the branch instead,
+            which has to exist then.
+        commit_message, commit_description, token (*optional*): As in huggingface_hub.
+
+    Raises:
+        huggingface_hub.errors.HfHubHTTPError: The Hub refuses, or somebody else has pushed in the meantime.
+    """
+    files = list(files)
+    hub = HfApi(token=token)
+    branch_is_new = False
+    try:
+        head = hub.model_info(repo_id, revision=revision)
+    except RevisionNotFoundError:
+        if create_pr:
+            raise
+        branch_is_new = True
+        head = hub.model_info(repo_id)
+    held = [file.rfilename for file in head.siblings]
+    deleted = [name for name in held if is_weight_file(name) and name not in files]
+    additions = [CommitOperationAdd(name, os.path.join(folder, name)) for name in files]
+    # Nor does a .gitignore in the repository keep files out: a checkpoint without its weights is none.
+    base = None if branch_is_new else revision
+    hub.preupload_lfs_files(repo_id, additions, revision=base, create_pr=create_pr, gitignore_content="")
+    if branch_is_new:
+        hub.create_branch(repo_id, branch=revision, revision=head.sha)
+    commit = hub.create_commit(
+        repo_id,
+        [*additions, *(CommitOperationDelete(name, is_folder=False) for name in deleted)],
+        commit_message=commit_message or "Upload model",
+        commit_description=commit_description,
+        revision=revision,
+        create_pr=create_pr,
+        parent_commit=head.sha,
+    )
+    return SentCheckpoint(commit, commit.oid != head.sha, deleted)
+
+
+__all__ = ["SentCheckpoint", "commit_checkpoint"]
