@@ -18,12 +18,14 @@ It travels, because a model that was loaded without the package can be pushed to
 
 import os
 from collections.abc import Iterable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RevisionNotFoundError
 
 from .checkpoint_moellava import is_weight_file
+from .custom_code_moellava import CUSTOM_MODULE
 
 
 class SentCheckpoint(NamedTuple):
@@ -40,6 +42,12 @@ class SentCheckpoint(NamedTuple):
     deleted: list[str]
 
 
+def commit_saved(folder: str | os.PathLike, repo_id: str, **options: Any) -> CommitInfo:
+    """Makes one commit of all that `save_pretrained` has written into a folder; see `commit_checkpoint`."""
+    saved = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return commit_checkpoint(folder, [path.relative_to(folder).as_posix() for path in saved], repo_id, **options).commit
+
+
 def commit_checkpoint(
     folder: str | os.PathLike,
     files: Iterable[str],
@@ -51,15 +59,16 @@ def commit_checkpoint(
     commit_description: str | None = None,
     token: str | bool | None = None,
 ) -> SentCheckpoint:
-    """Makes one commit of files of a checkpoint, weights included, on a repository that exists.
+    """Makes one commit of a checkpoint, or of its processor alone, on a repository that exists.
 
     Large files are uploaded first. Until the commit, which comes last, nobody sees any of it.
 
     Args:
         folder (`str` or `os.PathLike`): Where the files lie.
-        files (`Iterable[str]`): Their names in the folder and in the repository. Weight files of the repository that
-            are not among them are deleted by the same commit: transformers would read a `model.safetensors` that an
-            earlier push left there rather than the shards of this one.
+        files (`Iterable[str]`): Their names in the folder and in the repository. Where there are weights among them,
+            other weight files of the repository are deleted: transformers would read a `model.safetensors` that an
+            earlier push left there rather than the shards of this one. Where there are none, the file that registers
+            the model's own parts stays, since a processor does not know them.
         repo_id (`str`): The repository.
         revision (`str`, *optional*): The branch; made from `main` if it is not there. Defaults to `main`.
         create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request against the branch instead,
@@ -80,7 +89,11 @@ def commit_checkpoint(
         branch_is_new = True
         head = hub.model_info(repo_id)
     held = [file.rfilename for file in head.siblings]
-    deleted = [name for name in held if is_weight_file(name) and name not in files]
+    deleted = []
+    if any(is_weight_file(name) for name in files):
+        deleted = [name for name in held if is_weight_file(name) and name not in files]
+    elif f"{CUSTOM_MODULE}.py" in held:
+        files = [name for name in files if name != f"{CUSTOM_MODULE}.py"]
     additions = [CommitOperationAdd(name, os.path.join(folder, name)) for name in files]
     # Nor does a .gitignore in the repository keep files out: a checkpoint without its weights is none.
     base = None if branch_is_new else revision
@@ -99,4 +112,4 @@ def commit_checkpoint(
     return SentCheckpoint(commit, commit.oid != head.sha, deleted)
 
 
-__all__ = ["SentCheckpoint", "commit_checkpoint"]
+__all__ = ["SentCheckpoint", "commit_checkpoint", "commit_saved"]

@@ -23,7 +23,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -39,7 +38,7 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration.checkpoint_moellava import staged_folder
 from ..configuration.configuration_moellava import MoellavaConfig
 from ..configuration.custom_code_moellava import is_own_class
-from ..configuration.hub_moellava import commit_checkpoint
+from ..configuration.hub_moellava import commit_saved
 from ..configuration.registry_moellava import PROJECTORS
 from .encoders_moellava import encoder_for
 from .language_moellava import apply_head, build_head
@@ -276,9 +275,7 @@ class MoellavaPreTrainedModel(PreTrainedModel):
         transformers deletes nothing: of a repository that held one `model.safetensors`, it would go on to read that one
         after the model has been pushed in shards.
         """
-        saved = sorted(path for path in Path(working_dir).rglob("*") if path.is_file())
-        files = [path.relative_to(working_dir).as_posix() for path in saved]
-        return commit_checkpoint(working_dir, files, repo_id, **kwargs).commit
+        return commit_saved(working_dir, repo_id, **kwargs)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

@@ -23,6 +23,7 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 from transformers.utils import logging
 
 from ..configuration.checkpoint_moellava import AUTO_MAP, export_code, staged_folder
+from ..configuration.hub_moellava import commit_saved
 from .images_moellava import (
     is_float_array,
     is_picture_source,
@@ -281,6 +282,10 @@ class MoellavaProcessor(ProcessorMixin):
             repo_id = kwargs.pop("repo_id", None) or os.path.basename(os.path.abspath(save_directory))
             self.push_to_hub(repo_id, **kwargs)
         return [os.path.join(save_directory, os.path.relpath(file, staging)) for file in files]
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, files_timestamps: dict, **kwargs):
+        """Sends what `push_to_hub` has saved in one commit, and lets a model's own parts on the Hub stay registered."""
+        return commit_saved(working_dir, repo_id, **{"commit_message": "Upload processor", **kwargs})
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what `processor_config.json` holds: the fields, the image processor's, and its backend."""

@@ -91,8 +91,8 @@ class Repository:
 class Fault:
     """What happens to the next `times` requests whose line, such as `"POST /api/repos/create"`, matches `pattern`.
 
-    `status` is the answer instead of the right one; 0 drops the connection before anything is done, and -1 after it, in
-    place of the answer.
+    `status` is the answer instead of the right one. 0 drops the connection before anything is done, -1 after it, in
+    place of the answer, and -2 leaves the client waiting.
     """
 
     pattern: str
@@ -161,23 +161,30 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         if len(self.body) < length:  # the client is gone
             return self._drop()
         line = f"{self.command} {self.path}"
-        self.silent = False
         with self.server.lock:
             self.server.requests.append(line)
-            fault = next((fault for fault in self.server.faults if re.search(fault.pattern, line)), None)
-            if fault is not None:
-                fault.times -= 1
-                if fault.times == 0:
-                    self.server.faults.remove(fault)
-                if fault.status == 0:
-                    return self._drop()
-                if fault.status > 0:
-                    return self._error(fault.status, "a fault that was asked for")
-                self.silent = True
-            for pattern, answer in _ROUTES:
-                if match := re.fullmatch(pattern, line):
+            fault = self._next_fault(line)
+        self.silent = fault == -1
+        if fault == -2:
+            self.rfile.read(1)  # until the client is gone
+        if fault in (0, -2):
+            return self._drop()
+        if fault is not None and fault > 0:
+            return self._error(fault, "a fault that was asked for")
+        for pattern, answer in _ROUTES:
+            if match := re.fullmatch(pattern, line):
+                with self.server.lock:
                     return answer(self, *map(unquote, match.groups()))
         return self._error(404, f"no such address: {line}")
+
+    def _next_fault(self, line: str) -> int | None:
+        fault = next((fault for fault in self.server.faults if re.search(fault.pattern, line)), None)
+        if fault is None:
+            return None
+        fault.times -= 1
+        if fault.times == 0:
+            self.server.faults.remove(fault)
+        return fault.status
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
 
@@ -402,10 +409,14 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 
     # For the processes of the tests
 
-    def control(self):
+    def plan_fault(self):
         """Takes a fault, as JSON."""
         self.server.faults.append(Fault(**json.loads(self.body)))
         self._json({})
+
+    def planned_faults(self):
+        """Tells which have not happened yet."""
+        self._json([fault.pattern for fault in self.server.faults])
 
 
 def _entry(path: str, blob: Blob) -> dict[str, Any]:
@@ -416,7 +427,8 @@ def _entry(path: str, blob: Blob) -> dict[str, Any]:
 
 _NAME = r"([^/]+/[^/]+)"
 _ROUTES: list[tuple[str, Callable]] = [
-    (r"POST /faults", HubHandler.control),
+    (r"POST /faults", HubHandler.plan_fault),
+    (r"GET /faults", HubHandler.planned_faults),
     (r"POST /api/repos/create", HubHandler.create),
     (r"POST /api/validate-yaml", HubHandler.validate_yaml),
     (rf"GET /api/models/{_NAME}", HubHandler.info),
