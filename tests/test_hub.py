@@ -137,6 +137,20 @@ for number, fault in enumerate({faults!r}):
     failed["kept"] = hub.model_info("me/private").sha == head
     attempt(f"after fault {{number}}", "me/private")
 
+# The answer to the commit is lost, which has been made.
+new_weights("lost")
+head = hub.model_info("me/private").sha
+faults(pattern="POST .*/commit/", status=-1)
+lost = attempt("lost", "me/private")
+lost["kept"] = hub.model_info("me/private").sha == head
+attempt("after the loss", "me/private")
+
+# What the client tries again by itself: an error and a dropped connection while parts are uploaded.
+new_weights("retried")
+faults(pattern="PUT /large/.*/2$", status=500)
+faults(pattern="PUT /large/.*/4$", status=0)
+attempt("retried", "me/private")
+
 # A process that is killed in the middle of an upload.
 new_weights("killed")
 head = hub.model_info("me/private").sha
@@ -162,7 +176,7 @@ FAULTS = [
     (r"POST .*/commit/", 500, "OSError", "or holds the whole commit where only the answer to it was lost. Push again"),
     (r"POST .*/commit/", 0, "ConnectionError", "(the connection to the Hub failed: "),
     (r"PUT /large/.*/3$", 403, "PermissionError", "the Hub answered 403"),
-    (r"GET /api/models/me/private$", 404, None, ""),
+    (r"GET /api/models/me/private$", 404, "OSError", "Check the names of the repository and of the revision."),
 ]
 
 
@@ -175,10 +189,389 @@ def pushed(server, checkpoint, tmp_path_factory):
     return last_line(run_python(code, block_moellava=False, env=server.environment(home)))
 
 
-def test_x(pushed, server):
-    for name, result in pushed.items():
-        if "files" in result: result["files"] = len(result["files"])
-        print(name, result)
-    for n, r in server.repositories.items():
-        print(n, r.refs, [c.summary for c in r.commits.values()])
-    assert 0
+def test_a_push_is_one_commit_of_the_checkpoint_and_of_nothing_else(pushed, server, checkpoint):
+    first, repository = pushed["first"], server.repositories["me/model"]
+    commit = repository.commits[first["commit"]]
+    assert first["changed"] and first["pull_request"] is None and first["url"] == f"{server.url}/me/model"
+    assert (commit.summary, commit.description) == ("The first", "Of many")
+    assert repository.commits[commit.parent].summary == "initial commit"
+
+    assert set(commit.files) == {*first["files"], ".gitattributes"}
+    assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= set(commit.files)
+    assert {"README.md", "pictures/shown.png", "pictures/too.png", "moellava_entry.py"} <= set(commit.files)
+    assert set(first["left_out"]) == {*STRAY, "runs/"}
+    for name in first["files"]:
+        assert commit.files[name].content == (checkpoint / name).read_bytes(), name
+
+
+def test_an_identical_push_says_so_and_commits_nothing(pushed, server):
+    for step, earlier in (("again", "first"), ("sharded again", "sharded"), ("private again", "private")):
+        assert not pushed[step]["changed"] and pushed[step]["commit"] == pushed[earlier]["commit"]
+    nothing = pushed["pull request of nothing"]
+    assert not nothing["changed"] and nothing["pull_request"] is None
+    assert [commit.summary for commit in server.repositories["me/model"].commits.values()][1:3] == [
+        "The first", "Upload model",
+    ]  # fmt: skip
+
+
+def test_no_weights_of_an_earlier_push_stay(pushed, server):
+    shards = {f"model-0000{n}-of-00007.safetensors" for n in range(1, 8)} | {"model.safetensors.index.json"}
+    assert weights(server, "me/model", pushed["first"]["commit"]) == {"model.safetensors"}
+    assert weights(server, "me/model", pushed["sharded"]["commit"]) == shards
+    assert pushed["sharded"]["deleted"] == ["model.safetensors"] and pushed["sharded again"]["deleted"] == []
+    assert weights(server, "me/model", pushed["whole"]["commit"]) == {"model.safetensors"}
+    assert set(pushed["whole"]["deleted"]) == shards
+
+
+def test_branches_and_pull_requests(pushed, server):
+    repository = server.repositories["me/model"]
+    assert pushed["pull request"]["pull_request"] == f"{server.url}/me/model/discussions/1"
+    assert repository.refs["main"] == pushed["whole"]["commit"]
+    assert repository.refs["refs/pr/1"] == pushed["pull request"]["commit"]
+    assert repository.refs["for/sharded"] == pushed["branch"]["commit"]
+    assert repository.at("for/sharded").parent == repository.refs["main"]
+    missing = pushed["pull request against no branch"]
+    assert missing["error"] == "OSError" and "the Hub answered 404" in missing["text"]
+    assert "missing" not in repository.refs
+
+
+def test_private_repositories_and_tokens(pushed, server):
+    assert server.repositories["me/private"].private and not server.repositories["me/model"].private
+    refused = pushed["private where it is public"]
+    assert refused["error"] == "ValueError"
+    assert refused["text"].startswith(
+        "me/model exists and is public; private=True can only be had of a new repository."
+    )
+    for step, status in (("without a token", 401), ("another's token", 403)):
+        assert pushed[step]["error"] == "PermissionError"
+        assert f"the Hub answered {status}: " in pushed[step]["text"]
+        assert "The repository is as it was. Log in with `hf auth login`, or give a token" in pushed[step]["text"]
+    assert pushed["no id"]["error"] == "HFValidationError" and "me/no/id" in pushed["no id"]["text"]
+
+
+@pytest.mark.parametrize("number", range(len(FAULTS)), ids=[f"{what} {status}" for what, status, *_ in FAULTS])
+def test_a_push_that_fails_changes_nothing_and_the_next_one_succeeds(pushed, server, number):
+    _, _, error, text = FAULTS[number]
+    failed, after = pushed[f"fault {number}"], pushed[f"after fault {number}"]
+    assert (failed["error"], failed["kept"]) == (error, True)
+    assert failed["text"].startswith("The push to me/private broke off (") and text in failed["text"]
+    assert after["changed"] and after["commit"] in server.repositories["me/private"].commits
+
+
+def test_a_lost_answer_a_hiccup_and_a_kill(pushed, server):
+    assert pushed["lost"]["error"] == "ConnectionError" and not pushed["lost"]["kept"]
+    assert "or holds the whole commit where only the answer to it was lost" in pushed["lost"]["text"]
+    assert not pushed["after the loss"]["changed"]
+    assert pushed["retried"]["changed"]
+    assert pushed["killed"]["kept"] and pushed["after the kill"]["changed"]
+    assert server.repositories["me/private"].refs["main"] == pushed["after the kill"]["commit"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is wrong with a folder is said before anything is sent
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def _with_config(**fields):
+    def change(folder):
+        path = folder / "config.json"
+        config = {**json.loads(path.read_text()), **fields}
+        path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+    return change
+
+
+def _cut_off(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _sharded_without_one(folder):
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _adapter(folder):
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "text"),
+    [
+        (shutil.rmtree, FileNotFoundError, "does not exist: expected a folder with a model"),
+        (_without("config.json"), ValueError, "is no model: it has no config.json"),
+        (_with_config(model_type="llama"), ValueError, "is a model of type 'llama', not a checkpoint of this package"),
+        (_without("model.safetensors"), FileNotFoundError, "has no weights: expected model.safetensors or"),
+        (
+            _sharded_without_one,
+            FileNotFoundError,
+            "lacks model-00001-of-00002.safetensors, which its model",
+        ),
+        (_cut_off, ValueError, "it is cut off or damaged. Save or download it again."),
+        (_without("registry_moellava.py"), FileNotFoundError, "lacks registry_moellava.py, which its code needs."),
+        (_without("moellava_entry.py"), FileNotFoundError, "lacks moellava_entry.py, which its code needs."),
+        (_with_config(auto_map=None), ValueError, "names no code in the checkpoint (its auto_map is None)"),
+        (
+            _with_config(auto_map={"AutoConfig": "me/other--moellava_entry.MoellavaConfig"}),
+            ValueError,
+            "names no code in the checkpoint (its auto_map is {'AutoConfig': 'me/other--",
+        ),
+        (_without("processor_config.json"), ValueError, "has no processor_config.json: whoever loads it could not ask"),
+        (_adapter, ValueError, "is an adapter, which is no model by itself. Push it with PEFT's push_to_hub"),
+    ],
+)
+def test_an_incomplete_checkpoint_is_not_sent(checkpoint, tmp_path, damage, error, text):
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    damage(folder)
+    with pytest.raises(error) as raised:
+        push(folder, "me/damaged")
+    assert text in str(raised.value)
+
+
+def test_a_hub_id_is_no_checkpoint_to_push(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="There is no folder 'me/model': expected a checkpoint that was saved"):
+        push("me/model", "me/copy")
+
+
+def test_offline_nothing_is_pushed(checkpoint):
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE"):
+        push(checkpoint, "me/model")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# push_to_hub of model and processor
+# ---------------------------------------------------------------------------------------------------------------------
+
+OWN_PROJECTOR = """
+from torch import nn
+from moellava import register_projector
+
+
+@register_projector("gated_on_the_hub")
+class GatedProjector(nn.Module):
+    def __init__(self, vision_hidden_size, text_hidden_size):
+        super().__init__()
+        self.linear = nn.Linear(vision_hidden_size, text_hidden_size)
+
+    def forward(self, x):
+        return self.linear(x)
+"""
+
+MODEL = """
+import json, logging, sys
+sys.path.insert(0, {home!r})
+import gated_projector
+from moellava import load_pretrained_model
+
+said = []
+handler = logging.Handler()
+handler.emit = lambda record: said.append(record.getMessage())
+logging.getLogger("huggingface_hub").addHandler(handler)
+model = load_pretrained_model({config!r}, projector_type="gated_on_the_hub", device="cpu").model
+first = model.push_to_hub(
+    "me/own", private=True, commit_message="My own", commit_description="In one", tags=["own"], token={owner!r}
+)
+again = model.push_to_hub("me/own", token={owner!r})
+model.processor.push_to_hub("me/own", token={owner!r})
+model.processor.push_to_hub("me/processor", token={owner!r})
+model.save_pretrained(
+    {home!r} + "/saved", push_to_hub=True, repo_id="me/own", token={owner!r}, max_shard_size="200KB", revision="sharded"
+)
+asked = model.push_to_hub("me/own", token={owner!r}, create_pr=True, max_shard_size="200KB")
+print(json.dumps({{"first": first.oid, "again": again.oid, "asked": asked.oid, "pr": asked.pr_url, "said": said}}))
+"""
+
+
+@pytest.fixture(scope="module")
+def model_pushed(server, parts, tmp_path_factory):
+    home = tmp_path_factory.mktemp("model")
+    (home / "gated_projector.py").write_text(OWN_PROJECTOR)
+    config = {
+        "model_name_or_path": str(parts.language_model("llama")),
+        "mm_vision_tower": str(parts.vision_tower("clip")),
+    }
+    code = MODEL.format(home=str(home), config=config, owner=OWNER_TOKEN)
+    return last_line(run_python(code, block_moellava=False, env=server.environment(home, token=None)))
+
+
+def test_a_model_pushes_itself_its_processor_and_its_own_parts_in_one_commit(model_pushed, server):
+    repository = server.repositories["me/own"]
+    assert repository.private
+    commit = repository.commits[model_pushed["first"]]
+    assert (commit.summary, commit.description) == ("My own", "In one")
+    assert repository.commits[commit.parent].summary == "initial commit"
+    names = {"model.safetensors", "processor_config.json", "tokenizer.json", "chat_template.jinja", "README.md"}
+    assert names | {"moellava_entry.py", "hub_moellava.py", "custom_gated_projector.py"} <= set(commit.files)
+    assert b"- own" in commit.files["README.md"].content
+
+
+def test_a_model_that_is_pushed_again_commits_nothing_and_says_so(model_pushed, server):
+    assert model_pushed["again"] == model_pushed["first"] == server.repositories["me/own"].refs["main"]
+    assert any(text.startswith("No files have been modified since last commit") for text in model_pushed["said"])
+
+
+def test_a_processor_pushed_alone_keeps_the_parts_of_the_model(model_pushed, server):
+    assert b"GatedProjector" in server.files("me/own")["moellava_custom.py"].content
+    assert b"CUSTOM_PARTS = []" in server.files("me/processor")["moellava_custom.py"].content
+    assert "processor_config.json" in server.files("me/processor") and weights(server, "me/processor") == set()
+
+
+def test_a_model_in_shards_leaves_no_single_file_beside_them(model_pushed, server):
+    repository = server.repositories["me/own"]
+    assert repository.refs["refs/pr/1"] == model_pushed["asked"] and model_pushed["pr"].endswith("/discussions/1")
+    for revision in ("sharded", "refs/pr/1"):
+        assert "model.safetensors.index.json" in weights(server, "me/own", revision)
+        assert "model.safetensors" not in weights(server, "me/own", revision)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading by id
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOAD = """
+import json, resource
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, pipeline
+
+picture = Image.open({picture!r})
+result = {{}}
+
+
+def answer(name, auto=AutoModelForImageTextToText, **options):
+    model = auto.from_pretrained(name, trust_remote_code=True, **options)
+    processor = AutoProcessor.from_pretrained(name, trust_remote_code=True, **options)
+    inputs = processor(images=picture, text="<image> what?", return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, -4:].tolist()
+    return model, processor, tokens
+
+
+def failure(name, **options):
+    try:
+        answer(name, **options)
+    except Exception as error:
+        return {{"os_error": isinstance(error, OSError), "text": str(error)}}
+    return None
+
+
+if {online!r}:
+    # The disk takes no file of more than 600 kB, and then it does again.
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, unlimited[1]))
+    result["full"] = failure("me/model")
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    result["local"] = answer({checkpoint!r})[2]
+    result["no token"] = failure("me/own")
+result["whole"] = answer("me/model", AutoModelForCausalLM)[2]
+result["branch"] = answer("me/model", revision="for/sharded")[2]
+result["commit"] = answer("me/model", revision={first!r})[2]
+ask = pipeline("image-text-to-text", model="me/model", trust_remote_code=True)
+question = [{{"type": "image", "image": picture}}, {{"type": "text", "text": "what?"}}]
+result["pipeline"] = ask(text=[{{"role": "user", "content": question}}], max_new_tokens=4)[0]["generated_text"][-1]
+model, processor, result["own"] = answer("me/own", token={reader!r})
+if {online!r}:
+    model.push_to_hub("me/copy", token={owner!r})
+    processor.push_to_hub("me/copy", token={owner!r})
+    model.push_to_hub("me/copy", token={owner!r}, max_shard_size="200KB")
+    result["copy"] = answer("me/copy")[2]
+print(json.dumps(result))
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded(server, pushed, model_pushed, checkpoint, tmp_path_factory):
+    """What a process that has only transformers gets from a Hub that it has never seen, and the next one offline."""
+    home = tmp_path_factory.mktemp("loader")
+    picture(3).save(home / "picture.png")
+    names = {"checkpoint": str(checkpoint), "first": pushed["first"]["commit"], "picture": str(home / "picture.png")}
+    names |= {"reader": READER_TOKEN, "owner": OWNER_TOKEN}
+    environment = server.environment(home, token=None)
+    online = last_line(run_python(LOAD.format(online=True, **names), env=environment))
+    seen = len(server.requests)
+    environment |= {"HF_HUB_OFFLINE": "1"}
+    offline = last_line(run_python(LOAD.format(online=False, **names), env=environment))
+    assert len(server.requests) == seen
+    return online, offline
+
+
+def test_loading_by_id_without_the_package(loaded):
+    online, _ = loaded
+    assert online["whole"] == online["branch"] == online["commit"] == online["local"]
+    assert online["pipeline"]["role"] == "assistant"
+    assert len(online["own"]) == 4
+
+
+def test_a_private_repository_needs_the_token(loaded):
+    online, _ = loaded
+    assert online["no token"]["os_error"] and "me/own" in online["no token"]["text"]
+
+
+def test_loading_offline_from_a_warm_cache(loaded):
+    online, offline = loaded
+    assert offline == {name: online[name] for name in ("whole", "branch", "commit", "pipeline", "own")}
+
+
+def test_a_full_disk_leaves_a_cache_that_can_be_used(loaded):
+    online, _ = loaded
+    assert online["full"]["os_error"]
+    assert online["whole"] == online["local"]
+
+
+def test_a_model_loaded_from_the_hub_can_be_pushed_without_the_package(loaded, server):
+    online, _ = loaded
+    assert online["copy"] == online["own"]
+    assert b"GatedProjector" in server.files("me/copy")["moellava_custom.py"].content
+    assert "model.safetensors" not in weights(server, "me/copy")
+
+
+OURS = """
+import json
+from PIL import Image
+from moellava import inspect_checkpoint, load_pretrained_model
+
+picture = Image.open({picture!r})
+result = {{}}
+
+
+def answer(name, **options):
+    model = load_pretrained_model(name, device="cpu", **options).model
+    inputs = model.processor(images=picture, text="<image> what?", return_tensors="pt")
+    return model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, -4:].tolist()
+
+
+result["private"] = answer("me/private", token={reader!r})
+result["sharded"] = answer("me/model", revision="for/sharded")
+result["own"] = answer("me/own", revision="sharded", token={reader!r}, trust_remote_code=True)
+result["cached"] = answer("me/private", local_files_only=True)
+summary = inspect_checkpoint("me/model", revision="for/sharded")
+result["inspected"] = [summary.parameters.total, summary.bytes.disk]
+for step, options in {{
+    "no token": ["me/private-too", {{}}], "wrong revision": ["me/model", {{"revision": "missing"}}],
+}}.items():
+    try:
+        load_pretrained_model(options[0], device="cpu", **options[1])
+    except OSError as error:
+        result[step] = str(error)
+print(json.dumps(result))
+"""
+
+
+def test_load_pretrained_model_by_id(server, loaded, checkpoint, tmp_path):
+    picture(3).save(tmp_path / "picture.png")
+    code = OURS.format(picture=str(tmp_path / "picture.png"), reader=READER_TOKEN)
+    result = last_line(run_python(code, block_moellava=False, env=server.environment(tmp_path, token=None)))
+    online, _ = loaded
+    assert result["private"] == result["sharded"] == result["cached"] == online["local"]
+    assert result["own"] == online["own"]
+    total, size = result["inspected"]
+    assert total > 100_000
+    assert size == sum(
+        len(blob.content) for name, blob in server.files("me/model", "for/sharded").items() if blob.is_large
+    )
+    assert "me/private-too" in result["no token"] and "missing" in result["wrong revision"]
