@@ -23,7 +23,6 @@ needed nor the source of the text tower. Two kinds of tower are converted, both 
 Everything else is refused with a `ValueError` that names what was found.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -36,6 +35,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 from transformers.utils import logging
 
+from .json_files import read_json_object
 from .processing.open_clip_moellava import OpenClipImageProcessor
 from .sources import read_tensors
 
@@ -194,19 +194,9 @@ def _finder(source: str | os.PathLike | Callable[[str], str | os.PathLike | None
     return find
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
-        raise ValueError(f"{path} is not valid JSON ({error}). Download the checkpoint again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {type(content).__name__}; expected an object.")
-    return content
-
-
 def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns `model_cfg` and `preprocess_cfg` of an `open_clip_config.json`."""
-    content = _read_json(path)
+    content = read_json_object(path, "Download the checkpoint again.")
     # Like open_clip's get_model_config: a file may also hold the model's config alone.
     model_cfg = content.get("model_cfg", content)
     if not isinstance(model_cfg, dict) or not isinstance(model_cfg.get("vision_cfg"), dict):
@@ -245,7 +235,7 @@ def _read_visual_weights(find: Callable[[str], Path | None], source_name: str) -
 
 
 def _read_visual_shards(index_path: Path, find: Callable[[str], Path | None]) -> dict[str, torch.Tensor]:
-    weight_map = _read_json(index_path).get("weight_map")
+    weight_map = read_json_object(index_path, "Download the checkpoint again.").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index_path} has no weight_map from weights to files.")
     weights = {}

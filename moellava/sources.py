@@ -16,7 +16,6 @@
 Nothing here decides what a part is; it finds files, opens them, and says clearly what is wrong with them.
 """
 
-import json
 import os
 import pickle
 import re
@@ -29,6 +28,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoImageProcessor
 from transformers.utils import cached_file
+
+from .json_files import read_json_object
 
 
 CONFIG_NAME = "config.json"
@@ -78,15 +79,7 @@ class Source:
     def read_json(self, filename: str) -> dict[str, Any] | None:
         """Returns the content of a JSON file, or `None` when the source has no such file."""
         path = self.find(filename)
-        if path is None:
-            return None
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is no valid JSON ({error}). Save or download the model again.") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
-        return content
+        return None if path is None else read_json_object(path, "Save or download the model again.")
 
     def config_dict(self) -> dict[str, Any]:
         """Returns the content of `config.json`.

@@ -509,8 +509,8 @@ def test_a_missing_folder_config_and_weights(copied, tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ('{"model_cfg": {"vision', "is not valid JSON"),
-        ("[1, 2]", "holds a JSON list; expected an object"),
+        ('{"model_cfg": {"vision', "is no valid JSON"),
+        ("[1, 2]", "holds a list; expected a JSON object"),
         ('{"model_cfg": "ViT-B-32"}', "has no model_cfg with a vision_cfg"),
         ('{"preprocess_cfg": {}}', "has no model_cfg with a vision_cfg"),
         ('{"model_cfg": {"vision_cfg": {}}, "preprocess_cfg": [0.5]}', "preprocess_cfg in .* is a list"),

@@ -523,6 +523,7 @@ def convert(
     vision_tower: str | None = None,
     dtype: torch.dtype | str | None = None,
     overwrite: bool = False,
+    max_shard_size: int | str | None = None,
     **hub_options,
 ) -> ConversionReport:
     """Converts an older checkpoint to one of ours, which transformers loads with nothing else installed.
@@ -536,6 +537,7 @@ def convert(
         dtype (`torch.dtype` or `str`, *optional*): By default that of the weights.
         overwrite (`bool`, *optional*, defaults to `False`): Whether a folder that holds something is written to. A
             model in it is replaced as a whole, or not at all.
+        max_shard_size (`int` or `str`, *optional*): The largest weight file, as `save_pretrained` takes it.
         hub_options: `revision`, `token`, `cache_dir`, `local_files_only`, `trust_remote_code`.
 
     Returns:
@@ -568,7 +570,7 @@ def convert(
         )
     base = None if base is None else Source(base, hub_options)
     model, converted = load_older(older, base, vision_tower, dtype=dtype)
-    model.save_pretrained(out)
+    model.save_pretrained(out, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
     summary = inspect_checkpoint(out)
     return ConversionReport(
         source=older.name,

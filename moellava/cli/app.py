@@ -1,0 +1,96 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The command line put together: every command, and how each ends when something is wrong."""
+
+import sys
+from inspect import cleandoc
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .. import __version__
+from .ask import ask
+from .assemble import assemble
+from .convert import convert
+from .errors import is_the_users, sentence
+from .inspect import inspect
+from .options import DEBUG, grouped, note_debug
+from .routing import routing
+from .upcycle import upcycle
+
+
+class _Commands(TyperGroup):
+    """Ends a command in one sentence when something is wrong that the user can put right."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise typer.Exit(130) from error
+        except Exception as error:
+            if ctx.meta.get(DEBUG) or not is_the_users(error):
+                raise
+            typer.echo(f"Error: {sentence(error)}", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"moellava {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def moellava(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error.", callback=note_debug)
+    ] = False,
+) -> None:
+    """Vision-language models made of parts: assemble them, look into them, ask them about pictures."""
+
+
+_PANELS = {
+    "Make a model": (assemble, upcycle, convert),
+    "Ask it": (ask, routing),
+    "Look into it": (inspect,),
+}
+
+for _panel, _commands in _PANELS.items():
+    for _command in _commands:
+        _text, _heading, _examples = cleandoc(_command.__doc__).partition("Examples:")
+        app.command(help=_text, epilog=_heading + _examples, rich_help_panel=_panel)(grouped(_command))
+
+
+def main() -> None:
+    """Runs the command line; what the script `moellava` calls."""
+    try:
+        app(prog_name="moellava")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+__all__ = ["app", "main"]

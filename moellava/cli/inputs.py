@@ -1,0 +1,75 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What commands are given, opened: pictures, and checkpoints that can be asked about them."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .logs import debug_options, logging_shown
+from .options import Loading, TrustedHub
+
+
+def open_pictures(names: Iterable[str]) -> list[Any]:
+    """Opens picture files and URLs.
+
+    Raises:
+        OSError: There is no such file, or it cannot be fetched.
+        ValueError: It is no picture.
+    """
+    from ..processing.images_moellava import load_picture
+
+    pictures = []
+    for name in names:
+        if name.startswith(("http://", "https://", "data:")):
+            pictures.append(load_picture(name))
+            continue
+        path = Path(name).expanduser()
+        if path.is_dir():
+            raise IsADirectoryError(f"{name} is a folder; expected a picture file.")
+        if not path.exists():
+            raise FileNotFoundError(f"There is no picture {name}. Expected a picture file or an http(s) URL.")
+        pictures.append(load_picture(path))
+    return pictures
+
+
+def check_is_checkpoint(name: str, hub: TrustedHub) -> None:
+    """Finds out before the work whether a name is a checkpoint of this package.
+
+    Raises:
+        OSError: There is no such folder or repository.
+        ValueError: It is another model, or none.
+    """
+    from ..sources import Source
+
+    source = Source(name, hub.options())
+    model_type = source.config_dict().get("model_type")
+    if model_type != "moellava":
+        raise ValueError(
+            f"{source} is a model of type {model_type!r}, not a checkpoint of this package, so that it cannot be asked "
+            "about pictures. A language model becomes one by `moellava assemble`, and by training."
+        )
+
+
+def load_checkpoint(name: str, loading: Loading, hub: TrustedHub, verbose: bool) -> Any:
+    """Loads a checkpoint, or an adapter on its base; see `load_pretrained_model`."""
+    from ..loading import load_pretrained_model
+
+    if loading.model_base is None:
+        check_is_checkpoint(name, hub)
+    with logging_shown(verbose):
+        return load_pretrained_model(name, **loading.options(), **debug_options(verbose), **hub.options())
+
+
+__all__ = ["check_is_checkpoint", "load_checkpoint", "open_pictures"]

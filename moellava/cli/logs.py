@@ -1,0 +1,54 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the package logs while a command works, on standard error."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def logging_shown(verbose: bool, hide_load_report: bool = False) -> Iterator[None]:
+    """Shows the package's warnings, or all it logs, on standard error.
+
+    transformers reports weights that are newly initialised as a table of warnings. While assembling, those are the new
+    projector's and no others (`build` raises for others), which the command says itself.
+    """
+    package, models = logging.getLogger("moellava"), logging.getLogger("transformers.modeling_utils")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s" if verbose else "%(levelname)s: %(message)s"))
+    level = package.level
+
+    def is_no_report(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    package.addHandler(handler)
+    if verbose:
+        package.setLevel(logging.INFO)
+    if hide_load_report and not verbose:
+        models.addFilter(is_no_report)
+    try:
+        yield
+    finally:
+        models.removeFilter(is_no_report)
+        package.setLevel(level)
+        package.removeHandler(handler)
+
+
+def debug_options(verbose: bool) -> dict[str, bool]:
+    """Returns the keyword arguments by which `load_pretrained_model` logs what it finds."""
+    return {"encoder_debug": True, "projector_debug": True} if verbose else {}
+
+
+__all__ = ["debug_options", "logging_shown"]

@@ -1,0 +1,190 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What commands print: JSON, the parts and weights of a checkpoint, numbers of parameters and bytes in words."""
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..inspecting import CheckpointSummary
+    from ..quantizing import QuantizationCoverage
+
+
+def print_json(content: Any) -> None:
+    """Prints something as indented JSON."""
+    typer.echo(json.dumps(content, ensure_ascii=False, indent=2))
+
+
+def describe_assembled(summary: "CheckpointSummary", is_new: bool) -> None:
+    """Tells on standard error what has been assembled, and that a new projector has to be trained."""
+    typer.echo(
+        f"{summary.checkpoint}: {summary.encoder.type} encoder, {summary.projector.type} projector, "
+        f"{summary.language_model.model_type} language model; {summary.tokens_per_image} tokens per picture, "
+        f"{number_text(summary.parameters.total)} parameters, {size_text(summary.bytes.disk)}.",
+        err=True,
+    )
+    projector = next(part for part in summary.parts if part.name == "multi_modal_projector")
+    if is_new and projector.parameters.total:
+        typer.echo("The projector is new: train the model before you ask it about pictures.", err=True)
+
+
+def print_summary(summary: "CheckpointSummary") -> None:
+    """Prints what a checkpoint is made of, as tables."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    # A pipe has no width: nothing is to be wrapped there.
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console.print(Text(summary.checkpoint, style="bold"))
+
+    overview = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    overview.add_column(style="cyan", no_wrap=True)
+    overview.add_column(overflow="fold")
+    for label, text in _overview(summary):
+        overview.add_row(label, Text(text))
+    console.print(overview)
+
+    is_sparse = summary.parameters.active != summary.parameters.total
+    parts = Table(box=None, header_style="cyan", padding=(0, 2, 0, 0))
+    parts.add_column("Part", overflow="fold")
+    for header in ("Parameters", *(["Active"] if is_sparse else []), "On disk", "In memory"):
+        parts.add_column(header, justify="right", no_wrap=True)
+    for name, of in [*((part.name, part) for part in summary.parts), ("total", summary)]:
+        active = [f"{of.parameters.active:,}"] if is_sparse else []
+        cells = [name, f"{of.parameters.total:,}", *active, size_text(of.bytes.disk), size_text(of.bytes.memory)]
+        parts.add_row(*map(Text, cells), style="bold" if of is summary else None)
+    console.print()
+    console.print(parts)
+
+    if summary.coverage is not None:
+        console.print()
+        console.print(_coverage_table(summary.coverage))
+
+    weights = Table(box=None, header_style="cyan", padding=(0, 2, 0, 0))
+    weights.add_column("Weights", overflow="fold")
+    weights.add_column("Count", justify="right", no_wrap=True)
+    weights.add_column("Shape", no_wrap=True)
+    weights.add_column("Dtype", no_wrap=True)
+    for part in summary.parts:
+        weights.add_row(Text(part.name, style="bold"))
+        for group in part.groups:
+            shape = " × ".join(map(str, group.shape)) or "scalar"
+            weights.add_row(Text(f"  {group.name}"), str(group.count), shape, group.dtype)
+        if not part.groups:
+            weights.add_row(Text(f"  {'tied to the embedding' if 'tied' in part.type else 'none'}", style="dim"))
+    console.print()
+    console.print(weights)
+
+
+def _coverage_table(coverage: "QuantizationCoverage") -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="cyan", padding=(0, 2, 0, 0))
+    table.add_column("Quantised", overflow="fold")
+    for header in ("Modules", "Parameters", "In memory", "Of bf16"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("Left in full precision", overflow="fold")
+    for name, of in [*((part.name, part) for part in coverage.parts), ("total", coverage)]:
+        modules, left = "", ""
+        if of is not coverage:
+            modules = f"{of.quantized_modules} of {of.modules}"
+            left = "; ".join(f"{count} {reason}" for reason, count in of.left.items())
+        share = f"{of.bytes / of.bytes_bf16:.3f}" if of.bytes_bf16 else ""
+        cells = [name, modules, f"{of.quantized_parameters:,}", size_text(of.bytes), share, left]
+        table.add_row(*map(Text, cells), style="bold" if of is coverage else None)
+    return table
+
+
+def _overview(summary: "CheckpointSummary") -> Iterator[tuple[str, str]]:
+    encoder, projector, language = summary.encoder, summary.projector, summary.language_model
+    origins = {part.name: part.source for part in summary.parts if part.source}
+
+    tower = [encoder.model_type]
+    if encoder.num_hidden_layers is not None:
+        tower.append(f"{encoder.num_hidden_layers} layers")
+    if encoder.hidden_size is not None:
+        tower.append(f"{encoder.hidden_size} wide")
+    layers = encoder.vision_feature_layer
+    layers = f"layer {layers}" if isinstance(layers, int) else f"layers {', '.join(map(str, layers))}"
+    strategies = {"cls": "class token", "full": "all tokens", "default": "patch tokens", "patch": "patch tokens"}
+    strategy = encoder.vision_feature_select_strategy
+    tower.append(f"{strategies.get(strategy, strategy)} of {layers}")
+    yield "Encoder", f"{encoder.type}: {', '.join(tower)}"
+    if "vision_tower" in origins:
+        yield "", f"from {origins['vision_tower']}"
+
+    fields = ", ".join(f"{name}={value}" for name, value in projector.fields.items() if value is not None)
+    incoming = "" if encoder.num_features is None else f"{encoder.num_features} × {encoder.feature_size} → "
+    outgoing = f"{summary.tokens_per_image} × {language.hidden_size or '?'}"
+    yield "Projector", f"{projector.type}: {incoming}{outgoing}{f' ({fields})' if fields else ''}"
+
+    yield (
+        "Language model",
+        (
+            f"{language.model_type}: {language.num_hidden_layers} layers, {language.hidden_size} wide, vocabulary "
+            f"{language.vocab_size}, context {language.context_length}"
+        ),
+    )
+    if "language_model" in origins:
+        yield "", f"from {origins['language_model']}"
+    if summary.sparse is not None:
+        sparse = summary.sparse
+        yield (
+            "Experts",
+            (
+                f"{sparse.num_experts} in each of the layers {', '.join(map(str, sparse.layers))}; "
+                f"{sparse.num_experts_per_tok} per token"
+            ),
+        )
+    size = "" if summary.image_size is None else f"{summary.image_size} × {summary.image_size} pixels, "
+    shape = "padded to a square" if summary.image_aspect_ratio == "pad" else "as the image processor resizes it"
+    yield "Picture", f"{size}{shape}; {summary.tokens_per_image} tokens"
+
+    parameters = f"{number_text(summary.parameters.total)} parameters"
+    if summary.parameters.active != summary.parameters.total:
+        parameters += f" ({number_text(summary.parameters.active)} active)"
+    dtype = summary.dtype if summary.quantization is None else f"{summary.dtype}, quantised ({summary.quantization})"
+    sizes = f"{size_text(summary.bytes.disk)} on disk, {size_text(summary.bytes.memory)} in memory"
+    yield "Weights", f"{parameters}, {dtype}; {sizes}"
+    if summary.own_code:
+        yield "Own code", f"{', '.join(summary.own_code)}: loading it runs code and needs --trust-remote-code"
+
+
+def number_text(number: int) -> str:
+    """Returns a number of parameters as it is read, such as 2.70 billion."""
+    for unit, name in ((10**9, "billion"), (10**6, "million")):
+        if number >= unit:
+            return f"{number / unit:.2f} {name}"
+    return f"{number:,}"
+
+
+def size_text(size: int) -> str:
+    """Returns a number of bytes as it is read, such as 5.1 GiB."""
+    value, units = float(size), ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{size:,} bytes" if units[0] == "bytes" else f"{value:.1f} {units[0]}"
+
+
+__all__ = ["describe_assembled", "number_text", "print_json", "print_summary", "size_text"]

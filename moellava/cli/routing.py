@@ -1,0 +1,67 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`moellava routing`: which expert took which part of a picture and which word."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .inputs import load_checkpoint, open_pictures
+from .options import Checkpoint, Debug, Json, Loading, MorePictures, Picture, TrustedHub, Verbose
+from .printing import print_json
+
+
+def routing(
+    checkpoint: Checkpoint,
+    picture: Picture,
+    question: Annotated[str, typer.Argument(help="The question.", metavar="QUESTION", show_default=False)],
+    *,
+    more_pictures: MorePictures = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The drawing to write.")] = Path("routing.png"),
+    loading: Loading,
+    hub: TrustedHub,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Draw which expert took which picture patch and which word, layer by layer.
+
+    Examples:
+
+    ```
+    moellava routing my-sparse-model scan.png "What is shown here?" --out routing.png
+    ```
+    """
+    pictures = open_pictures([picture, *(more_pictures or [])])
+    loaded = load_checkpoint(checkpoint, loading, hub, verbose)
+
+    from ..routing import draw_routing, trace_routing
+
+    trace = trace_routing(loaded.model, pictures, question)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw_routing(trace, out)
+    if as_json:
+        print_json({"drawing": os.fspath(out), **trace.to_dict()})
+    else:
+        for layer in trace.layers:
+            shares = "  ".join(f"{share:.0%}" for share in layer.load)
+            typer.echo(f"layer {layer.layer}: {shares}")
+        typer.echo(f"Drawn to {out}.", err=True)
+    if trace.collapsed:
+        typer.echo(f"The layers {trace.collapsed} send nearly everything to the same experts: no mixture.", err=True)
+
+
+__all__ = ["routing"]
