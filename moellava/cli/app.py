@@ -23,12 +23,17 @@ from typer.core import TyperGroup
 from .. import __version__
 from .ask import ask
 from .assemble import assemble
+from .card import card
+from .chat import chat
 from .convert import convert
 from .errors import is_the_users, sentence
+from .evaluate import evaluate
 from .inspect import inspect
 from .options import DEBUG, grouped, note_debug
+from .push import push
 from .routing import routing
 from .upcycle import upcycle
+from .web import web
 
 
 class _Commands(TyperGroup):
@@ -75,8 +80,9 @@ def moellava(
 
 _PANELS = {
     "Make a model": (assemble, upcycle, convert),
-    "Ask it": (ask, routing),
-    "Look into it": (inspect,),
+    "Ask it": (ask, chat, web),
+    "Look into it": (inspect, routing, evaluate),
+    "Share it": (card, push),
 }
 
 for _panel, _commands in _PANELS.items():

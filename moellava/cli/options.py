@@ -114,6 +114,22 @@ MoeField = Annotated[
         show_default=False,
     ),
 ]
+MaxShardSize = Annotated[
+    str | None,
+    typer.Option(
+        help="The largest weight file, such as 5GB. By default as transformers has it.",
+        rich_help_panel=OUTPUT,
+        show_default=False,
+    ),
+]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        help="The access token. By default the variable HF_TOKEN, then that of 'hf auth login'.",
+        rich_help_panel=HUB,
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)]
 Verbose = Annotated[
     bool,
@@ -139,14 +155,7 @@ class Hub:
     revision: Annotated[
         str | None, typer.Option(help="The branch, tag or commit on the Hub.", rich_help_panel=HUB, show_default=False)
     ] = None
-    token: Annotated[
-        str | None,
-        typer.Option(
-            help="The access token. By default the variable HF_TOKEN, then that of 'hf auth login'.",
-            rich_help_panel=HUB,
-            show_default=False,
-        ),
-    ] = None
+    token: Token = None
     cache_dir: Annotated[
         Path | None, typer.Option(help="Where downloads are kept.", rich_help_panel=HUB, show_default=False)
     ] = None
@@ -220,20 +229,34 @@ class Loading:
 
 
 @dataclass
+class Sampling:
+    """How the words of an answer are chosen."""
+
+    temperature: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Above 0, answers are drawn at random, the more freely the higher it is; at 0 the same questions get "
+            "the same answers.",
+        ),
+    ] = 0.0
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="With a temperature: of what share of the probability words are drawn.")
+    ] = 1.0
+
+    def options(self) -> dict[str, float]:
+        """Returns it as keyword arguments of `Chat`."""
+        return {"temperature": self.temperature, "top_p": self.top_p}
+
+
+@dataclass
 class Saving:
     """How a checkpoint is saved."""
 
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that the folder holds already.")] = (
         False
     )
-    max_shard_size: Annotated[
-        str | None,
-        typer.Option(
-            help="The largest weight file, such as 5GB. By default as transformers has it.",
-            rich_help_panel=OUTPUT,
-            show_default=False,
-        ),
-    ] = None
+    max_shard_size: MaxShardSize = None
 
     def options(self) -> dict[str, Any]:
         """Returns what is given of it, as keyword arguments of `save_pretrained`."""
@@ -285,11 +308,14 @@ __all__ = [
     "Json",
     "Loading",
     "MaxNewTokens",
+    "MaxShardSize",
     "MoeField",
     "MorePictures",
     "OutFolder",
     "Picture",
+    "Sampling",
     "Saving",
+    "Token",
     "TrustedHub",
     "Verbose",
     "completes",

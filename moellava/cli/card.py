@@ -1,0 +1,71 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`moellava card`: the model card of a checkpoint."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Debug
+from .printing import print_json
+
+
+def card(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="The folder of a checkpoint.", metavar="CHECKPOINT", show_default=False)
+    ],
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="The file to write. Where one of yours is there, only what its metadata lacks is added.",
+            show_default=False,
+        ),
+    ] = None,
+    repo_id: Annotated[
+        str | None,
+        typer.Option(help="The Hub id that the card's code loads. By default the folder's name.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the card's metadata as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Print or write the model card of a checkpoint.
+
+    It tells what the checkpoint is made of, how to use it, and what licences its parts have. Saving and pushing write
+    it by themselves.
+
+    Examples:
+
+    ```
+    moellava card my-model
+    moellava card my-model --repo-id me/my-model --out my-model/README.md
+    ```
+    """
+    from ..hub_cards import render_card
+    from ..hub_cards.writing import complete_card, read_card, save_card
+
+    rendered = render_card(checkpoint, repo_id=repo_id)
+    if out is not None:
+        save_card(out, complete_card(read_card(out), rendered))
+        typer.echo(f"Written to {out}.", err=True)
+    if as_json:
+        print_json(rendered.data.to_dict())
+    elif out is None:
+        typer.echo(str(rendered))
+
+
+__all__ = ["card"]

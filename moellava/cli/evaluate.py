@@ -1,0 +1,86 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`moellava evaluate`: a checkpoint's answers to questions whose true answers are known."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .logs import debug_options, logging_shown
+from .options import Checkpoint, Debug, Json, Loading, MaxNewTokens, TrustedHub, Verbose
+from .printing import print_json
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Annotated[
+        Path,
+        typer.Argument(help="The questions: a .json or .jsonl file.", metavar="DATA", show_default=False),
+    ],
+    *,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Where the pictures are that DATA names. By default beside it.", show_default=False),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="A page to write, with the wrong answers and pictures.", show_default=False)
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="How many rows, from the first. By default all.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="How many questions are answered together.")] = 8,
+    max_new_tokens: MaxNewTokens = 128,
+    loading: Loading,
+    hub: TrustedHub,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Score a checkpoint's answers to questions whose true answers are known.
+
+    Rows of VQA-RAD, SLAKE, PathVQA, LLaVA-Med's question files and LLaVA's conversations are known by their fields.
+    Answers are never sampled: the same questions get the same answers.
+
+    Examples:
+
+    ```
+    moellava evaluate my-model vqa-rad/test.json --images vqa-rad/images --html report.html
+    moellava evaluate my-model questions.jsonl --limit 100 --json | jq .metrics
+    ```
+    """
+    from ..evaluating import evaluate as evaluate_checkpoint
+
+    with logging_shown(verbose):
+        report = evaluate_checkpoint(
+            checkpoint,
+            data,
+            image_folder=images,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            limit=limit,
+            **loading.options(),
+            **debug_options(verbose),
+            **hub.options(),
+        )
+    if html is not None:
+        report.save_html(html)
+        typer.echo(f"Written to {html}.", err=True)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        typer.echo("\n".join(report.lines()))
+
+
+__all__ = ["evaluate"]

@@ -1,0 +1,103 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`moellava push`: a saved checkpoint to the Hub."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .logs import logging_shown
+from .options import HUB, Debug, Json, MaxShardSize, Token, Verbose
+from .printing import print_json
+
+
+def push(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="The folder of a checkpoint.", metavar="CHECKPOINT", show_default=False)
+    ],
+    repo_id: Annotated[
+        str, typer.Argument(help="The repository on the Hub, such as me/my-model.", metavar="REPO", show_default=False)
+    ],
+    *,
+    private: Annotated[
+        bool | None,
+        typer.Option(
+            "--private/--public",
+            help="Who sees a new repository. By default as your account or organisation has it.",
+            rich_help_panel=HUB,
+            show_default=False,
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            help="The branch to push to, made where it is missing. By default main.",
+            rich_help_panel=HUB,
+            show_default=False,
+        ),
+    ] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead of pushing.", rich_help_panel=HUB)
+    ] = False,
+    commit_message: Annotated[
+        str | None,
+        typer.Option("--commit-message", "-m", help="The commit's subject.", rich_help_panel=HUB, show_default=False),
+    ] = None,
+    commit_description: Annotated[
+        str | None, typer.Option(help="The commit's text.", rich_help_panel=HUB, show_default=False)
+    ] = None,
+    token: Token = None,
+    max_shard_size: MaxShardSize = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Push a checkpoint to the Hub: model, processor, code and card in one commit.
+
+    What is wrong with the checkpoint is found before anything is sent. Where the repository holds the same files
+    already, nothing is committed.
+
+    Examples:
+
+    ```
+    moellava push my-model me/my-model --private
+    moellava push my-model me/my-model --revision v2 --commit-message "Trained for another epoch"
+    moellava push my-model team/their-model --create-pr --json | jq -r .pull_request
+    ```
+    """
+    from ..hub import push as push_checkpoint
+
+    with logging_shown(verbose):
+        report = push_checkpoint(
+            checkpoint,
+            repo_id,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            token=token,
+            max_shard_size=max_shard_size,
+        )
+    if as_json:
+        print_json(dataclasses.asdict(report))
+        return
+    typer.echo(report.pull_request or report.url)
+    if not report.changed:
+        typer.echo("The repository holds the same files already: nothing was committed.", err=True)
+
+
+__all__ = ["push"]

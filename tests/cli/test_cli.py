@@ -1,0 +1,140 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The command line as a whole: help, completion, errors, exit codes."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from commands import SCRIPT, fails, run, run_process
+
+
+def test_help_and_version_import_nothing_heavy():
+    code = """
+import sys
+from moellava.cli import app
+for arguments in (["--help"], ["ask", "--help"], ["assemble", "--help"], ["inspect", "--help"], ["--version"]):
+    app(arguments, standalone_mode=False)
+heavy = {"torch", "transformers", "numpy", "PIL", "huggingface_hub", "safetensors"}
+print("HEAVY", sorted(heavy & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "HEAVY []" in done.stdout
+    assert "moellava 0.1.0" in done.stdout
+
+
+def test_completion_imports_nothing_heavy():
+    environment = {
+        "_MOELLAVA_COMPLETE": "complete_bash",
+        "COMP_WORDS": "moellava assemble --projector p",
+        "COMP_CWORD": "3",
+        "_TYPER_COMPLETE_ARGS": "moellava assemble --projector p",
+    }
+    code = """
+import sys
+from moellava.cli import main
+try:
+    main()
+finally:
+    print("HEAVY", sorted({"torch", "transformers"} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        encoding="utf-8",
+        env=os.environ | environment,
+        timeout=120,
+    )
+    assert done.stdout.splitlines() == ["perceiver", "HEAVY []"]
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_the_script_and_the_module_are_the_same(module):
+    done = run_process("--version", module=module)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "moellava 0.1.0\n", "")
+
+
+@pytest.mark.parametrize("command", ["ask", "assemble", "inspect"])
+def test_help_shows_examples(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"moellava {command} " in result.stdout.partition("Examples:")[2]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nothing"],
+        ["ask", "model"],
+        ["ask", "model", "scan.png", "What?", "--max-new-tokens", "0"],
+        ["ask", "model", "scan.png", "What?", "--dtype", "float17"],
+        ["ask", "model", "scan.png", " "],
+        ["inspect"],
+        ["inspect", "model", "--nothing"],
+        ["assemble", "--out", "folder"],
+        ["assemble", "--language-model", "model"],
+        ["assemble", "--language-model", "model", "--out", "folder", "--projector-field", "hidden_size"],
+        ["assemble", "--language-model", "model", "--out", "folder", "--vision-feature-layer", "last"],
+        ["assemble", "--language-model", "model", "--out", "folder", "--image-aspect-ratio", "wide"],
+        ["assemble", "--config", "nothing.json", "--out", "folder"],
+    ],
+)
+def test_a_wrong_command_line_ends_with_2(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = fails(*arguments, code=2)
+    assert "Usage: " in message
+    assert os.listdir(tmp_path) == []
+
+
+def test_errors_are_one_sentence_and_debug_shows_where(tmp_path):
+    (tmp_path / "parts.json").write_text("{")
+    arguments = ["assemble", "--config", tmp_path / "parts.json", "--out", tmp_path / "model"]
+    done = run_process(*arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"Error: {tmp_path / 'parts.json'} is no valid JSON (")
+    assert len(done.stderr.splitlines()) == 1
+
+    for with_debug in ([*arguments, "--debug"], ["--debug", *arguments]):
+        done = run_process(*with_debug)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "Traceback (most recent call last)" in done.stderr
+        assert "ValueError: " in done.stderr.splitlines()[-1]
+
+
+def test_ctrl_c_ends_with_130(tmp_path):
+    pipe = tmp_path / "parts.json"
+    os.mkfifo(pipe)
+    process = subprocess.Popen(
+        [SCRIPT, "assemble", "--config", pipe, "--out", tmp_path / "model"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    with pipe.open("w"):  # returns when the command reads it, and keeps it waiting
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stdout == ""
+    assert "Traceback" not in stderr
+
+
+def test_logging_is_as_before(checkpoint, scans):
+    package, models = logging.getLogger("moellava"), logging.getLogger("transformers.modeling_utils")
+    before = (package.level, list(package.handlers), list(models.filters))
+    assert run("ask", checkpoint, scans / "first.png", "What?", "--max-new-tokens", 1, "--verbose").exit_code == 0
+    assert (package.level, list(package.handlers), list(models.filters)) == before
