@@ -59,7 +59,7 @@ $(STAMP): setup.py constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## assemble, train and ask a model about scans it has not seen (build/demo)
-	@$(BIN)/python examples/digits/demo.py
+	@$(BIN)/moellava demo --out build/demo
 
 test: $(STAMP) ## the tests
 	@$(PYTEST) -n $(WORKERS) --dist worksteal -q $(PYTEST_ARGS)

@@ -20,7 +20,6 @@ pass, scales and tables included.
 """
 
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,14 +29,11 @@ from rich.progress import track
 from rich.table import Table
 
 from moellava import load_pretrained_model, quantization_coverage, resident_bytes
+from moellava.demo.scans import draw, load_examples
+from moellava.demo.training import AnswerCollator, conversation
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples" / "digits"))
-
-from scans import draw, load_examples  # noqa: E402
-from training import AnswerCollator, conversation  # noqa: E402
-
 
 PRECISIONS = {
     "bf16": {},

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Tests of the demo (`examples/digits`): its data, its labels, its proofs, and a short run from end to end."""
+"""Tests of the demo (`moellava/demo`): its data, its labels, its proofs, and a short run from end to end."""
 
 import json
 import os
@@ -27,26 +27,24 @@ from PIL import Image
 from transformers import set_seed
 
 
-DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits"
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
-sys.path.insert(0, str(DIGITS))  # the demo is a script: its files import one another from where it lies
 
-import demo  # noqa: E402
-import scans  # noqa: E402
-import training  # noqa: E402
-from picture_grid import draw_grid  # noqa: E402
-from specialisation import ROWS, ExpertLoad, draw_expert_load, expert_load  # noqa: E402
+from moellava import upcycle
+from moellava.demo import running, scans, training
+from moellava.demo.picture_grid import draw_grid
+from moellava.demo.specialisation import ROWS, ExpertLoad, draw_expert_load, expert_load
 
-from moellava import upcycle  # noqa: E402
+
+DEMO = Path(running.__file__).parent
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    run = demo.Demo(tmp_path_factory.mktemp("demo"), epochs=1)
+    run = running.Demo(tmp_path_factory.mktemp("demo"), epochs=1)
     set_seed(0)
-    demo.make_parts(run)
-    return demo.assemble(run)
+    running.make_parts(run)
+    return running.assemble(run)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,14 +140,14 @@ def test_training_changes_every_part(model, tmp_path):
 
 def test_the_answering_process_cannot_import_moellava():
     code = "import answer; answer.block_moellava(); import moellava.modeling"
-    done = subprocess.run([sys.executable, "-c", code], cwd=DIGITS, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=DEMO, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "ModuleNotFoundError: No module named 'moellava'" in done.stderr
 
 
 def test_the_answering_process_refuses_to_start_with_moellava():
     code = "import moellava, answer; answer.block_moellava()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=DIGITS, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=DEMO, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "RuntimeError: moellava is imported already" in done.stderr
 
@@ -185,7 +183,7 @@ GOOD_SPARSE = {**GOOD, "collapsed_layers": []}
     ],
 )
 def test_the_demo_fails_when_it_does_not_keep_its_promises(dense, sparse, messages, capsys):
-    kept = demo.keeps_promises({**GOOD, **dense, "sparse": {**GOOD_SPARSE, **sparse}})
+    kept = running.keeps_promises({**GOOD, **dense, "sparse": {**GOOD_SPARSE, **sparse}})
     assert kept == (not messages)
     said = capsys.readouterr().err
     assert said.count("FAILED: ") == len(messages)
@@ -200,7 +198,7 @@ def test_the_demo_fails_when_it_does_not_keep_its_promises(dense, sparse, messag
 @pytest.fixture(scope="module")
 def sparse_model(model):
     set_seed(0)
-    return upcycle(model, **demo.MOE, router_bias=True)
+    return upcycle(model, **running.MOE, router_bias=True)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +209,7 @@ def some_held_out():
 def test_the_load_counts_every_choice_once(sparse_model, some_held_out):
     load = expert_load(sparse_model, some_held_out)
     assert load.layers == [0, 1]
-    assert load.counts.shape == (2, len(ROWS), demo.MOE["num_experts"]) == (2, 11, 4)
+    assert load.counts.shape == (2, len(ROWS), running.MOE["num_experts"]) == (2, 11, 4)
     of_digits = [sum(example.digit == digit for example in some_held_out) for digit in range(10)]
     patches = sparse_model.config.image_seq_length
     choices = load.counts.sum(dim=-1)
@@ -226,12 +224,12 @@ def test_the_load_counts_every_choice_once(sparse_model, some_held_out):
 def test_an_untouched_mixture_is_not_collapsed(sparse_model, some_held_out):
     load = expert_load(sparse_model, some_held_out)
     assert load.collapsed == []
-    assert demo.keeps_promises({**GOOD, "sparse": {**GOOD, "collapsed_layers": load.collapsed}})
+    assert running.keeps_promises({**GOOD, "sparse": {**GOOD, "collapsed_layers": load.collapsed}})
 
 
 @pytest.mark.parametrize("layers", [[0, 1], [1]])
 def test_a_mixture_whose_routers_always_choose_alike_is_collapsed(layers, model, some_held_out, capsys):
-    collapsed = upcycle(model, **demo.MOE, router_bias=True)
+    collapsed = upcycle(model, **running.MOE, router_bias=True)
     for layer in layers:
         gate = collapsed.model.language_model.layers[layer].mlp.gate
         with torch.no_grad():
@@ -242,9 +240,9 @@ def test_a_mixture_whose_routers_always_choose_alike_is_collapsed(layers, model,
     for layer in layers:
         assert load.overall[layer].tolist() == [0, 0.5, 0, 0.5]
         assert load.specialisation[layer] < 0.5
-    assert not demo.keeps_promises({**GOOD, "sparse": {**GOOD, "collapsed_layers": load.collapsed}})
+    assert not running.keeps_promises({**GOOD, "sparse": {**GOOD, "collapsed_layers": load.collapsed}})
     assert f"FAILED: the sparse model has collapsed: in its layers {layers}" in capsys.readouterr().err
-    demo.say_load(load)
+    running.say_load(load)
     assert f"in layers {layers} the same experts take everything" in capsys.readouterr().out
 
 
@@ -300,7 +298,7 @@ def test_a_short_run_writes_everything_and_fails_for_lack_of_training(tmp_path):
         earlier.parent.mkdir(parents=True, exist_ok=True)
         earlier.write_text("from an earlier run")
     done = subprocess.run(
-        [sys.executable, DIGITS / "demo.py", "--output", output, "--epochs", "4"],
+        [Path(sys.executable).with_name("moellava"), "demo", "--out", output, "--epochs", "4"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONIOENCODING": "utf-8"},
         capture_output=True,

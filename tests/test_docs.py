@@ -75,6 +75,13 @@ NOT_RUN = {
     ("docs/older-checkpoints.md", "# MoE-LLaVA and Med-MoE, dense and sparse; LLaVA-1.5 in its original form"): (
         "needs the Hub"
     ),
+    ("docs/command-line.md", "moellava chat my-model --picture before.png --picture after.png"): (
+        "waits for questions; tests/cli/test_cli_chat.py types them"
+    ),
+    ("docs/command-line.md", "moellava chat my-model --picture scan.png --json < questions.txt > answers.jsonl"): (
+        "a shell's redirections; tests/cli/test_cli_chat.py pipes the same"
+    ),
+    ("docs/command-line.md", "moellava --install-completion"): "changes the shell's start-up files",
     (
         "docs/older-checkpoints.md",
         'hf download JsST/Med-MoE --include "stage3/llavaphi-2.7b-medmoe/*" --local-dir med-moe',
@@ -235,7 +242,7 @@ def test_links_lead_somewhere(document):
 @pytest.mark.parametrize("document", [*DOCUMENTS, *OTHERS])
 def test_files_that_are_named_exist(document):
     text = (ROOT / document).read_text(encoding="utf-8")
-    rooms = "benchmarks|configuration|docs|examples|hub_cards|modeling|moellava|processing|tests"
+    rooms = "benchmarks|configuration|docs|hub_cards|modeling|moellava|processing|tests"
     for name in re.findall(rf"`((?:{rooms})/[\w/]+\.\w+)`", text):
         assert (ROOT / name).is_file(), f"{document} names {name}"
 

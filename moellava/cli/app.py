@@ -14,6 +14,7 @@
 """The command line put together: every command, and how each ends when something is wrong."""
 
 import sys
+from collections.abc import Callable
 from inspect import cleandoc
 from typing import Annotated, Any
 
@@ -26,12 +27,15 @@ from .assemble import assemble
 from .card import card
 from .chat import chat
 from .convert import convert
+from .data import check
+from .demo import demo
 from .errors import is_the_users, sentence
 from .evaluate import evaluate
 from .inspect import inspect
 from .options import DEBUG, grouped, note_debug
 from .push import push
 from .routing import routing
+from .train import train
 from .upcycle import upcycle
 from .web import web
 
@@ -79,16 +83,29 @@ def moellava(
 
 
 _PANELS = {
-    "Make a model": (assemble, upcycle, convert),
+    "See it work": (demo,),
+    "Make a model": (assemble, train, upcycle, convert),
     "Ask it": (ask, chat, web),
     "Look into it": (inspect, routing, evaluate),
     "Share it": (card, push),
 }
 
+
+def _add(group: typer.Typer, command: Callable, panel: str | None = None) -> None:
+    """Adds a command, whose docstring tells what it does and ends with examples."""
+    text, heading, examples = cleandoc(command.__doc__).partition("Examples:")
+    group.command(help=text, epilog=heading + examples, rich_help_panel=panel)(grouped(command))
+
+
 for _panel, _commands in _PANELS.items():
     for _command in _commands:
-        _text, _heading, _examples = cleandoc(_command.__doc__).partition("Examples:")
-        app.command(help=_text, epilog=_heading + _examples, rich_help_panel=_panel)(grouped(_command))
+        _add(app, _command, _panel)
+
+_data = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", help="Look into the data that a model is trained on."
+)
+_add(_data, check)
+app.add_typer(_data, name="data", rich_help_panel="Make a model")
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ from .options import (
     Saving,
     TrustedHub,
     Verbose,
+    completes,
     named_values,
 )
 from .printing import print_json, print_summary
@@ -44,7 +45,11 @@ def upcycle(
     num_experts: Annotated[int, typer.Option(min=1, help="The number of experts of a sparse layer.")] = 4,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="The number of experts that a token goes to.")] = 2,
     layers: Annotated[
-        str, typer.Option(help="first_half, second_half, sparse (every other), dense (all), or indices such as 0,2,4.")
+        str,
+        typer.Option(
+            help="first_half, second_half, sparse (every other), dense (all), or indices such as 0,2,4.",
+            autocompletion=completes("dense", "first_half", "second_half", "sparse"),
+        ),
     ] = "sparse",
     router: Annotated[
         Path | None,

@@ -15,21 +15,38 @@
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import typer
 from commands import SCRIPT, fails, run, run_process
+
+from moellava.cli import app
+
+
+def leaves(group=None, prefix=()):
+    """Every command of the command line, as it is typed."""
+    for name, command in (group or typer.main.get_command(app)).commands.items():
+        if hasattr(command, "commands"):
+            yield from leaves(command, (*prefix, name))
+        else:
+            yield (*prefix, name)
+
+
+COMMANDS = sorted(leaves())
 
 
 def test_help_and_version_import_nothing_heavy():
-    code = """
+    code = f"""
 import sys
 from moellava.cli import app
-for arguments in (["--help"], ["ask", "--help"], ["assemble", "--help"], ["inspect", "--help"], ["--version"]):
+for arguments in {[["--help"], *([*command, "--help"] for command in COMMANDS), ["--version"]]}:
     app(arguments, standalone_mode=False)
-heavy = {"torch", "transformers", "numpy", "PIL", "huggingface_hub", "safetensors"}
+heavy = {{"torch", "transformers", "numpy", "PIL", "huggingface_hub", "safetensors", "gradio"}}
 print("HEAVY", sorted(heavy & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=120)
@@ -38,42 +55,23 @@ print("HEAVY", sorted(heavy & set(sys.modules)))
     assert "moellava 0.1.0" in done.stdout
 
 
-def test_completion_imports_nothing_heavy():
-    environment = {
-        "_MOELLAVA_COMPLETE": "complete_bash",
-        "COMP_WORDS": "moellava assemble --projector p",
-        "COMP_CWORD": "3",
-        "_TYPER_COMPLETE_ARGS": "moellava assemble --projector p",
-    }
-    code = """
-import sys
-from moellava.cli import main
-try:
-    main()
-finally:
-    print("HEAVY", sorted({"torch", "transformers"} & set(sys.modules)))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        encoding="utf-8",
-        env=os.environ | environment,
-        timeout=120,
-    )
-    assert done.stdout.splitlines() == ["perceiver", "HEAVY []"]
-
-
 @pytest.mark.parametrize("module", [False, True])
 def test_the_script_and_the_module_are_the_same(module):
     done = run_process("--version", module=module)
     assert (done.returncode, done.stdout, done.stderr) == (0, "moellava 0.1.0\n", "")
 
 
-@pytest.mark.parametrize("command", ["ask", "assemble", "inspect"])
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_shows_examples(command):
-    result = run(command, "--help")
+    result = run(*command, "--help")
     assert result.exit_code == 0
-    assert f"moellava {command} " in result.stdout.partition("Examples:")[2]
+    assert f"moellava {' '.join(command)} " in f"{result.stdout.partition('Examples:')[2]} "
+
+
+def test_the_document_has_every_command():
+    text = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text(encoding="utf-8")
+    table = text.partition("| command |")[2].partition("\n\n")[0]
+    assert sorted(tuple(name.split()) for name in re.findall(r"^\| `([\w ]+)` \|", table, re.MULTILINE)) == COMMANDS
 
 
 @pytest.mark.parametrize(
@@ -84,6 +82,12 @@ def test_help_shows_examples(command):
         ["ask", "model", "scan.png", "What?", "--max-new-tokens", "0"],
         ["ask", "model", "scan.png", "What?", "--dtype", "float17"],
         ["ask", "model", "scan.png", " "],
+        ["chat", "model", "--temperature", "-1"],
+        ["data", "nothing"],
+        ["evaluate", "model", "questions.json", "--batch-size", "0"],
+        ["push", "model"],
+        ["train", "recipe.yaml", "--set", "learning_rate"],
+        ["web", "model", "--port", "70000"],
         ["inspect"],
         ["inspect", "model", "--nothing"],
         ["assemble", "--out", "folder"],

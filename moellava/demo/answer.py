@@ -13,7 +13,7 @@
 # limitations under the License.
 """Answers the held-out pictures in a process of its own, from nothing but the checkpoint.
 
-`demo.py` starts it; by hand: `python answer.py CHECKPOINT QUESTIONS.json RESULTS.json`. It needs torch and
+`running.py` starts it; by hand: `python answer.py CHECKPOINT QUESTIONS.json RESULTS.json`. It needs torch and
 transformers, and makes sure that it does without the package that the checkpoint was made with.
 """
 
@@ -67,6 +67,7 @@ def ask(pipe, questions: list[str], pictures: list[str], title: str) -> list[str
 
 
 def user_turn(question: str, picture: str) -> list[dict]:
+    """Returns a chat of one question about a picture."""
     content = [{"type": "image", "path": picture}, {"type": "text", "text": question}]
     return [{"role": "user", "content": content}]
 
@@ -85,6 +86,7 @@ def answer_directly(model, processor, question: str, picture: str) -> str:
 
 
 def main() -> None:
+    """Answers every question with its picture and with a blank one, and writes the answers."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("checkpoint", type=Path, help="the folder that the model was saved to")
     parser.add_argument(

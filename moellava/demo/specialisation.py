@@ -23,9 +23,9 @@ matplotlib.use("Agg")  # draws into a file, with or without a screen
 
 import torch
 from matplotlib import pyplot
-from scans import WORDS, Example, draw
 
-from moellava.routing import is_collapsed, trace_routing
+from ..routing import is_collapsed, trace_routing
+from .scans import WORDS, Example, draw
 
 
 # What is counted apart: the patches of the pictures of each digit, and the words of all prompts.

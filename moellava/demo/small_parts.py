@@ -16,7 +16,6 @@
 import json
 from pathlib import Path
 
-from scans import IMAGE_SIZE, PHRASINGS, WORDS, answer_to
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     CLIPImageProcessor,
@@ -26,6 +25,8 @@ from transformers import (
     LlamaForCausalLM,
     LlamaTokenizer,
 )
+
+from .scans import IMAGE_SIZE, PHRASINGS, WORDS, answer_to
 
 
 # The parts are narrow, so their weights start larger than in wide models.

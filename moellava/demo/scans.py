@@ -62,6 +62,7 @@ class Example:
 
 
 def answer_to(question: str, digit: int) -> str:
+    """Returns the right answer, in the form that the question asks for."""
     word = WORDS[digit]
     return PHRASINGS[question].format(a="an" if word == "eight" else "a", digit=word)
 

@@ -13,12 +13,12 @@
 # limitations under the License.
 """The whole way in a minute or two: from small parts to answers about scans of handwritten digits.
 
-Run by `make demo`. Parts in their published formats are assembled, trained with transformers' Trainer and saved; a
+Run by `moellava demo`. Parts in their published formats are assembled, trained with transformers' Trainer and saved; a
 process without this package then loads the checkpoint and answers questions about scans that no training has seen.
-Everything is written to `build/demo`.
+
 """
 
-import argparse
+import importlib.util
 import json
 import logging
 import os
@@ -31,9 +31,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import typer
+
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 SEED = 0
 EPOCHS = 14
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "layers": "dense"}
@@ -65,11 +66,11 @@ class Demo:
     @contextmanager
     def stage(self, name: str, title: str) -> Iterator[None]:
         """Announces a stage, and says how long it took."""
-        print(f"\n{_bold(f'{len(self.seconds) + 1}. {title}')}", flush=True)
+        typer.echo(f"\n{_bold(f'{len(self.seconds) + 1}. {title}')}")
         began = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - began, 1)
-        print(_dim(f"    {self.seconds[name]:.1f} s"), flush=True)
+        typer.echo(_dim(f"    {self.seconds[name]:.1f} s"))
 
 
 def clear(demo: Demo) -> None:
@@ -84,7 +85,7 @@ def clear(demo: Demo) -> None:
 
 def make_parts(demo: Demo) -> None:
     """Writes a vision tower and a language model, untrained."""
-    from small_parts import make_language_model, make_vision_tower
+    from .small_parts import make_language_model, make_vision_tower
 
     tower = make_vision_tower(demo.parts / "vision-tower")
     language_model, tokenizer = make_language_model(demo.parts / "language-model")
@@ -95,7 +96,7 @@ def make_parts(demo: Demo) -> None:
 
 def assemble(demo: Demo):
     """Assembles the parts to one model with a new projector between them."""
-    from moellava import load_pretrained_model
+    from ..loading import load_pretrained_model
 
     model, _, _, context_len = load_pretrained_model(
         {
@@ -112,7 +113,7 @@ def assemble(demo: Demo):
 
 def write_questions(demo: Demo, examples: list) -> None:
     """Writes the held-out pictures, and what is asked about them."""
-    from scans import blank_picture, draw
+    from .scans import blank_picture, draw
 
     pictures = demo.folder / "pictures"
     pictures.mkdir()
@@ -141,7 +142,7 @@ def answer_elsewhere(checkpoint: Path, questions: Path, results: Path) -> dict:
 
 def make_sparse(model):
     """Upcycles every MLP of the language model to a mixture of experts."""
-    from moellava import upcycle
+    from ..upcycling import upcycle
 
     sparse = upcycle(model, **MOE)
     moe = sparse.config.moe_config
@@ -168,7 +169,7 @@ def say_results(results: dict) -> None:
 
 def say_load(load) -> None:
     """Says how even the load of each layer is, and which digit most differs from the others in where it goes."""
-    from specialisation import ROWS
+    from .specialisation import ROWS
 
     for row, layer in enumerate(load.layers):
         shares = ", ".join(f"{share:.0%}" for share in load.overall[row].tolist())
@@ -186,24 +187,25 @@ def say_load(load) -> None:
 def run(demo: Demo) -> bool:
     """Runs all stages; returns whether the model keeps what the demo promises."""
     began = time.perf_counter()
-    print(_bold("MoELLaVA: a model from small parts learns to read handwritten digits"), flush=True)
-    print("    Everything here starts from random weights, offline, on the CPU.", flush=True)
+    typer.echo(_bold("MoELLaVA: a model from small parts learns to read handwritten digits"))
+    typer.echo("    Everything here starts from random weights, offline, on the CPU.")
     clear(demo)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it lacks, it lacks for 4-bit models alone
     import torch  # late, as all that is slow to import: the title comes first
     import transformers
-    from training import train
+
+    from .training import train
 
     transformers.logging.set_verbosity_error()
     transformers.set_seed(SEED)
-    print(f"    torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
+    typer.echo(f"    torch {torch.__version__}, transformers {transformers.__version__}")
 
     with demo.stage("parts", "Parts in their published formats"):
         make_parts(demo)
     with demo.stage("assembling", "Assembled by load_pretrained_model"):
         model = assemble(demo)
     with demo.stage("training", "Trained by transformers.Trainer"):
-        from scans import PHRASINGS, load_examples
+        from .scans import PHRASINGS, load_examples
 
         lessons, held_out = load_examples()
         _say("scans", f"{len(lessons)} to learn from, {len(held_out)} held out, {len(PHRASINGS)} ways to ask")
@@ -215,7 +217,7 @@ def run(demo: Demo) -> bool:
         results = answer_elsewhere(demo.checkpoint, demo.questions, demo.results)
         say_results(results)
     with demo.stage("drawing", "Drawn"):
-        from picture_grid import draw_grid
+        from .picture_grid import draw_grid
 
         draw_grid(results, demo.folder, demo.grid)
         _say("answers", _shown(demo.grid))
@@ -235,7 +237,7 @@ def run(demo: Demo) -> bool:
         sparse_results = answer_elsewhere(demo.sparse_checkpoint, demo.questions, demo.sparse_results)
         say_results(sparse_results)
     with demo.stage("experts", "What its experts have come to do"):
-        from specialisation import draw_expert_load, expert_load
+        from .specialisation import draw_expert_load, expert_load
 
         load = expert_load(sparse, held_out)
         draw_expert_load(load, demo.experts)
@@ -252,8 +254,8 @@ def run(demo: Demo) -> bool:
     results = {**results, "seconds": {**demo.seconds, "all": round(time.perf_counter() - began, 1)}}
     demo.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     answers = results["answers"]
-    print(f"\n{_bold('Done')} in {results['seconds']['all']:.0f} s. Ask it yourself:")
-    print(
+    typer.echo(f"\n{_bold('Done')} in {results['seconds']['all']:.0f} s. Ask it yourself:")
+    typer.echo(
         f"    {_command()} ask {_shown(demo.checkpoint)} {_shown(demo.folder / answers[0]['picture'])} "
         f'"{answers[0]["question"]}"'
     )
@@ -283,12 +285,12 @@ def keeps_promises(results: dict) -> bool:
             "token; expected all of them to be used."
         )
     for fault in faults:
-        print(f"\nFAILED: {fault}", file=sys.stderr)
+        typer.echo(f"\nFAILED: {fault}", err=True)
     return not faults
 
 
 def _say(name: str, text: str) -> None:
-    print(f"    {name:<25} {text}", flush=True)
+    typer.echo(f"    {name:<25} {text}")
 
 
 def _bold(text: str) -> str:
@@ -314,7 +316,22 @@ def _command() -> str:
     return "moellava" if shutil.which("moellava") == str(command) else _shown(command)
 
 
-def main() -> int:
+def run_demo(folder: str | os.PathLike, epochs: float = EPOCHS) -> bool:
+    """Assembles, trains, saves and asks a small model, dense and sparse.
+
+    Args:
+        folder (`str` or `os.PathLike`): Where all that is made is written.
+        epochs (`float`, *optional*, defaults to 14): Rounds of training.
+
+    Returns:
+        `bool`: Whether the models see as well as the demo promises.
+
+    Raises:
+        ImportError: The extra `demo` is not installed.
+    """
+    for module in ("matplotlib", "sklearn"):
+        if importlib.util.find_spec(module) is None:
+            raise ImportError(f"The demo needs {module}, which is not installed: `pip install 'moellava[demo]'`.")
     # Read by the libraries when they are imported, which is later. One thread: the model is so small that more of them
     # mostly wait for one another, and the outcome is the same however many cores there are.
     os.environ.update(
@@ -325,12 +342,7 @@ def main() -> int:
             "TOKENIZERS_PARALLELISM": "false",
         }
     )
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "build" / "demo", help="folder for all that is made")
-    parser.add_argument("--epochs", type=float, default=EPOCHS, help=f"rounds of training (default: {EPOCHS})")
-    arguments = parser.parse_args()
-    return 0 if run(Demo(arguments.output.resolve(), arguments.epochs)) else 1
+    return run(Demo(Path(folder).resolve(), epochs))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+__all__ = ["EPOCHS", "run_demo"]

@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from scans import PHRASINGS, Example, answer_to, blank_picture, draw
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
+
+from .scans import PHRASINGS, Example, answer_to, blank_picture, draw
 
 
 def conversation(question: str, answer: str | None = None) -> list[dict[str, Any]]:

@@ -1,0 +1,72 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`moellava train`: a model through the stages of a recipe."""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .logs import logging_shown
+from .options import Debug, Json, Verbose, named_values
+from .printing import print_json
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The recipe: a YAML file.", metavar="RECIPE.yaml", show_default=False)],
+    *,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="A key of the recipe, which wins over what it says; can be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an earlier run of the recipe was stopped.")
+    ] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Train a model by a recipe: its parts, its data, and the stages that it goes through.
+
+    What is wrong with the recipe or with the data is found before any weight is read. Prints where the model is. Needs
+    the extra `train`: `pip install 'moellava[train]'`.
+
+    Examples:
+
+    ```
+    moellava train align.yaml
+    moellava train recipe.yaml --set learning_rate=1e-4 --set output_dir=runs/second
+    moellava train recipe.yaml --resume
+    ```
+    """
+    overrides = named_values(changes, "--set") | ({"resume": True} if resume else {})
+    from ..training import train as train_by_recipe
+
+    # The Trainer prints its log to standard output, which is for the result.
+    with logging_shown(verbose), contextlib.redirect_stdout(sys.stderr):
+        report = train_by_recipe(recipe, **overrides)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        typer.echo(report.checkpoint)
+
+
+__all__ = ["train"]
