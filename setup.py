@@ -44,6 +44,7 @@ INSTALL_REQUIRES = [
     "jinja2>=3.1",
     "numpy>=1.26",
     "pillow>=10",
+    "pyyaml>=6",
     "rich>=13.8",
     "typer>=0.15",
 ]
@@ -80,6 +81,7 @@ setup(
     packages=[*find_packages(include=["moellava", "moellava.*"]), *ROOMS],
     package_dir={"moellava": "moellava", **ROOMS},
     include_package_data=False,
+    package_data={"moellava.hub_cards": ["templates/*"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["moellava = moellava.cli:main"]},

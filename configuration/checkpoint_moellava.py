@@ -26,7 +26,7 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -67,6 +67,11 @@ __all__ = [
     "MoellavaProcessor",
 ]
 '''
+
+# Called with the folder of a checkpoint whose files are all written, before it comes to its place; with the folder that
+# it comes to; and with the Hub id that it is pushed to, or None. The package enters itself here, to write the card; a
+# checkpoint that is loaded without it has no such hook.
+SAVE_HOOKS: list[Callable[[Path, Path, str | None], None]] = []
 
 # `from .x import`, `from ..room.x import` and `from moellava.room.x import` all become `from .x import`.
 _ROOM_IMPORT = re.compile(
@@ -188,6 +193,18 @@ def staged_folder(save_directory: str | os.PathLike, replaces_weights: bool = Fa
             shutil.rmtree(staging)
 
 
+def run_save_hooks(folder: str | os.PathLike, target: str | os.PathLike, repo_id: str | None = None) -> None:
+    """Calls every one of `SAVE_HOOKS`, once a checkpoint's own files are written.
+
+    Args:
+        folder (`str` or `os.PathLike`): Where they lie.
+        target (`str` or `os.PathLike`): The folder that `folder` is about to replace; `folder` itself for a push.
+        repo_id (`str`, *optional*): The Hub id that it is about to be pushed to.
+    """
+    for hook in SAVE_HOOKS:
+        hook(Path(folder), Path(target), repo_id)
+
+
 def _replace(source: Path, target: Path) -> None:
     if target.is_dir() and not target.is_symlink():
         shutil.rmtree(target)
@@ -243,9 +260,11 @@ def _exchange(staging: Path, target: Path) -> None:
 __all__ = [
     "AUTO_MAP",
     "ENTRY_MODULE",
+    "SAVE_HOOKS",
     "export_code",
     "is_flat",
     "is_weight_file",
+    "run_save_hooks",
     "staged_folder",
     "travelling_files",
 ]

@@ -16,11 +16,14 @@
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ..configuration import MoellavaConfig
+from ..configuration.checkpoint_moellava import SAVE_HOOKS
+from ..hub_cards import write_card_of_save
 from .modeling_moellava import MoellavaForCausalLM, MoellavaModel, MoellavaPreTrainedModel
 
 
 AutoModel.register(MoellavaConfig, MoellavaModel, exist_ok=True)
 AutoModelForCausalLM.register(MoellavaConfig, MoellavaForCausalLM, exist_ok=True)
 AutoModelForImageTextToText.register(MoellavaConfig, MoellavaForCausalLM, exist_ok=True)
+SAVE_HOOKS.append(write_card_of_save)
 
 __all__ = ["MoellavaForCausalLM", "MoellavaModel", "MoellavaPreTrainedModel"]

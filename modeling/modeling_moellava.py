@@ -35,7 +35,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
-from ..configuration.checkpoint_moellava import staged_folder
+from ..configuration.checkpoint_moellava import run_save_hooks, staged_folder
 from ..configuration.configuration_moellava import MoellavaConfig
 from ..configuration.custom_code_moellava import is_own_class
 from ..configuration.hub_moellava import commit_saved
@@ -266,6 +266,7 @@ class MoellavaPreTrainedModel(PreTrainedModel):
             super().save_pretrained(staging, state_dict=state_dict, **kwargs)
             if self.processor is not None:
                 self.processor.save_pretrained(staging)
+            run_save_hooks(staging, save_directory)
         if push_to_hub:
             self.push_to_hub(repo_id, **hub_kwargs)
 
@@ -275,6 +276,8 @@ class MoellavaPreTrainedModel(PreTrainedModel):
         transformers deletes nothing: of a repository that held one `model.safetensors`, it would go on to read that one
         after the model has been pushed in shards.
         """
+        # transformers has by now put the repository's own card, or a blank one, in the place of the one of the save.
+        run_save_hooks(working_dir, working_dir, repo_id)
         return commit_saved(working_dir, repo_id, **kwargs)
 
     @classmethod

@@ -21,7 +21,7 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -48,6 +48,7 @@ from .modeling import MoellavaForCausalLM
 from .modeling.encoders_moellava import detect_encoder_type, encoder_for
 from .modeling.language_moellava import check_head, own_causal_lm
 from .modeling.own_parts_moellava import build_projector
+from .origins import NEW, with_origin
 from .projector_files import read_projector
 from .request import LoadRequest, is_custom_encoder
 from .sources import OPEN_CLIP_CONFIG_NAME, Source, load_image_processor
@@ -375,7 +376,7 @@ def assemble(request: LoadRequest, device_map: Any = None) -> MoellavaForCausalL
         projector_config={"type": "mlp", **projector},
         encoder_type=vision.encoder_type,
         image_token_id=image_token_id,
-        parts={"language_model": request.model_path, "vision_tower": _tower_name(request)},
+        parts=_origins(request),
         **{name: value for name, value in request.model_fields.items() if name != "encoder_type"},
     )
     shapes = projector_shapes(config)
@@ -436,13 +437,35 @@ def _tower_name(request: LoadRequest) -> str | None:
     return request.vision_tower or DEFAULT_VISION_TOWER
 
 
+def _tower_source(request: LoadRequest) -> Source | None:
+    name = _tower_name(request)
+    return None if name is None else Source(name, request.hub_options)
+
+
+def _origins(request: LoadRequest) -> dict[str, Any]:
+    language = Source(request.model_path, request.hub_options)
+    parts = with_origin(None, "language_model", request.model_path, language)
+    return with_projector_origin(with_tower_origin(parts, request), request)
+
+
+def with_tower_origin(parts: Mapping[str, Any] | None, request: LoadRequest) -> dict[str, Any]:
+    """Returns a config's `parts` with the tower that a request names."""
+    return with_origin(parts, "vision_tower", _tower_name(request), _tower_source(request))
+
+
+def with_projector_origin(parts: Mapping[str, Any] | None, request: LoadRequest) -> dict[str, Any]:
+    """Returns a config's `parts` with the projector's file that a request names, or with a new projector."""
+    path = request.projector_path
+    return with_origin(parts, "multi_modal_projector", NEW if path is None else os.path.basename(path))
+
+
 def read_vision_part(request: LoadRequest) -> VisionPart:
     """Opens the vision tower that a request names, or the default one."""
     encoder_type = request.model_fields.get("encoder_type")
     name = _tower_name(request)
     if encoder_type is not None:
         ENCODERS[encoder_type]
-    source = None if name is None else Source(name, request.hub_options)
+    source = _tower_source(request)
     if encoder_type is not None and is_custom_encoder(encoder_type):
         vision = read_custom_encoder(encoder_type, source, request)
     else:
@@ -536,4 +559,6 @@ __all__ = [
     "read_vision_part",
     "read_vision_tower",
     "report_claims",
+    "with_projector_origin",
+    "with_tower_origin",
 ]

@@ -34,6 +34,8 @@ from .assembling import (
     read_generation_config,
     read_vision_part,
     report_claims,
+    with_projector_origin,
+    with_tower_origin,
 )
 from .building import build, make_processor
 from .configuration import MoellavaConfig
@@ -266,7 +268,7 @@ def _load_with_other_parts(
     if _asks_for_another_tower(config, request):
         vision = read_vision_part(request)
         changed |= {"vision_config": vision.config, "encoder_type": vision.encoder_type}
-        changed["parts"] = {**(config.parts or {}), "vision_tower": request.vision_tower}
+        changed["parts"] = with_tower_origin(config.parts, request)
         processor.image_processor = vision.image_processor
     else:
         report_claims(request, config.vision_config, f"of {source}")
@@ -298,6 +300,8 @@ def _load_with_other_parts(
     elif new_projector:
         logger.warning("The projector of %s does not fit what was asked for; a new one is initialised.", source)
         tensors = _with_part(tensors, PROJECTOR_PREFIX, {})
+    if file_tensors is not None or new_projector:
+        config.parts = with_projector_origin(config.parts, request)
     new_experts = request.moe is not None and config.moe_config is None
     if new_experts:
         config, tensors = upcycled(config, tensors, request.moe)

@@ -33,6 +33,7 @@ from .configuration import MoellavaConfig, MoellavaMoeConfig
 from .configuration.names_moellava import canonical_moe
 from .modeling import MoellavaForCausalLM
 from .modeling.sparse_moellava import DenseForm, dense_mlps
+from .origins import UPCYCLED, with_origin
 from .sources import Source, read_tensors, unmapped
 
 
@@ -188,7 +189,8 @@ def upcycled(
     router = None if router_path is None else read_router(router_path)
     if router is not None:
         moe.setdefault("router_bias", "bias" in router)
-    sparse_config = MoellavaConfig.from_dict(config.to_dict() | {"moe_config": moe})
+    parts = with_origin(config.parts, "experts", UPCYCLED)
+    sparse_config = MoellavaConfig.from_dict(config.to_dict() | {"moe_config": moe, "parts": parts})
     return sparse_config, _sparse_tensors(sparse_config, tensors, router, router_path)
 
 

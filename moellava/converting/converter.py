@@ -44,6 +44,7 @@ from ..assembling import (
 from ..building import IMAGE_TOKEN, build, make_processor
 from ..chat_templates import multimodal_chat_template
 from ..configuration import MoellavaConfig
+from ..origins import with_origin
 from ..projector_files import older_projector_tensors
 from ..sources import Source, load_image_processor, read_tensors
 from .adapters import ADAPTER_FILES, attach_adapter
@@ -222,10 +223,7 @@ def _our_config(
         drop_first_patch=drops_first_patch,
         # The older code never scaled pictures; text it scaled with no picture beside it only, which is mended here.
         image_feature_scale=1 / getattr(older.text_config, "embedding_multiplier", 1.0),
-        parts={
-            "converted_from": _public_name(source.name),
-            "vision_tower": _public_name(vision_tower or older.vision_tower),
-        },
+        parts=_origins(source, vision_tower or older.vision_tower),
         **fields,
     )
 
@@ -248,6 +246,14 @@ def _projector_and_tower(
     return {f"{PROJECTOR_PREFIX}{name}": tensor for name, tensor in projector.items()} | {
         f"{TOWER_PREFIX}{name}": tensor for name, tensor in tower_weights.items()
     }
+
+
+def _origins(source: Source, vision_tower: str | None = None) -> dict[str, Any]:
+    parts = with_origin(None, "converted_from", _public_name(source.name), source)
+    if vision_tower is None:
+        return parts
+    tower = Source(vision_tower, source.hub_options)
+    return with_origin(parts, "vision_tower", _public_name(vision_tower), tower)
 
 
 def _public_name(name: str) -> str:
@@ -425,7 +431,7 @@ def _read_llava_hf(source: Source, changes: dict[str, Any]) -> Converted:
         vision_config=llava.vision_config,
         projector_config=projector,
         image_token_id=llava.image_token_id,
-        parts={"converted_from": _public_name(source.name)},
+        parts=_origins(source),
         **fields,
     )
     _check_shards(source)

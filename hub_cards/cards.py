@@ -1,0 +1,196 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Renders a checkpoint's model card: its metadata and its text."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..origins import UPCYCLED
+from .citing import citations
+from .facts import CardFacts, code, linked, plain, read_facts
+
+
+TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
+# As long as this line is in a card, the card is written anew.
+MARKER = "<!-- Written by moellava, and anew at every save and push. Delete this line to keep what you write here. -->"
+PIPELINE_TAG = "image-text-to-text"
+_RESULT_FIELDS = ("dataset", "metric", "value")
+_RESULT_OPTIONS = ("dataset_id", "split")
+
+
+def render_card(
+    checkpoint: str | os.PathLike, *, repo_id: str | None = None, evaluation: list[dict[str, Any]] | None = None
+) -> ModelCard:
+    r"""
+    Returns the model card of a saved checkpoint, from its config and the headers of its weights.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`): A folder or a Hub id.
+        repo_id (`str`, *optional*): The Hub id that the card's code loads. Defaults to `checkpoint`, of a folder to
+            its name.
+        evaluation (`list[dict]`, *optional*): What was measured: each entry has `dataset`, `metric` and `value`, and
+            may have a `split` and the dataset's Hub id as `dataset_id`.
+
+    Raises:
+        FileNotFoundError: A path that does not exist, or a checkpoint without weights.
+        OSError: A Hub repository that does not exist, cannot be reached or may not be read.
+        TypeError: `evaluation` is no list of dictionaries.
+        ValueError: A folder that is no checkpoint of this package, or an entry of `evaluation` without what it needs.
+
+    Example:
+
+    ```python
+    >>> from moellava.hub_cards import render_card
+
+    >>> card = render_card("my-model", repo_id="me/my-model")
+    >>> card.data.pipeline_tag
+    'image-text-to-text'
+    ```"""
+    results = _eval_results(evaluation)
+    facts = read_facts(checkpoint, repo_id)
+    card = ModelCard.from_template(
+        _metadata(facts, results),
+        template_path=str(TEMPLATE),
+        facts=facts,
+        summary=facts.summary,
+        language=facts.summary.language_model,
+        rows=list(facts.part_rows()),
+        terms=facts.license,
+        precision=_precision(facts),
+        history=list(_history(facts)),
+        results=results,
+        citations=citations(facts),
+        marker=MARKER,
+        plain=plain,
+        code=code,
+        amount=amount,
+        size=size,
+    )
+    card.text = re.sub(r"\n{3,}", "\n\n", card.text).rstrip() + "\n"
+    return card
+
+
+def evaluation_of(card: ModelCard) -> list[dict[str, Any]]:
+    """Returns what a card's metadata says was measured, as `render_card` takes it."""
+    return [
+        {"dataset": result.dataset_name, "metric": result.metric_type, "value": result.metric_value}
+        | ({"split": result.dataset_split} if result.dataset_split else {})
+        | ({"dataset_id": result.dataset_type} if result.dataset_type != result.dataset_name else {})
+        for result in card.data.eval_results or ()
+    ]
+
+
+def _eval_results(evaluation: list[dict[str, Any]] | None) -> list[EvalResult]:
+    if not isinstance(evaluation, list | None):
+        raise TypeError(f"evaluation is a {type(evaluation).__name__}; expected a list of dictionaries.")
+    return [_eval_result(entry) for entry in evaluation or ()]
+
+
+def _eval_result(entry: dict[str, Any]) -> EvalResult:
+    if not isinstance(entry, Mapping):
+        raise TypeError(f"evaluation holds a {type(entry).__name__}; expected dictionaries.")
+    wrong = [name for name in _RESULT_FIELDS if name not in entry]
+    strange = sorted(set(entry) - {*_RESULT_FIELDS, *_RESULT_OPTIONS})
+    if wrong or strange:
+        fault = f"has no {' and no '.join(wrong)}" if wrong else f"has {', '.join(map(repr, strange))}"
+        raise ValueError(
+            f"An entry of evaluation {fault}: {dict(entry)}. Expected {', '.join(_RESULT_FIELDS)}, and where known "
+            f"{' and '.join(_RESULT_OPTIONS)}."
+        )
+    return EvalResult(
+        task_type=PIPELINE_TAG,
+        dataset_type=entry.get("dataset_id") or entry["dataset"],
+        dataset_name=entry["dataset"],
+        dataset_split=entry.get("split"),
+        metric_type=entry["metric"],
+        metric_value=entry["value"],
+    )
+
+
+def _metadata(facts: CardFacts, results: list[EvalResult]) -> ModelCardData:
+    summary = facts.summary
+    tags = ["moellava", "vision-language", "custom_code"]
+    tags += ["moe"] if summary.sparse else []
+    tags += ["medical"] if facts.is_medical else []
+    if summary.coverage is not None:
+        tags += [summary.coverage.method] + ([f"{summary.coverage.bits}-bit"] if summary.coverage.bits else [])
+    base = facts.base_models
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=PIPELINE_TAG,
+        base_model=base[0] if len(base) == 1 else base or None,
+        tags=tags,
+        model_name=facts.title if results else None,
+        eval_results=results or None,
+        **facts.license,
+    )
+
+
+def _precision(facts: CardFacts) -> str:
+    summary, coverage = facts.summary, facts.summary.coverage
+    if coverage is None:
+        return summary.dtype
+    quantization = facts.quantization or {}
+    kind = quantization.get("bnb_4bit_quant_type") if coverage.bits == 4 else None
+    words = [f"{coverage.bits} bits"] if coverage.bits else []
+    words += [f"({', '.join(plain(word) for word in (coverage.method, kind) if word)})"]
+    share = coverage.quantized_parameters / coverage.parameters
+    return f"{' '.join(words)} for {share:.0%} of the parameters, {summary.dtype} for the rest"
+
+
+def _history(facts: CardFacts) -> Iterator[str]:
+    """Tells how the model came to be, as far as the config and the folder tell."""
+    if facts.is_converted:
+        yield f"Converted by MoELLaVA from {linked(facts.origin_of('converted_from'))}, whose weights it has."
+    elif facts.is_assembled:
+        yield "Assembled by MoELLaVA from the parts above."
+    else:
+        yield "The config does not tell what it was made from."
+    if facts.has_new_projector:
+        yield "The projector was initialised anew."
+    if facts.origins.get("experts") == UPCYCLED:
+        yield "The experts of a layer began as copies of its dense MLP, with new routers in front of them."
+    if facts.trainer_state is not None:
+        steps, epochs = (facts.trainer_state.get(name) for name in ("global_step", "epoch"))
+        told = [f"{steps:,} steps"] if isinstance(steps, int) else []
+        told += [f"{epochs:g} epochs"] if isinstance(epochs, int | float) else []
+        yield f"Trained with transformers' `Trainer`{': ' if told else ''}{', '.join(told)}."
+    if facts.summary.coverage is not None:
+        yield f"Quantised with {code(facts.summary.coverage.method)}."
+    if facts.summary.transformers_version:
+        yield f"Saved with transformers {plain(facts.summary.transformers_version)}."
+
+
+def amount(number: int) -> str:
+    """Returns a number of parameters as people say it."""
+    for unit, name in ((10**9, "billion"), (10**6, "million")):
+        if number >= unit:
+            return f"{number / unit:.3g} {name}"
+    return f"{number:,}"
+
+
+def size(number: int) -> str:
+    """Returns a number of bytes as people say it."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if number >= unit:
+            return f"{number / unit:.1f} {name}"
+    return f"{number / 2**10:.1f} KiB"
+
+
+__all__ = ["MARKER", "evaluation_of", "render_card"]

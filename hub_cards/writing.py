@@ -1,0 +1,169 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Writes a card into a checkpoint's folder, and leaves alone what its user has written there.
+
+A card of ours carries `MARKER` and is written anew. Any other `README.md` is the user's own: keys that its metadata
+lacks are added, and every other byte stays.
+"""
+
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, constants
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.utils import yaml_dump
+
+from .cards import MARKER, evaluation_of, render_card
+
+
+# What transformers writes where a repository has no card, for `ModelCard.from_template`.
+_BLANK_DESCRIPTION = (
+    "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
+    "automatically generated."
+)
+# Keys that say one thing together: where the user gives the first, the others are not added.
+_TOGETHER = {"license_name": "license", "license_link": "license"}
+
+
+def write_card(
+    folder: str | os.PathLike, *, repo_id: str | None = None, evaluation: list[dict[str, Any]] | None = None
+) -> Path:
+    r"""
+    Writes the model card of a saved checkpoint to its `README.md`.
+
+    Args:
+        folder (`str` or `os.PathLike`): The checkpoint.
+        repo_id (`str`, *optional*): The Hub id that the card's code loads. Defaults to the folder's name.
+        evaluation (`list[dict]`, *optional*): As for `render_card`. By default what the folder's own card says was
+            measured stays, as the weights have stayed; `[]` takes it out.
+
+    Returns:
+        `Path`: The path of `README.md`.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or it has no weights.
+        TypeError, ValueError: As for `render_card`; or the user's `README.md` has metadata that cannot be completed.
+
+    Example:
+
+    ```python
+    >>> from moellava.hub_cards import write_card
+
+    >>> write_card("my-model", repo_id="me/my-model")
+    ```"""
+    path = Path(folder) / constants.REPOCARD_NAME
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder} to write a card into. Give the folder of a checkpoint.")
+    earlier = read_card(path)
+    if evaluation is None and earlier is not None and is_ours(earlier):
+        evaluation = evaluation_of(ModelCard(earlier))
+    card = render_card(folder, repo_id=repo_id, evaluation=evaluation)
+    save_card(path, complete_card(earlier, card))
+    return path
+
+
+def complete_card(earlier: str | None, card: ModelCard) -> str:
+    """Returns the text of a card that takes the place of an earlier one: `card`, or the user's own, completed.
+
+    Args:
+        earlier (`str`, *optional*): The `README.md` that is there.
+        card (`ModelCard`): What `render_card` returns.
+
+    Raises:
+        ValueError: The metadata of the user's own is no block of YAML that lines can be added to.
+    """
+    if earlier is None or is_ours(earlier) or _is_blank(earlier):
+        return str(card)
+    return _with_missing_keys(earlier, card.data)
+
+
+def is_ours(content: str) -> bool:
+    """Whether a card was written by this package and its user has not taken it over."""
+    return MARKER in content.splitlines()
+
+
+def read_card(path: Path) -> str | None:
+    """Returns the text of a card with its own line ends, or `None` where there is none.
+
+    Raises:
+        ValueError: It is no UTF-8.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}). Save it as UTF-8.") from error
+
+
+def save_card(path: Path, content: str) -> None:
+    """Puts a card in its place in one step; a file that is linked to from elsewhere stays as it is there."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        aside.write_bytes(content.encode("utf-8"))
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _is_blank(content: str) -> bool:
+    """Whether a card is the one that transformers writes where there is none, and nobody has written in it since."""
+    blank = ModelCard.from_template(ModelCardData(), model_description=_BLANK_DESCRIPTION)
+    block = REGEX_YAML_BLOCK.search(content)
+    return block is not None and content[block.end() :].strip() == blank.text.strip()
+
+
+def _with_missing_keys(content: str, data: ModelCardData) -> str:
+    line_break = "\r\n" if "\r\n" in content else "\n"
+    mark = content[: len(content) - len(content.removeprefix("\ufeff"))]  # of UTF-8, as some editors write it
+    content = content.removeprefix(mark)
+    block = REGEX_YAML_BLOCK.search(content)
+    own = _own_keys(block[2]) if block else {}
+    missing = {
+        key: value for key, value in data.to_dict().items() if key not in own and _TOGETHER.get(key, key) not in own
+    }
+    if not missing:
+        return mark + content
+    added = yaml_dump(missing, sort_keys=False, line_break=line_break).rstrip()
+    if block is None:
+        return f"{mark}---{line_break}{added}{line_break}---{line_break}{content}"
+    completed = block[2] + line_break + added
+    if _own_keys(completed) != own | missing:
+        raise ValueError(
+            "The metadata at the head of README.md is no list of 'key: value' lines, so that none can be added. Write "
+            "it so, or delete the block between the two '---'."
+        )
+    return mark + block[1] + completed + content[block.end(2) :]
+
+
+def _own_keys(block: str) -> dict[str, Any]:
+    try:
+        own = yaml.safe_load(block)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"The metadata at the head of README.md is no valid YAML ({reason}). Correct it, or delete the block "
+            "between the two '---'."
+        ) from error
+    if not isinstance(own, dict | None):
+        raise ValueError(
+            f"The metadata at the head of README.md is a {type(own).__name__}; expected lines of 'key: value'."
+        )
+    return own or {}
+
+
+__all__ = ["complete_card", "is_ours", "read_card", "save_card", "write_card"]

@@ -1,0 +1,77 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Where the parts of a model come from, and under which licence, as their own model cards tell.
+
+The answers are kept in the config's `parts`, for the model card, and never read to load anything. A licence is taken
+from the metadata of a part's `README.md`; nothing is concluded from names.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import constants
+from huggingface_hub.repocard import RepoCard
+
+from .sources import Source
+
+
+logger = logging.getLogger(__name__)
+
+LICENSE_KEYS = ("license", "license_name", "license_link")
+NEW = "new"  # the origin of a projector that no file gives
+UPCYCLED = "upcycled"  # the origin of experts that are copies of a dense model's MLPs
+
+
+def license_of(source: Source) -> dict[str, str]:
+    """Returns what a part's model card says of its licence: `license`, `license_name`, `license_link`, or nothing.
+
+    No more than `README.md` is read or fetched; a part without one, or with one that cannot be read, tells nothing.
+    """
+    try:
+        path = source.find(constants.REPOCARD_NAME)
+        content = "" if path is None else Path(path).read_text(encoding="utf-8-sig")
+        metadata = RepoCard(content).data.to_dict() if content.lstrip().startswith("---") else {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        logger.info("%s: its model card cannot be read, so that its licence is unknown (%s).", source, error)
+        return {}
+    known = {key: metadata[key] for key in LICENSE_KEYS if metadata.get(key)}
+    if isinstance(known.get("license"), list):  # some cards list several
+        known["license"] = "-and-".join(map(str, known["license"]))
+    return {key: str(value) for key, value in known.items()} if "license" in known else {}
+
+
+def with_origin(
+    parts: Mapping[str, Any] | None, name: str, origin: str | None, source: Source | None = None
+) -> dict[str, Any]:
+    """Returns a config's `parts` with the origin of one more part, in the place of an earlier one of that name.
+
+    Args:
+        parts (`dict`, *optional*): What is known already.
+        name (`str`): `"language_model"`, `"vision_tower"`, `"multi_modal_projector"`, `"experts"` or
+            `"converted_from"`.
+        origin (`str`, *optional*): The Hub id or the path, or `NEW` or `UPCYCLED`.
+        source (`Source`, *optional*): Where to look for the licence.
+    """
+    parts = dict(parts or {})
+    licenses = {part: terms for part, terms in parts.pop("licenses", {}).items() if part != name}
+    known = {} if source is None else license_of(source)
+    if known:
+        licenses[name] = known
+    return parts | {name: origin} | ({"licenses": licenses} if licenses else {})
+
+
+__all__ = ["LICENSE_KEYS", "NEW", "UPCYCLED", "license_of", "with_origin"]
