@@ -166,10 +166,11 @@ def _history(facts: CardFacts) -> Iterator[str]:
         yield "The projector was initialised anew."
     if facts.origins.get("experts") == UPCYCLED:
         yield "The experts of a layer began as copies of its dense MLP, with new routers in front of them."
-    if facts.trainer_state is not None:
-        steps, epochs = (facts.trainer_state.get(name) for name in ("global_step", "epoch"))
+    if facts.training is not None:
+        steps, epochs, data = (facts.training.get(name) for name in ("steps", "epochs", "data"))
         told = [f"{steps:,} steps"] if isinstance(steps, int) else []
-        told += [f"{epochs:g} epochs"] if isinstance(epochs, int | float) else []
+        told += [f"{epochs:.3g} epochs"] if isinstance(epochs, int | float) else []
+        told += [f"on {', '.join(map(linked, data))}"] if data else []
         yield f"Trained with transformers' `Trainer`{': ' if told else ''}{', '.join(told)}."
     if facts.summary.coverage is not None:
         yield f"Quantised with {code(facts.summary.coverage.method)}."

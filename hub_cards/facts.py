@@ -23,13 +23,16 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..configuration.custom_code_moellava import is_own_class
+from ..configuration.registry_moellava import ENCODERS, PROJECTORS
 from ..inspecting import CheckpointSummary, inspect_checkpoint
 from ..origins import NEW
 from ..sources import Source
 from .licences import UNKNOWN, combined_license, license_name
 
 
-TRAINER_STATE = "trainer_state.json"  # what transformers' Trainer leaves in its checkpoints
+# What transformers' Trainer leaves: both in its checkpoints, the second one alone beside the model it saves at the end.
+TRAINER_STATE, TRAINING_ARGUMENTS = "trainer_state.json", "training_args.bin"
 _MEDICAL = re.compile(r"biomed|med-?moe|llava-?med|medical", flags=re.IGNORECASE)
 _MED_MOE = re.compile(r"med-?moe", flags=re.IGNORECASE)
 _TITLES = {
@@ -60,7 +63,8 @@ class CardFacts:
         origins (`dict`): The config's `parts`.
         moe (`dict`, *optional*): The config's `moe_config`, of the sparse layers that this package makes.
         quantization (`dict`, *optional*): The config's `quantization_config`.
-        trainer_state (`dict`, *optional*): What transformers' `Trainer` left beside the weights.
+        training (`dict`, *optional*): `steps`, `epochs` and `data` of its training, as far as they are known; `None`
+            where nothing tells that it was trained.
         has_processor (`bool`): Whether the processor is saved beside the model.
     """
 
@@ -69,7 +73,7 @@ class CardFacts:
     origins: Mapping[str, Any]
     moe: Mapping[str, Any] | None
     quantization: Mapping[str, Any] | None
-    trainer_state: Mapping[str, Any] | None
+    training: Mapping[str, Any] | None
     has_processor: bool
 
     @property
@@ -111,6 +115,16 @@ class CardFacts:
     def _names(self) -> list[str]:
         """The last words of the origins: folders above them may be called anything."""
         return [os.path.basename(str(self.origin_of(part))) for part in _TITLES if self.origin_of(part)]
+
+    @property
+    def own_parts(self) -> list[str]:
+        """The parts that are of their author's own code, whether or not it is known here."""
+        types = (("encoder", ENCODERS, self.summary.encoder), ("projector", PROJECTORS, self.summary.projector))
+        return [
+            f"{kind} {code(part.type)}"
+            for kind, registry, part in types
+            if part.type not in registry or is_own_class(registry[part.type])
+        ]
 
     def origin_of(self, part: str) -> str | None:
         """Returns the Hub id or path that a part came from."""
@@ -185,9 +199,18 @@ def read_facts(checkpoint: str | os.PathLike, repo_id: str | None = None) -> Car
         origins=config.get("parts") or {},
         moe=config.get("moe_config"),
         quantization=config.get("quantization_config"),
-        trainer_state=source.read_json(TRAINER_STATE),
+        training=_training(source, config.get("parts") or {}),
         has_processor=source.find("processor_config.json") is not None,
     )
+
+
+def _training(source: Source, origins: Mapping[str, Any]) -> dict[str, Any] | None:
+    if origins.get("training") is not None:
+        return dict(origins["training"])
+    state = source.read_json(TRAINER_STATE)
+    if state is not None:
+        return {"steps": state.get("global_step"), "epochs": state.get("epoch")}
+    return None if source.find(TRAINING_ARGUMENTS) is None else {}
 
 
 def is_hub_id(name: str | None) -> bool:

@@ -142,12 +142,19 @@ def _with_missing_keys(content: str, data: ModelCardData) -> str:
     if block is None:
         return f"{mark}---{line_break}{added}{line_break}---{line_break}{content}"
     completed = block[2] + line_break + added
-    if _own_keys(completed) != own | missing:
+    if not _is_yaml_of(completed, own | missing):
         raise ValueError(
             "The metadata at the head of README.md is no list of 'key: value' lines, so that none can be added. Write "
             "it so, or delete the block between the two '---'."
         )
     return mark + block[1] + completed + content[block.end(2) :]
+
+
+def _is_yaml_of(block: str, content: dict[str, Any]) -> bool:
+    try:
+        return yaml.safe_load(block) == content
+    except yaml.YAMLError:
+        return False
 
 
 def _own_keys(block: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from the metadata of a part's `README.md`; nothing is concluded from names.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,4 +74,19 @@ def with_origin(
     return parts | {name: origin} | ({"licenses": licenses} if licenses else {})
 
 
-__all__ = ["LICENSE_KEYS", "NEW", "UPCYCLED", "license_of", "with_origin"]
+def with_training(
+    parts: Mapping[str, Any] | None, *, steps: int, epochs: float | None = None, data: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Returns a config's `parts` with what the model was trained on, last.
+
+    Args:
+        parts (`dict`, *optional*): What is known already.
+        steps (`int`): The optimiser's steps.
+        epochs (`float`, *optional*): How often the data were gone through.
+        data (`Iterable[str]`, *optional*): Their Hub ids or names.
+    """
+    training = {"steps": steps, "epochs": epochs, "data": list(data)}
+    return dict(parts or {}) | {"training": {name: value for name, value in training.items() if value}}
+
+
+__all__ = ["LICENSE_KEYS", "NEW", "UPCYCLED", "license_of", "with_origin", "with_training"]

@@ -123,7 +123,7 @@ def test_dictionary_based_configuration(documented):
     assert projector_of(model).linear_2.weight.shape == (TEXT_WIDTH, 1024)
     assert_tower_of(model, CLIP)
     assert context_len == 2048
-    assert model.config.parts == {"language_model": TINY_LLAMA, "vision_tower": CLIP}
+    assert model.config.parts == {"language_model": TINY_LLAMA, "vision_tower": CLIP, "multi_modal_projector": "new"}
     assert answer(model).shape == (1, 4)
 
 

@@ -381,7 +381,8 @@ def test_other_processes_load_and_save_without_the_package(journey):
     assert travel(root, "second", "third").startswith(f"{len(names)} checkpoints")
     for name in names:
         first, second, third = (contents(root / which / name) for which in ("first", "second", "third"))
-        assert first.keys() == second.keys() == third.keys()
+        # The card is the package's to write.
+        assert first.keys() - {"README.md"} == second.keys() == third.keys()
         code = [file for file in first if file.endswith(".py")]
         assert {"moellava_entry.py", "modeling_moellava.py", "configuration_moellava.py"} <= set(code)
         for file in (*code, "config.json", "generation_config.json", "processor_config.json", "tokenizer.json"):
@@ -511,7 +512,7 @@ def test_foreign_files_stay_and_stale_weights_go(model, tmp_path):
     model.save_pretrained(folder, max_shard_size="200KB")
     shards = {path.name for path in folder.glob("*.safetensors*")}
     foreign = {
-        "README.md": "# mine\n",
+        "NOTES.md": "# mine\n",
         "notes/today.txt": "kept\n",
         "optimizer.pt": "not of ours",
         ".gitattributes": "*.safetensors filter=lfs\n",
@@ -520,14 +521,14 @@ def test_foreign_files_stay_and_stale_weights_go(model, tmp_path):
     for name, content in foreign.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(content)
-    (folder / "link").symlink_to("README.md")
+    (folder / "link").symlink_to("NOTES.md")
     inode = folder.stat().st_mode
 
     changed(model).save_pretrained(folder)
     after = contents(folder)
     assert {name: after[name].decode() for name in foreign} == foreign
     assert (folder / "link").is_symlink()
-    assert after["link"] == after["README.md"]
+    assert after["link"] == after["NOTES.md"]
     assert shards & set(after) == set()
     assert [path.name for path in folder.glob("model*.safetensors*")] == ["model.safetensors"]
     assert folder.stat().st_mode == inode
@@ -670,12 +671,14 @@ def test_a_killed_save_leaves_the_earlier_checkpoint_or_the_new_one(model, tmp_p
     """At whatever moment the process dies, the folder is one of the two as a whole."""
     folder = tmp_path / "at" / "model"
     model.save_pretrained(folder)
-    (folder / "README.md").write_text("mine")
-    output = run_python(KILLED.format(folder=str(folder), whole=str(tmp_path / "whole")), block_moellava=False)
+    (folder / "notes").write_text("mine")
+    output = run_python(
+        KILLED.format(folder=str(folder), whole=str(tmp_path / "whole" / "model")), block_moellava=False
+    )
     assert int(output) > 30
     changed(model)
     assert_loads_as(folder, model.state_dict())
-    assert (folder / "README.md").read_text() == "mine"
+    assert (folder / "notes").read_text() == "mine"
 
 
 def test_the_processor_alone_into_a_models_folder(model, tmp_path):

@@ -330,7 +330,8 @@ def test_where_the_parts_came_from_is_remembered_and_never_read(checkpoint, part
     folder = parts.copy(checkpoint, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     assert config["parts"] == {
-        "language_model": str(parts.language_model("llama")), "vision_tower": str(parts.vision_tower("clip"))
+        "language_model": str(parts.language_model("llama")), "vision_tower": str(parts.vision_tower("clip")),
+        "multi_modal_projector": "new",
     }  # fmt: skip
     config["parts"] = {"language_model": "/nowhere", "vision_tower": "https://nowhere.invalid/tower"}
     (folder / "config.json").write_text(json.dumps(config))
