@@ -27,7 +27,7 @@ from moellava.hub_cards.spaces import GRADIO_VERSION
 
 # Imports the Space's app.py, asks over HTTP as a browser does, and prints what comes.
 ASK = """
-import importlib.util, json, os, sys
+import importlib.util, json, os
 from gradio_client import Client, handle_file
 spec = importlib.util.spec_from_file_location("app", os.environ["SPACE_APP"])
 app = importlib.util.module_from_spec(spec)
@@ -38,6 +38,9 @@ _, url, _ = app.page.launch(server_name="127.0.0.1", prevent_thread_lock=True, q
 client = Client(url, verbose=False)
 pieces = list(client.submit({"text": "What is shown?", "files": [handle_file("picture.png")]}, api_name="/chat"))
 second = client.predict({"text": "And here?", "files": [handle_file("picture.png")]}, api_name="/chat")
+# As the page itself keeps a turn.
+kept = [{"type": "file", "file": {"path": "picture.png"}}, {"type": "text", "text": "What?"}]
+assert app.as_turn({"role": "user", "content": kept})["content"] == app.as_content("What?", ["picture.png"])
 try:
     client.predict({"text": " ", "files": []}, api_name="/chat")
     refused = ""
@@ -46,7 +49,6 @@ except Exception as error:
 turns = [[turn["role"], [part["type"] for part in turn["content"]]] for turn in histories[-1]]
 print(json.dumps({"pieces": pieces, "second": second, "turns": turns, "refused": refused}))
 app.page.close()
-os._exit(0) if sys.stdout.flush() is None else None
 """
 
 
