@@ -16,6 +16,7 @@
 import os
 import re
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +114,16 @@ def _eval_result(entry: dict[str, Any]) -> EvalResult:
             f"An entry of evaluation {fault}: {dict(entry)}. Expected {', '.join(_RESULT_FIELDS)}, and where known "
             f"{' and '.join(_RESULT_OPTIONS)}."
         )
+    value = entry["value"]
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"The value of an entry of evaluation is {value!r}; expected a number.")
     return EvalResult(
         task_type=PIPELINE_TAG,
         dataset_type=entry.get("dataset_id") or entry["dataset"],
         dataset_name=entry["dataset"],
         dataset_split=entry.get("split"),
         metric_type=entry["metric"],
-        metric_value=entry["value"],
+        metric_value=value if isinstance(value, int) else float(value),  # of NumPy too, which YAML has no words for
     )
 
 

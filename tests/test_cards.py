@@ -21,6 +21,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import test_extending
 import yaml
@@ -48,7 +49,7 @@ RESULTS = [
         "metric": "accuracy",
         "value": 0.5,
     },
-    {"dataset": "mine", "metric": "f1", "value": 0.25},
+    {"dataset": "mine", "metric": "f1", "value": np.float32(0.25)},
 ]
 
 
@@ -428,6 +429,7 @@ def test_evaluation_is_shown_until_the_weights_change(shelf, tmp_path):
         ({"dataset": "d"}, TypeError, "evaluation is a dict; expected a list"),
         (["accuracy"], TypeError, "evaluation holds a str"),
         ([{"dataset": "d", "value": 1}], ValueError, "has no metric"),
+        ([{"dataset": "d", "metric": "m", "value": "91 %"}], TypeError, "'91 %'; expected a number"),
         ([{"dataset": "d", "metric": "m", "value": 1, "splt": "test"}], ValueError, "has 'splt'"),
     ],
 )

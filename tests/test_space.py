@@ -27,7 +27,7 @@ from moellava.hub_cards.spaces import GRADIO_VERSION
 
 # Imports the Space's app.py, asks over HTTP as a browser does, and prints what comes.
 ASK = """
-import importlib.util, json, os
+import importlib.util, json, os, threading, time
 from gradio_client import Client, handle_file
 spec = importlib.util.spec_from_file_location("app", os.environ["SPACE_APP"])
 app = importlib.util.module_from_spec(spec)
@@ -41,13 +41,22 @@ second = client.predict({"text": "And here?", "files": [handle_file("picture.png
 # As the page itself keeps a turn.
 kept = [{"type": "file", "file": {"path": "picture.png"}}, {"type": "text", "text": "What?"}]
 assert app.as_turn({"role": "user", "content": kept})["content"] == app.as_content("What?", ["picture.png"])
+# A page that is closed ends its answer: the thread that computes it does not live on.
+app.MAX_NEW_TOKENS = 1500
+answer = app.answer({"text": "What?", "files": []}, [])
+next(answer)
+(thread,) = [thread for thread in threading.enumerate() if "(generate)" in thread.name]
+answer.close()
+closed = time.monotonic()
+thread.join(timeout=60)
+waited = time.monotonic() - closed
 try:
     client.predict({"text": " ", "files": []}, api_name="/chat")
     refused = ""
 except Exception as error:
     refused = str(error)
 turns = [[turn["role"], [part["type"] for part in turn["content"]]] for turn in histories[-1]]
-print(json.dumps({"pieces": pieces, "second": second, "turns": turns, "refused": refused}))
+print(json.dumps({"pieces": pieces, "second": second, "turns": turns, "refused": refused, "is_alive": thread.is_alive(), "waited": waited}))
 app.page.close()
 """
 
@@ -80,6 +89,7 @@ def test_the_page_answers_without_the_package(checkpoint, tmp_path):
     asked = ["user", ["image", "text"]]
     assert told["turns"] == [asked, ["assistant", ["text"]], asked]
     assert "Write a question" in told["refused"]
+    assert not told["is_alive"] and told["waited"] < 3, "1,500 tokens take longer"
 
 
 def test_what_a_space_holds(checkpoint, tmp_path):
