@@ -20,9 +20,10 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 
 from ..origins import UPCYCLED
+from ..sources import Source
 from .citing import citations
 from .facts import CardFacts, code, linked, plain, read_facts
 
@@ -46,7 +47,8 @@ def render_card(
         repo_id (`str`, *optional*): The Hub id that the card's code loads. Defaults to `checkpoint`, of a folder to
             its name.
         evaluation (`list[dict]`, *optional*): What was measured: each entry has `dataset`, `metric` and `value`, and
-            may have a `split` and the dataset's Hub id as `dataset_id`.
+            may have a `split` and the dataset's Hub id as `dataset_id`. By default what the checkpoint's present card
+            says, where this package wrote it, as the weights are the same; `[]` for none.
 
     Raises:
         FileNotFoundError: A path that does not exist, or a checkpoint without weights.
@@ -63,7 +65,7 @@ def render_card(
     >>> card.data.pipeline_tag
     'image-text-to-text'
     ```"""
-    results = _eval_results(evaluation)
+    results = _eval_results(_present_evaluation(checkpoint) if evaluation is None else evaluation)
     facts = read_facts(checkpoint, repo_id)
     card = ModelCard.from_template(
         _metadata(facts, results),
@@ -87,20 +89,29 @@ def render_card(
     return card
 
 
-def evaluation_of(card: ModelCard) -> list[dict[str, Any]]:
-    """Returns what a card's metadata says was measured, as `render_card` takes it."""
+def is_ours(content: str) -> bool:
+    """Whether a card was written by this package and its user has not taken it over."""
+    return MARKER in content.splitlines()
+
+
+def _present_evaluation(checkpoint: str | os.PathLike) -> list[dict[str, Any]]:
+    """Returns what the card of a checkpoint says was measured, as `render_card` takes it."""
+    path = Source(checkpoint).find(constants.REPOCARD_NAME)
+    content = "" if path is None else path.read_text(encoding="utf-8", errors="replace")
+    if not is_ours(content):
+        return []
     return [
         {"dataset": result.dataset_name, "metric": result.metric_type, "value": result.metric_value}
         | ({"split": result.dataset_split} if result.dataset_split else {})
         | ({"dataset_id": result.dataset_type} if result.dataset_type != result.dataset_name else {})
-        for result in card.data.eval_results or ()
+        for result in ModelCard(content).data.eval_results or ()
     ]
 
 
-def _eval_results(evaluation: list[dict[str, Any]] | None) -> list[EvalResult]:
-    if not isinstance(evaluation, list | None):
+def _eval_results(evaluation: list[dict[str, Any]]) -> list[EvalResult]:
+    if not isinstance(evaluation, list):
         raise TypeError(f"evaluation is a {type(evaluation).__name__}; expected a list of dictionaries.")
-    return [_eval_result(entry) for entry in evaluation or ()]
+    return [_eval_result(entry) for entry in evaluation]
 
 
 def _eval_result(entry: dict[str, Any]) -> EvalResult:
@@ -198,4 +209,4 @@ def size(number: int) -> str:
     return f"{number / 2**10:.1f} KiB"
 
 
-__all__ = ["MARKER", "evaluation_of", "render_card"]
+__all__ = ["MARKER", "is_ours", "render_card"]

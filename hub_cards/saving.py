@@ -38,7 +38,7 @@ def write_card_of_save(folder: Path, target: Path, repo_id: str | None = None) -
     """
     try:
         earlier = read_card(target / constants.REPOCARD_NAME)
-        card = render_card(folder, repo_id=repo_id or target.resolve().name)
+        card = render_card(folder, repo_id=repo_id or target.resolve().name, evaluation=[])
         save_card(folder / constants.REPOCARD_NAME, complete_card(earlier, card))
     except Exception as error:  # whatever it is, the weights are worth more
         logger.warning("%s is saved without a new model card: %s: %s", repo_id or target, type(error).__name__, error)

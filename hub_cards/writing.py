@@ -27,7 +27,7 @@ from huggingface_hub import ModelCard, ModelCardData, constants
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import yaml_dump
 
-from .cards import MARKER, evaluation_of, render_card
+from .cards import is_ours, render_card
 
 
 # What transformers writes where a repository has no card, for `ModelCard.from_template`.
@@ -40,7 +40,11 @@ _TOGETHER = {"license_name": "license", "license_link": "license"}
 
 
 def write_card(
-    folder: str | os.PathLike, *, repo_id: str | None = None, evaluation: list[dict[str, Any]] | None = None
+    folder: str | os.PathLike,
+    *,
+    repo_id: str | None = None,
+    evaluation: list[dict[str, Any]] | None = None,
+    on_hub: str | None = None,
 ) -> Path:
     r"""
     Writes the model card of a saved checkpoint to its `README.md`.
@@ -48,8 +52,9 @@ def write_card(
     Args:
         folder (`str` or `os.PathLike`): The checkpoint.
         repo_id (`str`, *optional*): The Hub id that the card's code loads. Defaults to the folder's name.
-        evaluation (`list[dict]`, *optional*): As for `render_card`. By default what the folder's own card says was
-            measured stays, as the weights have stayed; `[]` takes it out.
+        evaluation (`list[dict]`, *optional*): As for `render_card`.
+        on_hub (`str`, *optional*): The text of the `README.md` that the repository has which the folder is about to be
+            pushed to: a user's own there is completed where the folder has none.
 
     Returns:
         `Path`: The path of `README.md`.
@@ -68,10 +73,10 @@ def write_card(
     path = Path(folder) / constants.REPOCARD_NAME
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {folder} to write a card into. Give the folder of a checkpoint.")
-    earlier = read_card(path)
-    if evaluation is None and earlier is not None and is_ours(earlier):
-        evaluation = evaluation_of(ModelCard(earlier))
     card = render_card(folder, repo_id=repo_id, evaluation=evaluation)
+    earlier = read_card(path)
+    if earlier is None or _is_nobodys(earlier):
+        earlier = on_hub
     save_card(path, complete_card(earlier, card))
     return path
 
@@ -86,14 +91,9 @@ def complete_card(earlier: str | None, card: ModelCard) -> str:
     Raises:
         ValueError: The metadata of the user's own is no block of YAML that lines can be added to.
     """
-    if earlier is None or is_ours(earlier) or _is_blank(earlier):
+    if earlier is None or _is_nobodys(earlier):
         return str(card)
     return _with_missing_keys(earlier, card.data)
-
-
-def is_ours(content: str) -> bool:
-    """Whether a card was written by this package and its user has not taken it over."""
-    return MARKER in content.splitlines()
 
 
 def read_card(path: Path) -> str | None:
@@ -120,8 +120,10 @@ def save_card(path: Path, content: str) -> None:
         aside.unlink(missing_ok=True)
 
 
-def _is_blank(content: str) -> bool:
-    """Whether a card is the one that transformers writes where there is none, and nobody has written in it since."""
+def _is_nobodys(content: str) -> bool:
+    """Whether a card is one of ours, or the one that transformers writes where there is none: no work of a user."""
+    if is_ours(content):
+        return True
     blank = ModelCard.from_template(ModelCardData(), model_description=_BLANK_DESCRIPTION)
     block = REGEX_YAML_BLOCK.search(content)
     return block is not None and content[block.end() :].strip() == blank.text.strip()
@@ -173,4 +175,4 @@ def _own_keys(block: str) -> dict[str, Any]:
     return own or {}
 
 
-__all__ = ["complete_card", "is_ours", "read_card", "save_card", "write_card"]
+__all__ = ["complete_card", "read_card", "save_card", "write_card"]

@@ -389,6 +389,18 @@ def test_a_readme_that_cannot_be_completed_stays_and_the_save_goes_on(shelf, con
     assert not list(tmp_path.glob(".*")) and not list(folder.glob(".README*"))
 
 
+def test_a_readme_on_the_hub_counts_where_the_folder_has_none_of_the_users(shelf, tmp_path):
+    folder = shelf.copy("dense", tmp_path / "model")
+    ours = (folder / "README.md").read_text(encoding="utf-8")
+    write_card(folder, on_hub=ours.replace("## Parts", "## Changed"))
+    assert "## Parts" in card_of(folder).text
+    write_card(folder, on_hub="# On the Hub")
+    assert card_of(folder).text == "# On the Hub"
+    (folder / "README.md").write_text("# Here", encoding="utf-8")
+    write_card(folder, on_hub="# On the Hub")
+    assert card_of(folder).text == "# Here"
+
+
 def test_a_card_needs_a_checkpoint(parts, tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         write_card(tmp_path / "nowhere")
@@ -413,6 +425,7 @@ def test_evaluation_is_shown_until_the_weights_change(shelf, tmp_path):
         "flaviagiammarino/vqa-rad", "VQA-RAD", "test", 0.5,
     )  # fmt: skip
     assert (second.dataset_type, second.metric_type) == ("mine", "f1")
+    assert render_card(folder).data.to_dict()["model-index"] == card.data.to_dict()["model-index"]
     written = (folder / "README.md").read_text()
     write_card(folder)
     assert (folder / "README.md").read_text() == written

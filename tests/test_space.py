@@ -56,7 +56,8 @@ try:
 except Exception as error:
     refused = str(error)
 turns = [[turn["role"], [part["type"] for part in turn["content"]]] for turn in histories[-1]]
-print(json.dumps({"pieces": pieces, "second": second, "turns": turns, "refused": refused, "is_alive": thread.is_alive(), "waited": waited}))
+told = {"pieces": pieces, "second": second, "turns": turns, "refused": refused}
+print(json.dumps(told | {"is_alive": thread.is_alive(), "waited": waited}))
 app.page.close()
 """
 
