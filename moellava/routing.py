@@ -95,7 +95,6 @@ class RoutingTrace:
         }
 
 
-@torch.no_grad()
 def trace_routing(model: Any, pictures: list[Any], question: str) -> RoutingTrace:
     """Runs a question about pictures through a sparse model and notes where every token went.
 
@@ -107,10 +106,23 @@ def trace_routing(model: Any, pictures: list[Any], question: str) -> RoutingTrac
     Raises:
         ValueError: The model is dense.
     """
+    return trace_prompt(model, question_inputs(model, pictures, question))
+
+
+@torch.no_grad()
+def trace_prompt(model: Any, inputs: Any) -> RoutingTrace:
+    """Runs a prepared prompt, such as that of a whole conversation, through a sparse model; see [`trace_routing`].
+
+    Args:
+        model (`MoellavaForCausalLM`): A sparse model with its processor.
+        inputs (`BatchFeature`): One prompt, as the processor returns it, on the model's device.
+
+    Raises:
+        ValueError: The model is dense.
+    """
     if model.config.moe_config is None:
         raise ValueError("The model is dense: it has no experts to route to. Make it sparse by `moellava upcycle`.")
     processor = model.processor
-    inputs = question_inputs(model, pictures, question)
     router_logits = model.eval()(**inputs, output_router_logits=True).router_logits
     blocks = [module for module in model.modules() if type(module).__name__ == "SparseMoeBlock"]
     layers = []
@@ -227,4 +239,4 @@ def _draw_load(axis: Any, load: list[float], colors: list[Any]) -> None:
     axis.set_title("share of choices", fontsize=8)
 
 
-__all__ = ["LayerRouting", "RoutingTrace", "draw_routing", "is_collapsed", "trace_routing"]
+__all__ = ["LayerRouting", "RoutingTrace", "draw_routing", "is_collapsed", "trace_prompt", "trace_routing"]

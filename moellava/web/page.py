@@ -1,0 +1,347 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The page itself: what is on it, and what happens when it is used. What a user has on it is in `session.py`."""
+
+import inspect
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from html import escape
+from typing import Any
+
+from ..inspecting import CheckpointSummary, inspect_checkpoint
+from ..loading import load_pretrained_model
+from .pictures import open_picture
+from .routing_view import routing_html
+from .session import ServedModel, Session, Turn
+from .style import CSS, theme
+
+
+try:
+    import gradio as gr
+except ImportError as error:
+    raise ImportError("The page needs gradio: pip install 'moellava[web]'.") from error
+
+
+_KEEP_UPLOADS_S = 24 * 3600
+_LARGEST_UPLOAD = "50mb"
+
+
+def build_page(checkpoints: Sequence[str], **load_options) -> gr.Blocks:
+    """Loads checkpoints and builds the page to try them on.
+
+    Args:
+        checkpoints (`Sequence[str]`): Folders or Hub ids. Of several, all get the same questions, side by side.
+        load_options: Passed on to `load_pretrained_model`, for all of them: `device`, `dtype`, `load_4bit`, ...
+
+    Returns:
+        `gradio.Blocks`: The page, as `launch` serves it, or to be mounted in an app of your own with
+        `gradio.mount_gradio_app`.
+
+    Raises:
+        ImportError: gradio is not installed.
+        ValueError: No checkpoint is given, or one is not a checkpoint of this package.
+    """
+    models = _load(checkpoints, load_options)
+    with gr.Blocks(
+        title="MoELLaVA",
+        analytics_enabled=False,
+        fill_width=True,
+        delete_cache=(3600, _KEEP_UPLOADS_S),
+    ) as page:
+        _lay_out(models)
+    return page.queue(default_concurrency_limit=1, max_size=100)
+
+
+def launch(
+    checkpoints: Sequence[str],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    share: bool = False,
+    open_browser: bool = True,
+    on_ready: Callable[[str], None] | None = None,
+    **load_options,
+) -> None:
+    """Loads checkpoints and serves the page until it is interrupted (Ctrl-C).
+
+    Nothing is fetched from other machines by the page, and nothing is sent to any, unless `share` is set.
+
+    Args:
+        checkpoints (`Sequence[str]`): Folders or Hub ids. Of several, all get the same questions, side by side.
+        host (`str`, *optional*, defaults to `"127.0.0.1"`): The address to listen on; `"0.0.0.0"` for all of this
+            machine's, so that others in the network reach the page.
+        port (`int`, *optional*, defaults to 7860): The port; 0 for any that is free.
+        share (`bool`, *optional*, defaults to `False`): Whether to make the page reachable from the internet for a
+            week, through a server of Gradio's.
+        open_browser (`bool`, *optional*, defaults to `True`): Whether to open the page in a browser here.
+        on_ready (callable, *optional*): Gets the page's address when it can be visited; otherwise Gradio prints it.
+        load_options: Passed on to `load_pretrained_model`, for all checkpoints.
+
+    Raises:
+        ImportError: gradio is not installed.
+        OSError: The port is taken.
+        ValueError: No checkpoint is given, or one is not a checkpoint of this package.
+    """
+    port = _free_port(host, port)  # before the models, which take longer
+    page = build_page(checkpoints, **load_options)
+    _, local_url, share_url = page.launch(
+        server_name=host,
+        server_port=port,
+        share=share,
+        inbrowser=open_browser,
+        quiet=on_ready is not None,
+        prevent_thread_lock=True,
+        theme=theme(),
+        css=CSS,
+        # None of Gradio's own additions: they show the page's functions, or its users to one another.
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        ssr_mode=False,
+        pwa=False,
+        max_file_size=_LARGEST_UPLOAD,
+    )
+    if on_ready is not None:
+        on_ready(share_url or local_url)
+    page.block_thread()
+
+
+def _load(checkpoints: Sequence[str], load_options: dict[str, Any]) -> list[ServedModel]:
+    if isinstance(checkpoints, str):
+        checkpoints = [checkpoints]
+    if not checkpoints:
+        raise ValueError("No checkpoint is given; expected one, or several to compare.")
+    known = inspect.signature(inspect_checkpoint).parameters
+    hub_options = {name: value for name, value in load_options.items() if name in known}
+    summaries = [inspect_checkpoint(checkpoint, **hub_options) for checkpoint in checkpoints]  # reads no weights
+    return [
+        ServedModel(str(checkpoint), load_pretrained_model(checkpoint, **load_options), summary)
+        for checkpoint, summary in zip(checkpoints, summaries, strict=True)
+    ]
+
+
+def _free_port(host: str, port: int) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((host, port))
+        except OSError as error:
+            raise OSError(
+                f"Port {port} of {host} cannot be listened on ({error.strerror}). Give another port, or 0 for any that "
+                "is free."
+            ) from error
+        return trial.getsockname()[1]
+
+
+def _described(summary: CheckpointSummary) -> str:
+    facts = [
+        f"{summary.parameters.total / 1e6:,.1f} million parameters",
+        f"{summary.encoder.type} encoder",
+        f"{summary.projector.type} projector",
+        f"{summary.language_model.model_type} language model",
+        f"{summary.tokens_per_image} tokens per picture",
+    ]
+    if summary.sparse is not None:
+        facts.append(f"{summary.sparse.num_experts} experts in {len(summary.sparse.layers)} layers")
+    return ", ".join(facts)
+
+
+# What is on the page
+
+
+def _lay_out(models: list[ServedModel]) -> None:
+    sparse = [model for model in models if model.is_sparse]
+    session = gr.State(None)  # made at the user's first question, by `session_of`
+    described = "<br>".join(
+        f"<strong>{escape(model.name)}</strong>: {escape(_described(model.summary))}" for model in models
+    )
+    gr.HTML(f"<h1>MoELLaVA</h1><p>{described}</p>", elem_id="mv-title")
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=1, min_width=280):
+            pictures = gr.Gallery(
+                label="Pictures",
+                elem_id="mv-gallery",
+                file_types=["image", "file"],  # any file: what is no picture is told by `check`, in plain words
+                sources=["upload", "clipboard"],
+                type="filepath",
+                interactive=True,
+                columns=2,
+                height=330,
+                object_fit="contain",
+                buttons=["fullscreen"],
+            )
+            alert = gr.HTML(elem_classes="mv-alert", visible=False)
+            with gr.Accordion("Settings", open=False):
+                max_new_tokens = gr.Slider(1, 1024, value=128, step=1, label="Longest answer, in tokens")
+                temperature = gr.Slider(
+                    0, 2, value=0, step=0.05, label="Temperature", info="0: always the most probable answer"
+                )
+                with_routing = gr.Checkbox(
+                    True,
+                    label="Trace the routing",
+                    info="One more pass over the question and the pictures",
+                    visible=bool(sparse),
+                )
+        with gr.Column(scale=3, min_width=320):
+            with gr.Row(equal_height=False):
+                shown = [_conversation(model, is_alone=len(models) == 1) for model in models]
+            with gr.Row(equal_height=True):
+                question = gr.Textbox(
+                    label="Question",
+                    placeholder="What is shown?",
+                    lines=1,
+                    max_lines=6,
+                    scale=6,
+                    autofocus=True,
+                    elem_id="mv-question",
+                )
+                with gr.Column(scale=1, min_width=110):
+                    ask = gr.Button("Ask", variant="primary")
+                    stop = gr.Button("Stop", variant="stop", visible=False)
+                    clear = gr.Button("Clear")
+    layer, routings = _routing(sparse, with_names=len(models) > 1)
+    chats, notes = [chat for chat, _ in shown], [note for _, note in shown]
+
+    def session_of(session: Session | None) -> Session:
+        return session or Session(models)
+
+    def view(session: Session) -> list[Any]:
+        return [
+            *([_message(turn) for turn in conversation.turns] for conversation in session.conversations),
+            *(_note_html(conversation.note, conversation.failed) for conversation in session.conversations),
+        ]
+
+    def routing_of(session: Session | None, layer: int | None) -> list[str]:
+        conversations = session_of(session).conversations
+        return [
+            routing_html(conversation.trace, layer) for conversation in conversations if conversation.model.is_sparse
+        ]
+
+    def check(pictures: list[tuple[str, Any]] | None) -> tuple[Any, Any]:
+        good, faults = [], []
+        for path, _ in pictures or []:
+            try:
+                open_picture(path)
+                good.append(path)
+            except ValueError as error:
+                faults.append(str(error))
+        return (good if faults else gr.skip()), _alert(" ".join(faults))
+
+    def pose(session: Session | None, question: str, pictures: list[tuple[str, Any]] | None) -> list[Any]:
+        session = session_of(session)
+        try:
+            session.pose(question, [path for path, _ in pictures or []])
+        except ValueError as error:
+            return [session, question, _alert(str(error)), *buttons(session), *[gr.skip()] * (2 * len(models))]
+        return [session, "", _alert(""), *buttons(session), *view(session)]
+
+    def answer(session: Session, max_new_tokens: int, temperature: float, with_routing: bool) -> Iterator[list[Any]]:
+        for _ in session.answers(int(max_new_tokens), temperature, with_routing):
+            yield view(session)
+        yield view(session)
+
+    def buttons(session: Session | None) -> list[Any]:
+        is_busy = session is not None and session.is_busy
+        return [gr.update(visible=not is_busy), gr.update(visible=is_busy)]
+
+    def start_anew(session: Session | None, layer: int | None) -> list[Any]:
+        if session is not None:
+            session.stop()
+        session = Session(models)
+        return [session, None, _alert(""), *buttons(session), *view(session), *routing_of(session, layer)]
+
+    pictures.upload(check, pictures, [pictures, alert], **_INSTANT)
+    posed = gr.on(
+        [ask.click, question.submit],
+        pose,
+        [session, question, pictures],
+        [session, question, alert, ask, stop, *chats, *notes],
+        **_INSTANT,
+    )
+    answered = posed.then(
+        answer,
+        [session, max_new_tokens, temperature, with_routing],
+        [*chats, *notes],
+        show_progress="hidden",
+        api_visibility="private",
+        concurrency_id="models",
+        concurrency_limit=1,
+    )
+    answered.then(buttons, session, [ask, stop], **_INSTANT)
+    stop.click(lambda session: session.stop(), session, None, **_INSTANT)
+    gr.on(
+        [clear.click, *(chat.clear for chat in chats)],
+        start_anew,
+        [session, layer],
+        [session, pictures, alert, ask, stop, *chats, *notes, *routings],
+        cancels=[answered],
+        **_INSTANT,
+    )
+    answered.then(routing_of, [session, layer], routings, **_INSTANT)
+    layer.change(routing_of, [session, layer], routings, **_INSTANT)
+
+
+# Of events that need no model: at once, past the queue, and not offered as an API.
+_INSTANT = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+
+
+def _conversation(model: ServedModel, is_alone: bool) -> tuple[gr.Chatbot, gr.HTML]:
+    with gr.Column(min_width=280):
+        chat = gr.Chatbot(
+            label="Conversation" if is_alone else model.name,
+            height=430,
+            layout="bubble",
+            render_markdown=False,  # as the model wrote it
+            buttons=[],
+            elem_classes="mv-chat",
+            feedback_options=None,
+            placeholder="Drop pictures on the left, and ask.",
+        )
+        note = gr.HTML(elem_classes="mv-note")
+    return chat, note
+
+
+def _routing(sparse: list[ServedModel], with_names: bool) -> tuple[gr.Radio, list[gr.HTML]]:
+    """The routing of sparse models, a row for each; invisible where there are none."""
+    layers = sorted({layer for model in sparse for layer in model.loaded.model.config.moe_config.layers})
+    with gr.Accordion("Routing: which expert takes which patch and which word", visible=bool(sparse)):
+        layer = gr.Radio([(str(layer), layer) for layer in layers], value=next(iter(layers), None), label="Layer")
+        views = []
+        for model in sparse:
+            if with_names:
+                gr.HTML(f"<strong>{escape(model.name)}</strong>")
+            views.append(gr.HTML(routing_html(None, layers[0]), apply_default_css=False, elem_classes="mv-view"))
+    return layer, views
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    # Escaped, or a tag in an answer could name a picture elsewhere, which the browser would fetch.
+    text = escape(turn.text, quote=False)
+    # Not as files: those get a button that uploads to the Hub, and stay blank in formats that browsers do not know.
+    shown = "".join(f'<img src="{address}" alt="{escape(name)}">' for name, address in turn.pictures)
+    asked = [gr.HTML(f'<div class="mv-asked">{shown}</div>')] if shown else []
+    return {"role": turn.role, "content": [*asked, text]}
+
+
+def _alert(text: str) -> Any:
+    return gr.update(value=f'<p role="alert">{escape(text)}</p>', visible=bool(text))
+
+
+def _note_html(note: str, failed: bool) -> str:
+    kind = 'class="mv-error" role="alert"' if failed else 'role="status"'
+    return f"<div {kind}>{escape(note)}</div>"
+
+
+__all__ = ["build_page", "launch"]

@@ -1,0 +1,52 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Pictures on their way in (an uploaded file, decoded) and out (as a part of the page)."""
+
+import base64
+import io
+from pathlib import Path
+
+import PIL.Image
+
+from ..processing.images_moellava import load_picture, to_rgb
+
+
+def open_picture(path: str) -> PIL.Image.Image:
+    """Decodes an uploaded picture, to 8-bit RGB.
+
+    Raises:
+        ValueError: The file is no picture, or not a complete one. The message has the name that the file was uploaded
+            under, not where it lies on this machine.
+    """
+    try:
+        return to_rgb(load_picture(Path(path)))
+    except (OSError, ValueError) as error:
+        raise ValueError(str(error).replace(path, Path(path).name)) from error
+
+
+def thumbnail(picture: PIL.Image.Image, side: int = 160) -> PIL.Image.Image:
+    """Returns a picture that is at most `side` pixels wide and high; a smaller one as it is."""
+    small = picture.copy()
+    small.thumbnail((side, side))
+    return small
+
+
+def data_uri(picture: PIL.Image.Image) -> str:
+    """Returns a picture as an address that holds it whole, so that the page has nothing to fetch."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+__all__ = ["data_uri", "open_picture", "thumbnail"]

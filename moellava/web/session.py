@@ -1,0 +1,198 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the page keeps for one user: a conversation with every model, and where the last prompts went in them.
+
+Nothing here is shared between users but the models, which answer one user at a time (the page's queue sees to that).
+"""
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..building import chat_inputs
+from ..chatting import Chat
+from ..inspecting import CheckpointSummary
+from ..loading import LoadedModel
+from ..routing import RoutingTrace, trace_prompt
+from .pictures import data_uri, open_picture, thumbnail
+
+
+logger = logging.getLogger(__name__)
+
+_ENDS = {"length": "cut off at the limit", "interrupted": "stopped"}
+
+
+class ServedModel(NamedTuple):
+    """A model that the page offers: its name there, the model itself, and what it is made of."""
+
+    name: str
+    loaded: LoadedModel
+    summary: CheckpointSummary
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether its routing can be shown; a model whose family is sparse by itself has routers of another kind."""
+        return self.loaded.model.config.moe_config is not None
+
+
+@dataclass
+class Turn:
+    """What is shown of a question or an answer.
+
+    Attributes:
+        role (`str`): `"user"` or `"assistant"`.
+        text (`str`): The words.
+        pictures (`list[tuple[str, str]]`): The name of each picture that came with them, and a small one as a `data:`
+            address.
+    """
+
+    role: str
+    text: str = ""
+    pictures: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass
+class Conversation:
+    """One user's conversation with one model.
+
+    Attributes:
+        model (`ServedModel`): The model.
+        chat (`Chat`): What the model is asked with; it has the pictures and what was said so far.
+        turns (`list[Turn]`): What is shown of it.
+        note (`str`): What is said below it: tokens and time, or an error.
+        failed (`bool`): Whether the note is an error.
+        trace (`RoutingTrace` or `None`): Where the tokens of the last prompt went.
+    """
+
+    model: ServedModel
+    chat: Chat
+    turns: list[Turn] = field(default_factory=list)
+    note: str = ""
+    failed: bool = False
+    trace: RoutingTrace | None = None
+
+
+class Session:
+    """One user's conversations.
+
+    A question goes to all models, one after the other, so that their times can be compared. Its pictures are those
+    that the page shows and that no earlier question of the conversation came with.
+
+    Args:
+        models (`Sequence[ServedModel]`): The page's models.
+    """
+
+    def __init__(self, models: Sequence[ServedModel]):
+        self.conversations = [Conversation(model, Chat(model.loaded)) for model in models]
+        self.is_busy = False
+        self._asked_about: list[str] = []
+        self._next: tuple[str, list[Any]] | None = None
+        self._stopped = threading.Event()
+
+    def pose(self, question: str, paths: Sequence[str]) -> None:
+        """Notes a question, which `answers` then asks the models.
+
+        Args:
+            question (`str`): The question.
+            paths (`Sequence[str]`): The files of all pictures that the page shows. Where one is gone that was asked
+                about before, the conversation starts anew.
+
+        Raises:
+            ValueError: The question is empty, the one before is still being answered, or a file is no picture.
+        """
+        if self.is_busy:
+            raise ValueError("The question before is still being answered. Wait for it, or stop it.")
+        question = question.strip()
+        if not question:
+            raise ValueError("The question is empty. Write one, then ask.")
+        known = len(self._asked_about)
+        is_continued = list(paths[:known]) == self._asked_about
+        new = list(paths[known:] if is_continued else paths)
+        pictures = [open_picture(path) for path in new]
+        if not is_continued:
+            self._start_anew()
+        shown = [(Path(path).name, data_uri(thumbnail(picture))) for path, picture in zip(new, pictures, strict=True)]
+        for conversation in self.conversations:
+            conversation.turns.append(Turn("user", question, shown))
+            conversation.note, conversation.failed = "Waiting for its turn …", False
+        self._asked_about = list(paths)
+        self._next = (question, pictures)
+        self._stopped.clear()
+        self.is_busy = True
+
+    def answers(self, max_new_tokens: int, temperature: float, with_routing: bool) -> Iterator[None]:
+        """Asks the models what was posed; comes back whenever there is more to show in `conversations`.
+
+        Args:
+            max_new_tokens (`int`): The length of an answer at most, in tokens.
+            temperature (`float`): 0 for the most probable answer, above for one drawn at random.
+            with_routing (`bool`): Whether to run the prompt of sparse models once more to see where its tokens go.
+        """
+        (question, pictures), self._next = self._next or ("", []), None
+        try:
+            for conversation in self.conversations if self.is_busy else ():
+                if self._stopped.is_set():
+                    conversation.note = "Stopped before it answered."
+                    continue
+                conversation.chat.max_new_tokens = max_new_tokens
+                conversation.chat.temperature = temperature
+                conversation.note = "Reading the question …"
+                yield
+                yield from self._answer(conversation, question, pictures)
+                if with_routing and conversation.model.is_sparse and not conversation.failed:
+                    model = conversation.model.loaded.model
+                    conversation.trace = trace_prompt(model, chat_inputs(model, conversation.chat.history[:-1]))
+                    yield
+        finally:
+            self.is_busy = False
+
+    def stop(self) -> None:
+        """Ends the answer that is being made, and those that wait; what has come of it stays."""
+        self._stopped.set()
+
+    def _answer(self, conversation: Conversation, question: str, pictures: list[Any]) -> Iterator[None]:
+        chat = conversation.chat
+        answer = Turn("assistant")
+        try:
+            pieces = chat.ask(question, pictures)
+            conversation.turns.append(answer)
+            for piece in pieces:
+                answer.text += piece
+                conversation.note = "Answering …"
+                yield
+                if self._stopped.is_set():
+                    pieces.close()
+        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: the device's memory is too small, say
+            logger.warning("%s could not answer: %s", conversation.model.name, error)
+            conversation.note, conversation.failed = f"{type(error).__name__}: {error}", True
+            return
+        answer.text = chat.answer or "(an empty answer)"
+        stats = chat.stats
+        facts = [f"{stats.prompt_tokens} tokens in", f"{stats.new_tokens} out", f"{stats.seconds:.2f} s"]
+        if stats.seconds > 0:
+            facts.append(f"{stats.new_tokens / stats.seconds:.0f} tokens/s")
+        conversation.note = " · ".join([*facts, *filter(None, [_ENDS.get(stats.finish_reason)])])
+        yield
+
+    def _start_anew(self) -> None:
+        for conversation in self.conversations:
+            conversation.chat.reset()
+            conversation.turns.clear()
+            conversation.trace = None
+
+
+__all__ = ["Conversation", "ServedModel", "Session", "Turn"]
