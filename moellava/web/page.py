@@ -35,6 +35,9 @@ except ImportError as error:
 
 _KEEP_UPLOADS_S = 24 * 3600
 _LARGEST_UPLOAD = "50mb"
+# Any kind of file that browsers have a name for: `check` then says in plain words what is no picture. With pictures
+# alone, the gallery itself would say no more than that an error occurred.
+_ACCEPTED = ["image", "text", "audio", "video", "application/*", "file"]
 
 
 def build_page(checkpoints: Sequence[str], **load_options) -> gr.Blocks:
@@ -173,7 +176,7 @@ def _lay_out(models: list[ServedModel]) -> None:
             pictures = gr.Gallery(
                 label="Pictures",
                 elem_id="mv-gallery",
-                file_types=["image", "file"],  # any file: what is no picture is told by `check`, in plain words
+                file_types=_ACCEPTED,
                 sources=["upload", "clipboard"],
                 type="filepath",
                 interactive=True,

@@ -23,7 +23,7 @@ CSS = """
 
 #mv-gallery .grid-wrap { padding-top: 2.2rem; }
 
-.mv-chat .message { white-space: pre-wrap; }
+.mv-chat .message-content .md { white-space: pre-wrap; }
 .mv-asked { display: flex; flex-wrap: wrap; gap: .4rem; }
 .mv-asked img { margin: 0 !important; min-width: 3rem; max-width: 10rem; border-radius: 3px; }
 
