@@ -41,7 +41,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-matrix test-versions bench lint style clean
+.PHONY: help setup chromium demo screenshot test test-matrix test-versions bench lint style clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-22s%s\n", $$1, $$2}'
@@ -58,10 +58,25 @@ $(STAMP): setup.py constraints.txt
 	@$(PIP) install --constraint constraints.txt --editable '.[all]'
 	@touch $@
 
+# The page is tested in a browser. Debian's is installed where there is none and that needs no password.
+CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+
+chromium: ## Debian's Chromium, for the tests of the page, where there is none
+ifeq ($(CHROMIUM),)
+	@root=; [ "$$(id -u)" = 0 ] || root="sudo -n"; \
+		{ $$root apt-get update && $$root env DEBIAN_FRONTEND=noninteractive apt-get install -y chromium; } >/dev/null 2>&1 \
+		|| echo "No Chromium, and apt-get cannot install it here: the tests of the page will be skipped"
+else
+	@:
+endif
+
 demo: $(STAMP) ## assemble, train and ask a model about scans it has not seen (build/demo)
 	@$(BIN)/moellava demo --out build/demo
 
-test: $(STAMP) ## the tests
+screenshot: $(STAMP) chromium ## the page with the demo's model, for the README (docs/images/web.png); after make demo
+	@$(BIN)/python examples/web_screenshot.py
+
+test: $(STAMP) chromium ## the tests
 	@$(PYTEST) -n $(WORKERS) --dist worksteal -q $(PYTEST_ARGS)
 
 test-matrix: $(STAMP) ## every encoder x projector x language model

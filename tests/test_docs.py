@@ -98,6 +98,10 @@ NOT_RUN = {
     ),
     ("docs/quickstart.md", "pip install ."): "changes the environment that the tests run in",
     ("docs/quickstart.md", 'model.push_to_hub("me/my-model")'): "needs the Hub",
+    ("docs/web.md", "pip install 'moellava[web]'"): "changes the environment that the tests run in",
+    ("docs/web.md", "moellava web my-model"): "serves until it is interrupted",
+    ("docs/web.md", "from moellava.web import launch"): "serves until it is interrupted",
+    ("docs/web.md", "moellava web my-model my-sparse-model"): "serves until it is interrupted",
 }
 
 

@@ -17,7 +17,7 @@ import inspect
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..inspecting import CheckpointSummary, inspect_checkpoint
 from ..loading import load_pretrained_model
@@ -62,7 +62,7 @@ def build_page(checkpoints: Sequence[str], **load_options) -> gr.Blocks:
         fill_width=True,
         delete_cache=(3600, _KEEP_UPLOADS_S),
     ) as page:
-        _lay_out(models)
+        _wire(_lay_out(models), models)
     return page.queue(default_concurrency_limit=1, max_size=100)
 
 
@@ -164,9 +164,26 @@ def _described(summary: CheckpointSummary) -> str:
 # What is on the page
 
 
-def _lay_out(models: list[ServedModel]) -> None:
+class _Widgets(NamedTuple):
+    """What of the page is read and written when it is used; `chats` and `notes` have one for every model."""
+
+    pictures: gr.Gallery
+    alert: gr.HTML
+    max_new_tokens: gr.Slider
+    temperature: gr.Slider
+    with_routing: gr.Checkbox
+    chats: list[gr.Chatbot]
+    notes: list[gr.HTML]
+    question: gr.Textbox
+    ask: gr.Button
+    stop: gr.Button
+    clear: gr.Button
+    layer: gr.Radio
+    routings: list[gr.HTML]
+
+
+def _lay_out(models: list[ServedModel]) -> _Widgets:
     sparse = [model for model in models if model.is_sparse]
-    session = gr.State(None)  # made at the user's first question, by `session_of`
     described = "<br>".join(
         f"<strong>{escape(model.name)}</strong>: {escape(_described(model.summary))}" for model in models
     )
@@ -186,118 +203,34 @@ def _lay_out(models: list[ServedModel]) -> None:
                 buttons=["fullscreen"],
             )
             alert = gr.HTML(elem_classes="mv-alert", visible=False)
-            with gr.Accordion("Settings", open=False):
-                max_new_tokens = gr.Slider(1, 1024, value=128, step=1, label="Longest answer, in tokens")
-                temperature = gr.Slider(
-                    0, 2, value=0, step=0.05, label="Temperature", info="0: always the most probable answer"
-                )
-                with_routing = gr.Checkbox(
-                    True,
-                    label="Trace the routing",
-                    info="One more pass over the question and the pictures",
-                    visible=bool(sparse),
-                )
+            settings = _settings(with_routing=bool(sparse))
         with gr.Column(scale=3, min_width=320):
             with gr.Row(equal_height=False):
-                shown = [_conversation(model, is_alone=len(models) == 1) for model in models]
+                chats, notes = zip(*(_conversation(model, len(models) == 1) for model in models), strict=True)
             with gr.Row(equal_height=True):
                 question = gr.Textbox(
-                    label="Question",
-                    placeholder="What is shown?",
-                    lines=1,
-                    max_lines=6,
-                    scale=6,
-                    autofocus=True,
-                    elem_id="mv-question",
+                    label="Question", placeholder="What is shown?", lines=1, max_lines=6, scale=6, autofocus=True
                 )
                 with gr.Column(scale=1, min_width=110):
                     ask = gr.Button("Ask", variant="primary")
                     stop = gr.Button("Stop", variant="stop", visible=False)
                     clear = gr.Button("Clear")
     layer, routings = _routing(sparse, with_names=len(models) > 1)
-    chats, notes = [chat for chat, _ in shown], [note for _, note in shown]
-
-    def session_of(session: Session | None) -> Session:
-        return session or Session(models)
-
-    def view(session: Session) -> list[Any]:
-        return [
-            *([_message(turn) for turn in conversation.turns] for conversation in session.conversations),
-            *(_note_html(conversation.note, conversation.failed) for conversation in session.conversations),
-        ]
-
-    def routing_of(session: Session | None, layer: int | None) -> list[str]:
-        conversations = session_of(session).conversations
-        return [
-            routing_html(conversation.trace, layer) for conversation in conversations if conversation.model.is_sparse
-        ]
-
-    def check(pictures: list[tuple[str, Any]] | None) -> tuple[Any, Any]:
-        good, faults = [], []
-        for path, _ in pictures or []:
-            try:
-                open_picture(path)
-                good.append(path)
-            except ValueError as error:
-                faults.append(str(error))
-        return (good if faults else gr.skip()), _alert(" ".join(faults))
-
-    def pose(session: Session | None, question: str, pictures: list[tuple[str, Any]] | None) -> list[Any]:
-        session = session_of(session)
-        try:
-            session.pose(question, [path for path, _ in pictures or []])
-        except ValueError as error:
-            return [session, question, _alert(str(error)), *buttons(session), *[gr.skip()] * (2 * len(models))]
-        return [session, "", _alert(""), *buttons(session), *view(session)]
-
-    def answer(session: Session, max_new_tokens: int, temperature: float, with_routing: bool) -> Iterator[list[Any]]:
-        for _ in session.answers(int(max_new_tokens), temperature, with_routing):
-            yield view(session)
-        yield view(session)
-
-    def buttons(session: Session | None) -> list[Any]:
-        is_busy = session is not None and session.is_busy
-        return [gr.update(visible=not is_busy), gr.update(visible=is_busy)]
-
-    def start_anew(session: Session | None, layer: int | None) -> list[Any]:
-        if session is not None:
-            session.stop()
-        session = Session(models)
-        return [session, None, _alert(""), *buttons(session), *view(session), *routing_of(session, layer)]
-
-    pictures.upload(check, pictures, [pictures, alert], **_INSTANT)
-    posed = gr.on(
-        [ask.click, question.submit],
-        pose,
-        [session, question, pictures],
-        [session, question, alert, ask, stop, *chats, *notes],
-        **_INSTANT,
-    )
-    answered = posed.then(
-        answer,
-        [session, max_new_tokens, temperature, with_routing],
-        [*chats, *notes],
-        show_progress="hidden",
-        api_visibility="private",
-        concurrency_id="models",
-        concurrency_limit=1,
-    )
-    answered.then(buttons, session, [ask, stop], **_INSTANT)
-    stop.click(lambda session: session.stop(), session, None, **_INSTANT)
-    gr.on(
-        [clear.click, *(chat.clear for chat in chats)],
-        start_anew,
-        [session, layer],
-        [session, pictures, alert, ask, stop, *chats, *notes, *routings],
-        cancels=[answered],
-        **_INSTANT,
-    )
-    answered.then(routing_of, [session, layer], routings, **_INSTANT)
-    layer.change(routing_of, [session, layer], routings, **_INSTANT)
+    return _Widgets(pictures, alert, *settings, list(chats), list(notes), question, ask, stop, clear, layer, routings)
 
 
-# Of events that need no model: at once, past the queue, and not offered as an API.
-_INSTANT = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+def _settings(with_routing: bool) -> tuple[gr.Slider, gr.Slider, gr.Checkbox]:
+    with gr.Accordion("Settings", open=False):
+        return (
+            gr.Slider(1, 1024, value=128, step=1, label="Longest answer, in tokens"),
+            gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0: always the most probable answer"),
+            gr.Checkbox(
+                True,
+                label="Trace the routing",
+                info="One more pass over the question and the pictures",
+                visible=with_routing,
+            ),
+        )
 
 
 def _conversation(model: ServedModel, is_alone: bool) -> tuple[gr.Chatbot, gr.HTML]:
@@ -327,6 +260,97 @@ def _routing(sparse: list[ServedModel], with_names: bool) -> tuple[gr.Radio, lis
                 gr.HTML(f"<strong>{escape(model.name)}</strong>")
             views.append(gr.HTML(routing_html(None, layers[0]), apply_default_css=False, elem_classes="mv-view"))
     return layer, views
+
+
+# What happens when it is used
+
+# Events that need no model: at once, past the queue. None is offered as an API.
+_INSTANT = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+# Events that need the models, which answer one user at a time.
+_IN_TURN = {
+    "concurrency_id": "models", "concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private"
+}  # fmt: skip
+
+
+def _wire(widgets: _Widgets, models: list[ServedModel]) -> None:
+    """Says what every button does. A user's session is made at their first question, and is theirs alone."""
+    state = gr.State(None)
+    shown = [*widgets.chats, *widgets.notes]
+    buttons = [widgets.ask, widgets.stop]
+
+    def pose(session: Session | None, question: str, pictures: list[tuple[str, Any]] | None) -> list[Any]:
+        session = session or Session(models)
+        try:
+            session.pose(question, [path for path, _ in pictures or []])
+        except ValueError as error:
+            return [session, question, _alert(str(error)), *_buttons(session), *[gr.skip()] * len(shown)]
+        return [session, "", _alert(""), *_buttons(session), *_view(session)]
+
+    def start_anew(session: Session | None) -> list[Any]:
+        if session is not None:
+            session.stop()
+        session = Session(models)
+        return [session, None, _alert(""), *_buttons(session), *_view(session)]
+
+    widgets.pictures.upload(_check, widgets.pictures, [widgets.pictures, widgets.alert], **_INSTANT)
+    posed = gr.on(
+        [widgets.ask.click, widgets.question.submit],
+        pose,
+        [state, widgets.question, widgets.pictures],
+        [state, widgets.question, widgets.alert, *buttons, *shown],
+        **_INSTANT,
+    )
+    answered = posed.then(
+        _answer, [state, widgets.max_new_tokens, widgets.temperature, widgets.with_routing], shown, **_IN_TURN
+    )
+    widgets.stop.click(Session.stop, state, None, **_INSTANT)
+    cleared = gr.on(
+        [widgets.clear.click, *(chat.clear for chat in widgets.chats)],
+        start_anew,
+        state,
+        [state, widgets.pictures, widgets.alert, *buttons, *shown],
+        cancels=[answered],
+        **_INSTANT,
+    )
+    answered.then(_buttons, state, buttons, **_INSTANT)
+    for event in (answered.then, cleared.then, widgets.layer.change):
+        event(_routings, [state, widgets.layer], widgets.routings, **_INSTANT)
+
+
+def _check(pictures: list[tuple[str, Any]] | None) -> tuple[Any, Any]:
+    """Takes out of the pictures what is none, and says so."""
+    good, faults = [], []
+    for path, _ in pictures or []:
+        try:
+            open_picture(path)
+            good.append(path)
+        except ValueError as error:
+            faults.append(str(error))
+    return (good if faults else gr.skip()), _alert(" ".join(faults))
+
+
+def _answer(session: Session, max_new_tokens: int, temperature: float, with_routing: bool) -> Iterator[list[Any]]:
+    for _ in session.answers(int(max_new_tokens), temperature, with_routing):
+        yield _view(session)
+    yield _view(session)
+
+
+def _view(session: Session) -> list[Any]:
+    return [
+        *([_message(turn) for turn in conversation.turns] for conversation in session.conversations),
+        *(_note_html(conversation.note, conversation.failed) for conversation in session.conversations),
+    ]
+
+
+def _buttons(session: Session) -> list[Any]:
+    return [gr.update(visible=not session.is_busy), gr.update(visible=session.is_busy)]
+
+
+def _routings(session: Session | None, layer: int | None) -> list[Any]:
+    if session is None:
+        return gr.skip()
+    conversations = session.conversations
+    return [routing_html(conversation.trace, layer) for conversation in conversations if conversation.model.is_sparse]
 
 
 def _message(turn: Turn) -> dict[str, Any]:

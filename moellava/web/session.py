@@ -142,18 +142,22 @@ class Session:
             temperature (`float`): 0 for the most probable answer, above for one drawn at random.
             with_routing (`bool`): Whether to run the prompt of sparse models once more to see where its tokens go.
         """
-        (question, pictures), self._next = self._next or ("", []), None
+        if self._next is None:
+            return
+        (question, pictures), self._next = self._next, None
         try:
-            for conversation in self.conversations if self.is_busy else ():
+            for conversation in self.conversations:
                 if self._stopped.is_set():
                     conversation.note = "Stopped before it answered."
                     continue
                 conversation.chat.max_new_tokens = max_new_tokens
                 conversation.chat.temperature = temperature
+                conversation.trace = None
                 conversation.note = "Reading the question …"
                 yield
                 yield from self._answer(conversation, question, pictures)
-                if with_routing and conversation.model.is_sparse and not conversation.failed:
+                is_over = conversation.failed or self._stopped.is_set()
+                if with_routing and conversation.model.is_sparse and not is_over:
                     model = conversation.model.loaded.model
                     conversation.trace = trace_prompt(model, chat_inputs(model, conversation.chat.history[:-1]))
                     yield
