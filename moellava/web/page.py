@@ -207,7 +207,7 @@ def _lay_out(models: list[ServedModel]) -> _Widgets:
         with gr.Column(scale=3, min_width=320):
             with gr.Row(equal_height=False):
                 chats, notes = zip(*(_conversation(model, len(models) == 1) for model in models), strict=True)
-            with gr.Row(equal_height=True):
+            with gr.Row(equal_height=False):
                 question = gr.Textbox(
                     label="Question", placeholder="What is shown?", lines=1, max_lines=6, scale=6, autofocus=True
                 )
@@ -283,8 +283,9 @@ def _wire(widgets: _Widgets, models: list[ServedModel]) -> None:
         try:
             session.pose(question, [path for path, _ in pictures or []])
         except ValueError as error:
-            return [session, question, _alert(str(error)), *_buttons(session), *[gr.skip()] * len(shown)]
-        return [session, "", _alert(""), *_buttons(session), *_view(session)]
+            kept, _ = _check(pictures)
+            return [session, question, kept, _alert(str(error)), *_buttons(session), *[gr.skip()] * len(shown)]
+        return [session, "", gr.skip(), _alert(""), *_buttons(session), *_view(session)]
 
     def start_anew(session: Session | None) -> list[Any]:
         if session is not None:
@@ -292,12 +293,14 @@ def _wire(widgets: _Widgets, models: list[ServedModel]) -> None:
         session = Session(models)
         return [session, None, _alert(""), *_buttons(session), *_view(session)]
 
-    widgets.pictures.upload(_check, widgets.pictures, [widgets.pictures, widgets.alert], **_INSTANT)
+    widgets.pictures.upload(
+        _check, widgets.pictures, [widgets.pictures, widgets.alert], trigger_mode="always_last", **_INSTANT
+    )
     posed = gr.on(
         [widgets.ask.click, widgets.question.submit],
         pose,
         [state, widgets.question, widgets.pictures],
-        [state, widgets.question, widgets.alert, *buttons, *shown],
+        [state, widgets.question, widgets.pictures, widgets.alert, *buttons, *shown],
         **_INSTANT,
     )
     answered = posed.then(
