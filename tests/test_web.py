@@ -138,6 +138,7 @@ class User:
         number.press("Tab")
 
     def ask(self, question):
+        self.page.get_by_role("button", name="Ask").wait_for()
         before = len(self.turns("user"))
         self.page.get_by_label("Question").fill(question)
         self.page.get_by_label("Question").press("Enter")
@@ -333,12 +334,13 @@ def test_a_picture_goes_with_the_question_it_is_first_there_for(models, files):
 def test_a_question_that_cannot_be_answered_leaves_the_conversation_as_it_was(models, files):
     session = Session(models)
     ask(session, "Short?")
-    conversation = ask(session, "word " * 3000)
+    conversation = ask(session, "word " * 3000, [files / "one.png"])
     assert conversation.failed
     assert conversation.note.startswith("ValueError: The conversation is ")
     assert len(conversation.chat.history) == 2
-    conversation = ask(session, "Short again?")
+    conversation = ask(session, "Short again?", [files / "one.png"])
     assert not conversation.failed
+    assert sum(conversation.trace.is_image) == conversation.trace.tokens_per_image  # the picture is still to be seen
     assert "4 out" in conversation.note
     assert len(conversation.chat.history) == 4
 

@@ -35,7 +35,7 @@ except ImportError as error:
 
 _KEEP_UPLOADS_S = 24 * 3600
 _LARGEST_UPLOAD = "50mb"
-# Any kind of file that browsers have a name for: `check` then says in plain words what is no picture. With pictures
+# Any kind of file that browsers have a name for: `_check` then says in plain words what is no picture. With pictures
 # alone, the gallery itself would say no more than that an error occurred.
 _ACCEPTED = ["image", "text", "audio", "video", "application/*", "file"]
 

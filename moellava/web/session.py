@@ -73,6 +73,7 @@ class Conversation:
         model (`ServedModel`): The model.
         chat (`Chat`): What the model is asked with; it has the pictures and what was said so far.
         turns (`list[Turn]`): What is shown of it.
+        pictures (`list[PIL.Image.Image]`): Those that go with the next question: `chat` does not have them yet.
         note (`str`): What is said below it: tokens and time, or an error.
         failed (`bool`): Whether the note is an error.
         trace (`RoutingTrace` or `None`): Where the tokens of the last prompt went.
@@ -81,6 +82,7 @@ class Conversation:
     model: ServedModel
     chat: Chat
     turns: list[Turn] = field(default_factory=list)
+    pictures: list[Any] = field(default_factory=list)
     note: str = ""
     failed: bool = False
     trace: RoutingTrace | None = None
@@ -100,7 +102,7 @@ class Session:
         self.conversations = [Conversation(model, Chat(model.loaded)) for model in models]
         self.is_busy = False
         self._asked_about: list[str] = []
-        self._next: tuple[str, list[Any]] | None = None
+        self._next: str | None = None
         self._stopped = threading.Event()
 
     def pose(self, question: str, paths: Sequence[str]) -> None:
@@ -128,9 +130,10 @@ class Session:
         shown = [(Path(path).name, data_uri(thumbnail(picture))) for path, picture in zip(new, pictures, strict=True)]
         for conversation in self.conversations:
             conversation.turns.append(Turn("user", question, shown))
+            conversation.pictures.extend(pictures)
             conversation.note, conversation.failed = "Waiting for its turn …", False
         self._asked_about = list(paths)
-        self._next = (question, pictures)
+        self._next = question
         self._stopped.clear()
         self.is_busy = True
 
@@ -144,7 +147,7 @@ class Session:
         """
         if self._next is None:
             return
-        (question, pictures), self._next = self._next, None
+        question, self._next = self._next, None
         try:
             for conversation in self.conversations:
                 if self._stopped.is_set():
@@ -155,12 +158,10 @@ class Session:
                 conversation.trace = None
                 conversation.note = "Reading the question …"
                 yield
-                yield from self._answer(conversation, question, pictures)
+                yield from self._answer(conversation, question)
                 is_over = conversation.failed or self._stopped.is_set()
                 if with_routing and conversation.model.is_sparse and not is_over:
-                    model = conversation.model.loaded.model
-                    conversation.trace = trace_prompt(model, chat_inputs(model, conversation.chat.history[:-1]))
-                    yield
+                    yield from self._trace(conversation)
         finally:
             self.is_busy = False
 
@@ -168,11 +169,11 @@ class Session:
         """Ends the answer that is being made, and those that wait; what has come of it stays."""
         self._stopped.set()
 
-    def _answer(self, conversation: Conversation, question: str, pictures: list[Any]) -> Iterator[None]:
+    def _answer(self, conversation: Conversation, question: str) -> Iterator[None]:
         chat = conversation.chat
         answer = Turn("assistant")
         try:
-            pieces = chat.ask(question, pictures)
+            pieces = chat.ask(question, conversation.pictures)
             conversation.turns.append(answer)
             for piece in pieces:
                 answer.text += piece
@@ -184,6 +185,7 @@ class Session:
             logger.warning("%s could not answer: %s", conversation.model.name, error)
             conversation.note, conversation.failed = f"{type(error).__name__}: {error}", True
             return
+        conversation.pictures = []
         answer.text = chat.answer or "(an empty answer)"
         stats = chat.stats
         facts = [f"{stats.prompt_tokens} tokens in", f"{stats.new_tokens} out", f"{stats.seconds:.2f} s"]
@@ -192,10 +194,19 @@ class Session:
         conversation.note = " · ".join([*facts, *filter(None, [_ENDS.get(stats.finish_reason)])])
         yield
 
+    def _trace(self, conversation: Conversation) -> Iterator[None]:
+        model, note = conversation.model.loaded.model, conversation.note
+        conversation.note = f"{note} · tracing the routing …"
+        yield
+        conversation.trace = trace_prompt(model, chat_inputs(model, conversation.chat.history[:-1]))
+        conversation.note = note
+        yield
+
     def _start_anew(self) -> None:
         for conversation in self.conversations:
             conversation.chat.reset()
             conversation.turns.clear()
+            conversation.pictures.clear()
             conversation.trace = None
 
 
