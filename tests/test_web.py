@@ -132,8 +132,9 @@ class User:
         )
 
     def set_longest(self, tokens):
-        self.page.get_by_role("button", name="Settings").click()
         number = self.page.get_by_label("number input for Longest answer, in tokens")
+        if not number.is_visible():
+            self.page.get_by_role("button", name="Settings").click()
         number.fill(str(tokens))
         number.press("Tab")
 
@@ -146,6 +147,10 @@ class User:
             self.page.wait_for_function(
                 "before => document.querySelectorAll('.user .message-content').length > before", arg=before
             )
+
+    def clear(self):
+        self.page.get_by_role("button", name="Clear").last.click()
+        self.page.wait_for_function("() => !document.querySelector('.message-content')")
 
     def see_notes(self, pattern, count=1):
         """Waits until so many of the lines below the conversations are as said; returns them."""
@@ -227,9 +232,9 @@ def test_a_conversation_about_a_picture(browser, page_of_one, checkpoints, files
     hosts = {url.split("/")[2].split(":")[0] for url in user.requests if not url.startswith(("data:", "blob:"))}
     assert hosts == {"127.0.0.1"}
     assert user.page.locator("[aria-label=Share]").count() == 0
-    user.page.get_by_role("button", name="Clear").last.click()
+    user.clear()
     user.see_pictures(0)
-    user.page.wait_for_function("() => !document.querySelector('.message-content, svg.mv-patches')")
+    user.page.wait_for_function("() => !document.querySelector('svg.mv-patches')")
     user.context.close()
 
 
@@ -275,7 +280,17 @@ def test_two_users_at_once(browser, page_of_one, checkpoints, files):
     assert first.turns("user") == ["What is shown?"]
     assert len(first.turns("bot")) == 1
 
+    # Cleared in the middle of an answer, the conversation is a new one, without the rest of it.
+    first.ask("And now?")
+    first.see_notes("Answering")
+    first.clear()
+    first.set_longest(SHORT)
+    first.ask("Once more?")
+    first.see_notes("tokens/s")
+    assert first.turns("bot") == [answer_of(checkpoints / "sparse", ("Once more?",))]
+
     # Who leaves in the middle of an answer keeps nobody waiting for the rest of it.
+    first.set_longest(LONG)
     first.ask("And now?")
     first.see_notes("Answering")
     first.context.close()
@@ -308,7 +323,7 @@ def test_two_checkpoints_side_by_side(browser, serve, checkpoints, files):
 
 @pytest.fixture(scope="module")
 def models(checkpoints):
-    return [ServedModel("sparse", load_pretrained_model(str(checkpoints / "sparse"), device="cpu"), None)]
+    return [ServedModel("sparse", load_pretrained_model(str(checkpoints / "sparse"), device="cpu"))]
 
 
 def ask(session, question, paths=(), tokens=4):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from ..inspecting import CheckpointSummary, inspect_checkpoint
+from ..inspecting import inspect_checkpoint
 from ..loading import load_pretrained_model
 from .pictures import open_picture
 from .routing_view import routing_html
@@ -126,13 +126,12 @@ def _load(checkpoints: Sequence[str], load_options: dict[str, Any]) -> list[Serv
         checkpoints = [checkpoints]
     if not checkpoints:
         raise ValueError("No checkpoint is given; expected one, or several to compare.")
-    known = inspect.signature(inspect_checkpoint).parameters
-    hub_options = {name: value for name, value in load_options.items() if name in known}
-    summaries = [inspect_checkpoint(checkpoint, **hub_options) for checkpoint in checkpoints]  # reads no weights
-    return [
-        ServedModel(str(checkpoint), load_pretrained_model(checkpoint, **load_options), summary)
-        for checkpoint, summary in zip(checkpoints, summaries, strict=True)
-    ]
+    if load_options.get("model_base") is None:  # else they are adapters, which only loading can tell
+        known = inspect.signature(inspect_checkpoint).parameters
+        hub_options = {name: value for name, value in load_options.items() if name in known}
+        for checkpoint in checkpoints:  # all of them, before the weights of any are read
+            inspect_checkpoint(checkpoint, **hub_options)
+    return [ServedModel(str(name), load_pretrained_model(name, **load_options)) for name in checkpoints]
 
 
 def _free_port(host: str, port: int) -> int:
@@ -148,16 +147,17 @@ def _free_port(host: str, port: int) -> int:
         return trial.getsockname()[1]
 
 
-def _described(summary: CheckpointSummary) -> str:
+def _described(model: ServedModel) -> str:
+    config = model.loaded.model.config
     facts = [
-        f"{summary.parameters.total / 1e6:,.1f} million parameters",
-        f"{summary.encoder.type} encoder",
-        f"{summary.projector.type} projector",
-        f"{summary.language_model.model_type} language model",
-        f"{summary.tokens_per_image} tokens per picture",
+        f"{model.loaded.model.num_parameters() / 1e6:,.1f} million parameters",
+        f"{config.encoder_type} encoder",
+        f"{config.projector_config.type} projector",
+        f"{config.text_config.model_type} language model",
+        f"{config.image_seq_length} tokens per picture",
     ]
-    if summary.sparse is not None:
-        facts.append(f"{summary.sparse.num_experts} experts in {len(summary.sparse.layers)} layers")
+    if model.is_sparse:
+        facts.append(f"{config.moe_config.num_experts} experts in {len(config.moe_config.layers)} layers")
     return ", ".join(facts)
 
 
@@ -184,9 +184,7 @@ class _Widgets(NamedTuple):
 
 def _lay_out(models: list[ServedModel]) -> _Widgets:
     sparse = [model for model in models if model.is_sparse]
-    described = "<br>".join(
-        f"<strong>{escape(model.name)}</strong>: {escape(_described(model.summary))}" for model in models
-    )
+    described = "<br>".join(f"<strong>{escape(model.name)}</strong>: {escape(_described(model))}" for model in models)
     gr.HTML(f"<h1>MoELLaVA</h1><p>{described}</p>", elem_id="mv-title")
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=280):

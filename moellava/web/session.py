@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 from ..building import chat_inputs
 from ..chatting import Chat
-from ..inspecting import CheckpointSummary
 from ..loading import LoadedModel
 from ..routing import RoutingTrace, trace_prompt
 from .pictures import data_uri, open_picture, thumbnail
@@ -37,11 +36,10 @@ _ENDS = {"length": "cut off at the limit", "interrupted": "stopped"}
 
 
 class ServedModel(NamedTuple):
-    """A model that the page offers: its name there, the model itself, and what it is made of."""
+    """A model that the page offers, and its name there."""
 
     name: str
     loaded: LoadedModel
-    summary: CheckpointSummary
 
     @property
     def is_sparse(self) -> bool:
