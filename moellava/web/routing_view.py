@@ -24,7 +24,8 @@ from ..routing import LayerRouting, RoutingTrace
 from .pictures import data_uri
 
 
-# Told apart in light and dark, and by readers who see no difference between red and green (Okabe and Ito 2008).
+# Told apart in light and dark, and by readers who see no difference between red and green: the first six are those of
+# Okabe and Ito ("Color Universal Design", 2008).
 _COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a7500", "#7a5ea8")
 
 
