@@ -35,6 +35,7 @@ _HOMES = {
     "MoellavaModel": "modeling",
     "MoellavaPreTrainedModel": "modeling",
     "MoellavaProcessor": "processing",
+    "check_data": "training",
     "convert": "converting",
     "inspect_checkpoint": "inspecting",
     "load_pretrained_model": "loading",
@@ -42,6 +43,7 @@ _HOMES = {
     "push": "hub",
     "quantization_coverage": "quantizing",
     "resident_bytes": "quantizing",
+    "train": "training",
     "upcycle": "upcycling",
 }
 

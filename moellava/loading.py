@@ -203,7 +203,7 @@ def _load_checkpoint(source: Source, fields: dict[str, Any], request: LoadReques
             "is made of. Save or download it again."
         )
     config = MoellavaConfig.from_dict(dict(fields))
-    processor = _read_processor(source)
+    processor = read_processor(source)
     changed = {name: value for name, value in request.model_fields.items() if getattr(config, name) != value}
     if request.moe is not None and config.moe_config is not None:
         changed["moe_config"] = with_moe_changes(config, request.moe)
@@ -220,7 +220,12 @@ def _load_checkpoint(source: Source, fields: dict[str, Any], request: LoadReques
     return _load_with_other_parts(source, config, processor, changed, request, options)
 
 
-def _read_processor(source: Source) -> Any:
+def read_processor(source: Source) -> Any:
+    """Returns the processor of a checkpoint of this package.
+
+    Raises:
+        ValueError: It cannot be loaded.
+    """
     try:
         # Not AutoProcessor, which looks for the class that a file of the checkpoint names.
         return MoellavaProcessor.from_pretrained(
@@ -571,4 +576,4 @@ def _log_shapes(label: str, part: torch.nn.Module) -> None:
         logger.info("%s: %s %s %s", label, name, tuple(parameter.shape), parameter.dtype)
 
 
-__all__ = ["LoadedModel", "context_length", "load_pretrained_model"]
+__all__ = ["LoadedModel", "context_length", "load_pretrained_model", "read_processor"]

@@ -1,0 +1,296 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`train`: takes a model through the stages of a recipe."""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import EarlyStoppingCallback, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..configuration import MoellavaConfig
+from ..loading import context_length, load_pretrained_model
+from ..sources import Source
+from .adapters import put_adapters
+from .data import Collator, Examples, StreamedExamples, log_problems
+from .encoding import Encoder
+from .parts import set_trained, trained_parameters
+from .recipe import Recipe, Stage, merges, read_recipe
+from .rows import open_data
+from .trainer import MoellavaTrainer
+
+
+logger = logging.getLogger(__name__)
+
+# In a stage's folder: what it has made, written when it is complete; and its checks of the data.
+_STAGE_REPORT = "stage.json"
+_DATA_REPORT = "data.json"
+_MODEL = "model"
+_ADAPTER = "adapter"
+# What the Trainer writes last into a checkpoint.
+_TRAINER_STATE = "trainer_state.json"
+
+
+@dataclass
+class StageReport:
+    """What a stage has done.
+
+    Attributes:
+        stage (`str`): Which one.
+        folder (`str`): Where its checkpoints, its logs and what it made are.
+        checkpoint (`str`): What it made: a checkpoint, or an adapter that was left apart.
+        steps (`int`): How many steps the optimizer took.
+        seconds (`float`): How long the training took, this time.
+        log (`list[dict]`): Everything that was logged, step by step.
+        trained (`dict`): Of every part, how many parameters it has and how many were trained.
+        data (`dict`): The report on the training data, and the rows that were left out.
+        adapters (`dict`): Of every part, how many layers LoRA was put on, and of how many.
+    """
+
+    stage: str
+    folder: str
+    checkpoint: str
+    steps: int
+    seconds: float
+    log: list[dict[str, Any]]
+    trained: dict[str, dict[str, int]]
+    data: dict[str, Any]
+    adapters: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def losses(self) -> list[float]:
+        """The logged training losses."""
+        return [entry["loss"] for entry in self.log if "loss" in entry]
+
+
+@dataclass
+class TrainingReport:
+    """What a run has done.
+
+    Attributes:
+        stages (`list[StageReport]`): The stages, those that an earlier run has completed among them.
+    """
+
+    stages: list[StageReport]
+
+    @property
+    def checkpoint(self) -> Path:
+        """What the last stage made."""
+        return Path(self.stages[-1].checkpoint)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as plain values, for JSON."""
+        return {"checkpoint": str(self.checkpoint), "stages": [dataclasses.asdict(stage) for stage in self.stages]}
+
+
+def train(recipe: Mapping[str, Any] | str | os.PathLike, **overrides) -> TrainingReport:
+    """Takes a model through the stages of a recipe.
+
+    Args:
+        recipe (`Mapping`, `str` or `os.PathLike`): The recipe, or a YAML file with it. Its keys are `model`,
+            `output_dir`, `stage` or `stages`, those of a stage (`data`, `freeze`, `lora`, ...) and the arguments of
+            `TrainingArguments`: see `docs/training.md`.
+        overrides: Keys of the recipe, which win over what it says.
+
+    Returns:
+        [`TrainingReport`]: Where the model is, and what every stage did.
+
+    Raises:
+        FileNotFoundError: The recipe, the model or the data is not there.
+        ImportError: An extra is not installed.
+        TypeError: The recipe is something else.
+        ValueError: An unknown key or value, data of which no row can be used, or a folder that holds another run. No
+            weights have been read by then.
+
+    Example:
+
+    ```python
+    >>> from moellava import train
+
+    >>> report = train({"model": "my-model", "data": "train.json", "output_dir": "out", "stage": "align"})
+    >>> report.checkpoint
+    ```"""
+    plan = read_recipe(recipe, **overrides)
+    data = [_open(stage) for stage in plan.stages]
+    if not plan.resume:
+        _refuse_other_runs(plan)
+    reports: list[StageReport] = []
+    source = plan.model
+    for stage, opened in zip(plan.stages, data, strict=True):
+        folder = plan.output_dir / stage.name
+        done = folder / _STAGE_REPORT
+        if plan.resume and done.is_file():
+            reports.append(StageReport(**json.loads(done.read_text(encoding="utf-8"))))
+            logger.info("stage %s is complete already: %s", stage.name, reports[-1].checkpoint)
+        else:
+            reports.append(_run(stage, source, opened, folder, plan.resume))
+        source = reports[-1].checkpoint
+    return TrainingReport(reports)
+
+
+def _open(stage: Stage) -> tuple[Any, Any]:
+    """Opens the data of a stage, and checks what its length has to do with the arguments."""
+    rows = open_data(stage.data, stage.image_folder)
+    if rows.is_streamed and stage.arguments.get("max_steps", -1) < 1:
+        raise ValueError(
+            f"The data of the stage {stage.stage!r} is streamed, so that nobody knows how long an epoch is: give "
+            "max_steps."
+        )
+    return rows, None if stage.eval_data is None else open_data(stage.eval_data, stage.image_folder)
+
+
+def _refuse_other_runs(plan: Recipe) -> None:
+    for stage in plan.stages:
+        folder = plan.output_dir / stage.name
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(
+                f"{folder} holds an earlier run. Give resume: true to go on with it, or another output_dir."
+            )
+
+
+def _run(stage: Stage, source: Any, data: tuple[Any, Any], folder: Path, resume: bool) -> StageReport:
+    arguments = stage.training_arguments(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    set_seed(arguments.seed)  # a new projector and new routers are drawn alike each time
+    model = _load(stage, source)
+    encoder = Encoder(model.processor, min(stage.max_length, context_length(model.config.text_config)))
+    train_data, eval_data = (None if rows is None else _examples(rows, encoder, stage) for rows in data)
+    if isinstance(train_data, Examples):
+        train_data.report.save(folder / _DATA_REPORT)
+    reach: dict[str, Any] = {}
+    base = model
+    use_cache = getattr(model.config, "use_cache", None)
+    if stage.lora is not None:
+        routers = stage.lora.router if stage.lora.router is not None else stage.stage == "moe"
+        model, reach = put_adapters(model, stage.lora, routers, stage.load_4bit or stage.load_8bit)
+    else:
+        set_trained(model, stage.stage, stage.freeze, stage.unfreeze)
+    if not any(parameter.requires_grad for parameter in base.get_input_embeddings().parameters()):
+        base.enable_input_require_grads()
+    trained = trained_parameters(model)
+    for part, counts in trained.items():
+        logger.info("%s: %s of %s parameters are trained", part, f"{counts['trained']:,}", f"{counts['parameters']:,}")
+    callbacks = []
+    if stage.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(stage.early_stopping_patience))
+    trainer = MoellavaTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        data_collator=Collator(base.processor),
+        processing_class=base.processor,
+        learning_rates=stage.learning_rates,
+        callbacks=callbacks,
+    )
+    checkpoint = last_checkpoint(folder) if resume else None
+    if checkpoint is not None:
+        logger.info("stage %s goes on from %s", stage.name, checkpoint)
+    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.model.eval()
+    if use_cache is not None:
+        base.config.use_cache = use_cache  # the Trainer switches it off
+    if isinstance(train_data, StreamedExamples):
+        train_data.report.save(folder / _DATA_REPORT)
+        log_problems(train_data.report, f"the stage {stage.name}")
+    report = StageReport(
+        stage=stage.stage,
+        folder=str(folder),
+        checkpoint=str(_save(trainer, stage, folder)),
+        steps=trainer.state.global_step,
+        seconds=round(result.metrics["train_runtime"], 1),
+        log=trainer.state.log_history,
+        trained=trained,
+        data=train_data.report.to_dict(),
+        adapters={part: dataclasses.asdict(found) for part, found in reach.items()},
+    )
+    partial = folder / f".{_STAGE_REPORT}"
+    partial.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n", encoding="utf-8")
+    partial.replace(folder / _STAGE_REPORT)
+    return report
+
+
+def _load(stage: Stage, source: Any) -> Any:
+    quantised = stage.load_4bit or stage.load_8bit
+    options: dict[str, Any] = {"dtype": stage.dtype or (None if quantised else "float32")}
+    options |= {name: True for name in ("load_4bit", "load_8bit") if getattr(stage, name)}
+    if stage.image_aspect_ratio is not None:
+        options["image_aspect_ratio"] = stage.image_aspect_ratio
+    if stage.stage == "moe" and (stage.moe is not None or not _is_sparse(source)):
+        options["moe_config"] = stage.moe or {}
+    if stage.arguments.get("use_cpu"):
+        options["device"] = "cpu"
+    return load_pretrained_model(source, **options).model
+
+
+def _is_sparse(source: Any) -> bool:
+    if isinstance(source, Mapping):
+        return source.get("moe_config") is not None
+    fields = Source(source).config_dict()
+    return fields.get("model_type") == MoellavaConfig.model_type and fields.get("moe_config") is not None
+
+
+def _examples(rows: Any, encoder: Encoder, stage: Stage) -> Examples | StreamedExamples:
+    if rows.is_streamed:
+        return StreamedExamples(rows, encoder)
+    examples = Examples(rows, encoder, stage.check_pictures)
+    log_problems(examples.report, f"the stage {stage.name}")
+    if examples.report.problems and stage.unusable_rows == "error":
+        raise ValueError(
+            f"{len(examples.report.problems)} of the {examples.report.rows} rows cannot be used, and unusable_rows is "
+            f"'error'. The first: {examples.report.problems[0]}."
+        )
+    return examples
+
+
+def _save(trainer: MoellavaTrainer, stage: Stage, folder: Path) -> Path:
+    """Saves what a stage has made: a checkpoint with its code and its processor, or an adapter left apart."""
+    if stage.lora is None:
+        trainer.save_model(str(folder / _MODEL))
+        return folder / _MODEL
+    trainer.save_model(str(folder / _ADAPTER))
+    if not merges(stage):
+        return folder / _ADAPTER
+    processor = trainer.model.processor
+    merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+    merged.processor = processor
+    merged.save_pretrained(folder / _MODEL)
+    return folder / _MODEL
+
+
+def last_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """Returns the last complete `checkpoint-N` of a run; those that a killed run left half written are removed."""
+    found = []
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        number = path.name.rpartition("-")[2]
+        if not number.isdecimal() or not path.is_dir():
+            continue
+        try:
+            json.loads((path / _TRAINER_STATE).read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            logger.warning("%s was not written to its end, and is removed", path)
+            shutil.rmtree(path)
+            continue
+        found.append((int(number), path))
+    return max(found)[1] if found else None
+
+
+__all__ = ["StageReport", "TrainingReport", "last_checkpoint", "train"]

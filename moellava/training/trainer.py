@@ -1,0 +1,147 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`transformers.Trainer`, with learning rates by part, batches grouped by known lengths, and the routers in its logs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from .parts import PartNames, by_part
+
+
+class SeededLengthSampler(LengthGroupedSampler):
+    """Groups rows of about one length, in an order that the seed and the epoch tell alone.
+
+    transformers' own draws from the state of the global generator, which a resumed run does not have at the beginning
+    of the epoch that it goes on with.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Says which epoch the next order is for."""
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+class RouterStatistics:
+    """Gathers router losses and expert loads of training steps until they are logged.
+
+    Args:
+        num_choices (`int`): How many experts a token goes to.
+        layers (`list[int]`): The indices of the sparse layers.
+    """
+
+    def __init__(self, num_choices: int, layers: list[int]):
+        self.num_choices = num_choices
+        self.layers = layers
+        self._clear()
+
+    def _clear(self) -> None:
+        self._loss, self._weight = 0.0, 0
+        self._counts: list[Any] = [0] * len(self.layers)
+
+    @torch.no_grad()
+    def add(self, outputs: Any, attention_mask: torch.Tensor | None) -> None:
+        """Takes the outputs of one forward pass, which hold `router_logits` and `aux_loss`."""
+        mask = None if attention_mask is None else attention_mask.flatten().bool()
+        for position, logits in enumerate(outputs["router_logits"]):  # (tokens, experts)
+            choices = logits.detach().topk(self.num_choices, dim=-1).indices
+            choices = choices if mask is None else choices[mask.to(choices.device)]
+            counts = torch.bincount(choices.flatten(), minlength=logits.shape[-1])
+            self._counts[position] = self._counts[position] + counts
+            tokens = len(choices)
+        self._loss = self._loss + outputs["aux_loss"].detach().float() * tokens
+        self._weight += tokens
+
+    def pop(self) -> dict[str, float]:
+        """Returns what is to be logged, and begins anew: the router loss, unweighted, and each expert's share of all
+        choices of its layer."""
+        if not self._weight:
+            return {}
+        logs = {"router_loss": float(self._loss / self._weight)}
+        for layer, counts in zip(self.layers, self._counts, strict=True):
+            shares = (counts.double() / counts.sum()).tolist()
+            logs |= {f"expert_load/layer_{layer}/expert_{expert}": share for expert, share in enumerate(shares)}
+        self._clear()
+        return logs
+
+
+class MoellavaTrainer(Trainer):
+    """The library's trainer; the arguments beside those of `Trainer` are:
+
+    Args:
+        learning_rates (`Mapping[str, float]`, *optional*): Learning rates of parts, by their names in recipes.
+    """
+
+    def __init__(self, *args, learning_rates: Mapping[str, float] | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.learning_rates = dict(learning_rates or {})
+        config = self.model.config
+        self._routers = None
+        if config.moe_config is not None:
+            self._routers = RouterStatistics(config.moe_config.num_experts_per_tok, list(config.moe_config.layers))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Splits the groups that the library makes, by weight decay, into those of each learning rate."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.learning_rates:
+            rates = {
+                id(parameter): by_part(self.learning_rates, part, self.args.learning_rate)
+                for part, _, parameter in PartNames(self.model if model is None else model)
+            }
+            groups: list[dict[str, Any]] = []
+            for group in optimizer.param_groups:
+                for rate in sorted({rates[id(parameter)] for parameter in group["params"]}):
+                    params = [parameter for parameter in group["params"] if rates[id(parameter)] == rate]
+                    groups.append({**group, "params": params, "lr": rate})
+            optimizer.param_groups[:] = groups
+        return optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "lengths"):
+            return super()._get_train_sampler(train_dataset)
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SeededLengthSampler(batch_size, dataset.lengths, seed)
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
+        """As the library does; notes what the routers of a sparse model did in training."""
+        if self._routers is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        inputs = {**inputs, "output_router_logits": True}
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        self._routers.add(outputs, inputs.get("attention_mask"))
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As the library does, with the router loss and the experts' loads beside the loss."""
+        if self._routers is not None and "loss" in logs:
+            logs = {**logs, **self._routers.pop()}
+        super().log(logs, *args, **kwargs)
+
+
+__all__ = ["MoellavaTrainer", "RouterStatistics", "SeededLengthSampler"]
