@@ -26,6 +26,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
+from ..configuration import MoellavaConfig
+from ..loading import context_length, read_processor
+from ..sources import Source
 from .encoding import IGNORED, Encoder
 from .rows import RowError, Rows, open_data, open_picture, row_name
 
@@ -288,7 +291,7 @@ def check_data(
         ValueError: It is no list of rows.
     """
     if model is not None:
-        processor, context = _processor_and_context(model)
+        processor, context = processor_and_context(model)
         max_length = max_length or context
     encoder = None if processor is None else Encoder(processor, max_length)
     report = DataReport()
@@ -297,12 +300,12 @@ def check_data(
     return report
 
 
-def _processor_and_context(model: str | os.PathLike) -> tuple[Any, int | None]:
-    """Returns a checkpoint's processor and its number of positions, without reading a weight."""
-    from ..configuration import MoellavaConfig
-    from ..loading import context_length, read_processor
-    from ..sources import Source
+def processor_and_context(model: str | os.PathLike) -> tuple[Any, int]:
+    """Returns a checkpoint's processor and its number of positions, without reading a weight.
 
+    Raises:
+        ValueError: It is no checkpoint of this package.
+    """
     source = Source(model)
     fields = source.config_dict()
     if fields.get("model_type") != MoellavaConfig.model_type:
@@ -321,4 +324,5 @@ __all__ = [
     "StreamedExamples",
     "check_data",
     "log_problems",
+    "processor_and_context",
 ]

@@ -85,10 +85,10 @@ class LoraRecipe:
         r (`int`): The rank.
         alpha (`float`): The scale, divided by `r`.
         dropout (`float`): In front of the adapters; 0 with experts, whose stacked tensors take none.
-        attention, mlp, experts, projector, vision_tower (`bool`): Where adapters go: the attention and the dense MLPs of
-            the language model, the experts, the projector, the vision tower.
-        router (`bool`, *optional*): Whether the routers are trained in full; `None`: in the stage `moe`, where they are
-            new.
+        attention, mlp, experts, projector, vision_tower (`bool`): Where adapters go: the attention and the dense MLPs
+            of the language model, the experts, the projector, the vision tower.
+        router (`bool`, *optional*): Whether the routers are trained in full; `None`: in the stage `moe`, where they
+            are new.
         merge (`bool`, *optional*): Whether the adapters are merged into the model at the end of the stage; `None`:
             unless it is quantised.
     """
@@ -301,8 +301,8 @@ def read_recipe(recipe: Mapping[str, Any] | str | os.PathLike, **overrides) -> R
             raise ValueError(f"{origin} has no {key}: {_PURPOSE[key]}.")
     if ("stages" in given) == ("stage" in given):
         raise ValueError(
-            f"{origin} has {'both stages and stage' if 'stages' in given else 'neither stage nor stages'}; expected one "
-            f"of them: a stage ({', '.join(TRAINED)}), or a list of them with what each has of its own."
+            f"{origin} has {'both stages and stage' if 'stages' in given else 'neither stage nor stages'}; expected "
+            f"one of them: a stage ({', '.join(TRAINED)}), or a list of them with what each has of its own."
         )
     own = given.get("stages", [{"stage": given.get("stage")}])
     if not isinstance(own, list) or not own:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Rows of training data: LLaVA's JSON, and `messages` with `images`, in one form, with what is wrong with a row named."""
+"""Rows of training data: LLaVA's JSON, and `messages` with `images`, in one form; what is wrong in a row is named."""
 
 import io
 import json

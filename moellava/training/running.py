@@ -30,11 +30,11 @@ from ..configuration import MoellavaConfig
 from ..loading import context_length, load_pretrained_model
 from ..sources import Source
 from .adapters import put_adapters
-from .data import Collator, Examples, StreamedExamples, log_problems
+from .data import Collator, Examples, StreamedExamples, log_problems, processor_and_context
 from .encoding import Encoder
 from .parts import set_trained, trained_parameters
 from .recipe import Recipe, Stage, merges, read_recipe
-from .rows import open_data
+from .rows import Rows, open_data
 from .trainer import MoellavaTrainer
 
 
@@ -129,24 +129,38 @@ def train(recipe: Mapping[str, Any] | str | os.PathLike, **overrides) -> Trainin
     >>> report.checkpoint
     ```"""
     plan = read_recipe(recipe, **overrides)
-    data = [_open(stage) for stage in plan.stages]
     if not plan.resume:
         _refuse_other_runs(plan)
+    pending = [stage for stage in plan.stages if not (plan.resume and _done(plan, stage).is_file())]
+    opened = {stage.name: _open(stage) for stage in pending}
+    source, data = plan.model, None
+    if pending and _is_own(source):
+        data = _prepared(pending, opened, *processor_and_context(source))
     reports: list[StageReport] = []
-    source = plan.model
-    for stage, opened in zip(plan.stages, data, strict=True):
-        folder = plan.output_dir / stage.name
-        done = folder / _STAGE_REPORT
-        if plan.resume and done.is_file():
-            reports.append(StageReport(**json.loads(done.read_text(encoding="utf-8"))))
+    for stage in plan.stages:
+        if stage not in pending:
+            reports.append(StageReport(**json.loads(_done(plan, stage).read_text(encoding="utf-8"))))
             logger.info("stage %s is complete already: %s", stage.name, reports[-1].checkpoint)
         else:
-            reports.append(_run(stage, source, opened, folder, plan.resume))
+            model = _load(stage, source, stage.training_arguments(plan.output_dir).seed)
+            if data is None:  # parts, or an older checkpoint, which have no processor before they are loaded
+                data = _prepared(pending, opened, model.processor, context_length(model.config.text_config))
+            reports.append(_run(stage, model, *data.pop(stage.name), plan.output_dir / stage.name, plan.resume))
+            del model
         source = reports[-1].checkpoint
     return TrainingReport(reports)
 
 
-def _open(stage: Stage) -> tuple[Any, Any]:
+def _done(plan: Recipe, stage: Stage) -> Path:
+    return plan.output_dir / stage.name / _STAGE_REPORT
+
+
+def _is_own(source: Any) -> bool:
+    """Whether a model is a checkpoint of this package."""
+    return not isinstance(source, Mapping) and Source(source).config_dict()["model_type"] == MoellavaConfig.model_type
+
+
+def _open(stage: Stage) -> tuple[Rows, Rows | None]:
     """Opens the data of a stage, and checks what its length has to do with the arguments."""
     rows = open_data(stage.data, stage.image_folder)
     if rows.is_streamed and stage.arguments.get("max_steps", -1) < 1:
@@ -155,6 +169,26 @@ def _open(stage: Stage) -> tuple[Any, Any]:
             "max_steps."
         )
     return rows, None if stage.eval_data is None else open_data(stage.eval_data, stage.image_folder)
+
+
+def _prepared(
+    stages: list[Stage], opened: dict[str, tuple[Rows, Rows | None]], processor: Any, context: int
+) -> dict[str, tuple[Any, Any]]:
+    """Checks and encodes the data of all stages, so that none of it is found wanting after days; each data once."""
+    made: dict[tuple, Any] = {}
+    data: dict[str, tuple[Any, Any]] = {}
+    for stage in stages:
+        encoder = Encoder(processor, min(stage.max_length, context))
+        both = []
+        for given, rows in zip((stage.data, stage.eval_data), opened[stage.name], strict=True):
+            # A given path is equal in all stages, a given dataset is the same object.
+            key = (repr(given) if isinstance(given, str | Mapping) else id(given), str(stage.image_folder))
+            key += (encoder.max_length, stage.check_pictures, stage.unusable_rows)
+            if key not in made:
+                made[key] = None if rows is None else _examples(rows, encoder, stage)
+            both.append(made[key])
+        data[stage.name] = tuple(both)
+    return data
 
 
 def _refuse_other_runs(plan: Recipe) -> None:
@@ -166,13 +200,9 @@ def _refuse_other_runs(plan: Recipe) -> None:
             )
 
 
-def _run(stage: Stage, source: Any, data: tuple[Any, Any], folder: Path, resume: bool) -> StageReport:
+def _run(stage: Stage, model: Any, train_data: Any, eval_data: Any, folder: Path, resume: bool) -> StageReport:
     arguments = stage.training_arguments(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    set_seed(arguments.seed)  # a new projector and new routers are drawn alike each time
-    model = _load(stage, source)
-    encoder = Encoder(model.processor, min(stage.max_length, context_length(model.config.text_config)))
-    train_data, eval_data = (None if rows is None else _examples(rows, encoder, stage) for rows in data)
     if isinstance(train_data, Examples):
         train_data.report.save(folder / _DATA_REPORT)
     reach: dict[str, Any] = {}
@@ -183,8 +213,6 @@ def _run(stage: Stage, source: Any, data: tuple[Any, Any], folder: Path, resume:
         model, reach = put_adapters(model, stage.lora, routers, stage.load_4bit or stage.load_8bit)
     else:
         set_trained(model, stage.stage, stage.freeze, stage.unfreeze)
-    if not any(parameter.requires_grad for parameter in base.get_input_embeddings().parameters()):
-        base.enable_input_require_grads()
     trained = trained_parameters(model)
     for part, counts in trained.items():
         logger.info("%s: %s of %s parameters are trained", part, f"{counts['trained']:,}", f"{counts['parameters']:,}")
@@ -228,7 +256,8 @@ def _run(stage: Stage, source: Any, data: tuple[Any, Any], folder: Path, resume:
     return report
 
 
-def _load(stage: Stage, source: Any) -> Any:
+def _load(stage: Stage, source: Any, seed: int) -> Any:
+    set_seed(seed)  # a new projector and new routers are drawn alike each time
     quantised = stage.load_4bit or stage.load_8bit
     options: dict[str, Any] = {"dtype": stage.dtype or (None if quantised else "float32")}
     options |= {name: True for name in ("load_4bit", "load_8bit") if getattr(stage, name)}
@@ -244,8 +273,7 @@ def _load(stage: Stage, source: Any) -> Any:
 def _is_sparse(source: Any) -> bool:
     if isinstance(source, Mapping):
         return source.get("moe_config") is not None
-    fields = Source(source).config_dict()
-    return fields.get("model_type") == MoellavaConfig.model_type and fields.get("moe_config") is not None
+    return _is_own(source) and Source(source).config_dict().get("moe_config") is not None
 
 
 def _examples(rows: Any, encoder: Encoder, stage: Stage) -> Examples | StreamedExamples:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`transformers.Trainer`, with learning rates by part, batches grouped by known lengths, and the routers in its logs."""
+"""`transformers.Trainer` with learning rates by part, batches grouped by length, and the routers in its logs."""
 
 from collections.abc import Mapping
 from typing import Any
