@@ -138,7 +138,7 @@ def train(recipe: Mapping[str, Any] | str | os.PathLike, **overrides) -> Trainin
         data = _prepared(pending, opened, *processor_and_context(source))
     reports: list[StageReport] = []
     for stage in plan.stages:
-        if stage not in pending:
+        if stage.name not in opened:
             reports.append(StageReport(**json.loads(_done(plan, stage).read_text(encoding="utf-8"))))
             logger.info("stage %s is complete already: %s", stage.name, reports[-1].checkpoint)
         else:

@@ -1,0 +1,604 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Training by recipes: the stages, their logs and checkpoints, resumed runs, adapters, and what a recipe may say."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from parts import picture, run_python
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
+
+from moellava import load_pretrained_model, train
+from moellava.training import LoraRecipe, read_recipe
+from moellava.training.adapters import put_adapters
+from moellava.training.data import Collator, Examples
+from moellava.training.encoding import Encoder
+from moellava.training.parts import PARTS, PartNames, set_trained, trained_parameters
+from moellava.training.rows import open_data
+from moellava.training.running import last_checkpoint
+from moellava.training.trainer import MoellavaTrainer
+
+
+ROOT = Path(__file__).resolve().parent.parent
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "layers": [1], "router_aux_loss_coef": 0.1}
+# Of one run after the other: no bar, no other device, no files of a logger.
+QUIET = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "save_strategy": "no", "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Twelve conversations about pictures, some longer than others, and one of words alone; as LLaVA's file."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = []
+    for number in range(12):
+        picture(number % 3).save(folder / f"{number}.png")
+        turns = [("<image>\nWhich one?", ("One.", "The second.", "Three birds.")[number % 3]), ("Sure?", "Yes.")]
+        turns = turns[: 1 + number % 2]
+        conversations = [
+            {"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)
+        ]
+        rows.append({"id": number, "image": f"{number}.png", "conversations": conversations})
+    words = [{"from": "human", "value": "Only words?"}, {"from": "gpt", "value": "Yes, only words."}]
+    rows.append({"id": "words", "conversations": words})
+    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    return folder / "rows.json"
+
+
+@pytest.fixture(scope="module")
+def settings(parts):
+    """The parts of a small dense model."""
+    text = {"num_hidden_layers": 2, "intermediate_size": 128, "initializer_range": 0.05}
+    return {"model_path": parts.language_model("llama", overrides=text), "vision_tower": parts.vision_tower("clip")}
+
+
+@pytest.fixture(scope="module")
+def dense(settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training") / "dense"
+    torch.manual_seed(0)
+    load_pretrained_model(settings, device="cpu").model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sparse(dense, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training") / "sparse"
+    torch.manual_seed(0)
+    load_pretrained_model(dense, moe_config=MOE, device="cpu").model.save_pretrained(folder)
+    return folder
+
+
+def tensors_of(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def changed_parts(before, after):
+    """The parts of which weights differ, by the names of the tree."""
+    names = {name for name in before if not torch.equal(before[name], after[name])}
+    return {
+        "experts"
+        if ".experts." in name
+        else "router"
+        if ".gate." in name
+        else name.split(".")[name.startswith("model")]
+        for name in names
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOADED_ALONE = """
+import json
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained({folder!r}, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained({folder!r}, trust_remote_code=True)
+print(json.dumps([type(model).__module__, processor.num_image_tokens, model.config.moe_config.num_experts]))
+"""
+
+
+def test_three_stages(settings, data, tmp_path):
+    """From parts to a mixture by one file; each stage goes on with what the last has made."""
+    (tmp_path / "rows.json").write_text(data.read_text(encoding="utf-8").replace("11.png", "gone.png"))
+    recipe = {
+        "model": {name: str(value) for name, value in settings.items()},
+        "data": str(tmp_path / "rows.json"),
+        "eval_data": str(data),
+        "image_folder": str(data.parent),
+        "output_dir": str(tmp_path / "out"),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "moe": MOE,
+        "stages": [
+            {"stage": "align", "learning_rate": "1e-2", "image_aspect_ratio": "square"},
+            {"stage": "instruct", "save_steps": 2, "image_aspect_ratio": "pad"},
+            {"stage": "moe", "learning_rates": {"router": 0.01}},
+        ],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    report = train(tmp_path / "recipe.yaml", save_steps=3)
+    align, instruct, moe = report.stages
+
+    # What each trained, and how much of it there is.
+    assert [stage.steps for stage in report.stages] == [3, 3, 3]
+    assert {part for part, counts in align.trained.items() if counts["trained"]} == {"multi_modal_projector"}
+    assert {part for part, counts in instruct.trained.items() if not counts["trained"]} == {"vision_tower"}
+    assert {part for part, counts in moe.trained.items() if counts["trained"]} == {
+        "multi_modal_projector", "experts", "router",
+    }  # fmt: skip
+    before, after = (tensors_of(stage.checkpoint) for stage in (align, instruct))
+    assert changed_parts(before, after) == {"multi_modal_projector", "language_model", "lm_head"}
+    assert report.checkpoint == tmp_path / "out" / "moe" / "model"
+
+    # What was logged: the loss, of the evaluation too; of the mixture also the routers'.
+    assert all(len(stage.losses) == 3 and min(stage.losses) > 0 for stage in report.stages)
+    assert all(any("eval_loss" in entry for entry in stage.log) for stage in report.stages)
+    assert align.losses[-1] < align.losses[0]
+    steps = [entry for entry in moe.log if "loss" in entry]
+    assert not any("router_loss" in entry for entry in align.log)
+    for entry in steps:
+        load = [entry[f"expert_load/layer_1/expert_{expert}"] for expert in range(4)]
+        assert sum(load) == pytest.approx(1) and 0.9 < entry["router_loss"] < 4
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (run,) = (tmp_path / "out" / "moe").rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(run)).Reload()
+    logged = [event.value for event in events.Scalars("train/router_loss")]
+    assert logged == pytest.approx([entry["router_loss"] for entry in steps])
+
+    # The row that could not be used.
+    assert align.data["usable"] == 12 and align.data["problems"][0]["row"] == "row 11 (id 11)"
+    assert json.loads((tmp_path / "out" / "align" / "data.json").read_text())["kinds"] == {"missing picture": 1}
+
+    # The last checkpoint of the trainer's is a checkpoint like any other, and so is the result.
+    for folder in (tmp_path / "out" / "moe" / "checkpoint-3", report.checkpoint):
+        module, tokens, experts = json.loads(run_python(LOADED_ALONE.format(folder=str(folder))).splitlines()[-1])
+        assert module.startswith("transformers_modules.") and (tokens, experts) == (16, 4)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        assert config["image_aspect_ratio"] == "pad" and config.get("use_cache") is not False
+    saved = json.loads(json.dumps(report.to_dict()))
+    assert saved["checkpoint"] == str(report.checkpoint) and len(saved["stages"]) == 3
+
+    # A run that is complete is not done again.
+    again = train(tmp_path / "recipe.yaml", save_steps=3, resume=True)
+    assert again.to_dict() == report.to_dict()
+    with pytest.raises(ValueError, match="align holds an earlier run. Give resume: true to go on with it, or another"):
+        train(tmp_path / "recipe.yaml")
+
+
+def test_a_sparse_model_goes_on_as_it_is(sparse, data, tmp_path):
+    report = train({"model": sparse, "data": data, "output_dir": tmp_path, "stage": "moe", "max_steps": 1, **QUIET})
+    assert tensors_of(report.checkpoint).keys() == tensors_of(sparse).keys()
+    changed = train(
+        {"model": sparse, "data": data, "output_dir": tmp_path / "other", "stage": "moe", "max_steps": 1, **QUIET},
+        moe={"router_aux_loss_coef": 0.5},
+    )
+    assert load_pretrained_model(changed.checkpoint, device="cpu").model.config.moe_config.router_aux_loss_coef == 0.5
+    assert changed.stages[0].losses[0] > report.stages[0].losses[0]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_freeze_and_unfreeze(sparse, part):
+    model = load_pretrained_model(sparse, device="cpu").model
+    set_trained(model, "moe", [], [])
+    before = {name: parameter.requires_grad for _, name, parameter in PartNames(model)}
+    within = {part} | {name for name, parent in PARTS.items() if parent == part}
+    set_trained(model, "moe", ["multi_modal_projector", "experts", "router"], [part])
+    trained = {name for name, counts in trained_parameters(model).items() if counts["trained"]}
+    # A narrower name wins over a wider one: the experts stay frozen within the language model.
+    frozen = {"experts", "router"} if part == "language_model" else set()
+    assert trained == (within & set(trained_parameters(model))) - frozen or part in ("experts", "router")
+    assert part in trained
+    assert any(before.values()) and not all(before.values())
+
+
+def test_shared_and_frozen_weights(parts, sparse):
+    tied = load_pretrained_model(
+        parts.language_model("llama", tie_word_embeddings=True, overrides={"num_hidden_layers": 1}),
+        mm_vision_tower=parts.vision_tower("clip"), device="cpu",
+    ).model  # fmt: skip
+    set_trained(tied, "instruct", ["embeddings"], [])
+    assert not tied.lm_head.weight.requires_grad and "lm_head" not in trained_parameters(tied)
+    model = load_pretrained_model(sparse, moe_config={"freeze_router": True}, device="cpu").model
+    set_trained(model, "moe", [], [])
+    assert trained_parameters(model)["router"]["trained"] == 0 < trained_parameters(model)["experts"]["trained"]
+    with pytest.raises(ValueError, match="unfreeze names the router, but the model keeps its routers frozen"):
+        set_trained(model, "moe", [], ["router"])
+    with pytest.raises(ValueError, match="Nothing is left to train in the stage 'align'"):
+        set_trained(model, "align", ["multi_modal_projector"], [])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The trainer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def trainer_for(model, data, folder, learning_rates=None, rows=None, **arguments):
+    fixed = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1}
+    examples = Examples(open_data(rows or data, data.parent), Encoder(model.processor))
+    return MoellavaTrainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(folder), remove_unused_columns=False, **fixed | arguments),
+        train_dataset=examples,
+        data_collator=Collator(model.processor),
+        learning_rates=learning_rates,
+    )
+
+
+def test_learning_rates_of_parts(sparse, data, tmp_path):
+    model = load_pretrained_model(sparse, device="cpu").model
+    rates = {"vision_tower": 2e-6, "language_model": 1e-4, "experts": 3e-4}
+    trainer = trainer_for(model, data, tmp_path, rates, learning_rate=1e-3, weight_decay=0.1)
+    optimizer = trainer.create_optimizer()
+    assert trainer.create_optimizer() is optimizer
+    expected = {"embeddings": 1e-4, "router": 1e-4, "multi_modal_projector": 1e-3, "lm_head": 1e-3} | rates
+    of = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    found = list(PartNames(model))
+    assert len(of) == len(found)
+    for part, name, parameter in found:
+        rate, decay = of[id(parameter)]
+        assert rate == expected[part], name
+        assert decay == (0.0 if name.endswith("bias") or "norm" in name else 0.1), name
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer.args.max_steps = 1
+    trainer.args.lr_scheduler_type = "constant"
+    trainer.train()
+    moved = {name: (parameter - before[name]).abs().max().item() for name, parameter in model.named_parameters()}
+    # Adam's first step is as long as the learning rate.
+    assert moved[
+        "model.vision_tower.encoder.layers.0.mlp.fc1.weight"
+        if False
+        else next(name for name in moved if "vision_tower" in name and "fc1.weight" in name and ".0." in name)
+    ] == pytest.approx(2e-6, rel=0.2)
+    assert moved["lm_head.weight"] == pytest.approx(1e-3, rel=0.2)
+
+
+def test_gradient_accumulation_is_the_large_batch(sparse, data, tmp_path):
+    """Router loss included: the parts of the batch are alike in it, since it is no mean over rows."""
+    rows = json.loads(data.read_text(encoding="utf-8"))
+    rows = [rows[0], rows[1], rows[0], rows[1]]
+    updated = []
+    for size, parts_of_batch in ((4, 1), (2, 2)):
+        model = load_pretrained_model(sparse, device="cpu").model
+        trainer = trainer_for(
+            model, data, tmp_path, rows=rows, per_device_train_batch_size=size, gradient_accumulation_steps=parts_of_batch,
+            max_steps=1, optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0,
+            train_sampling_strategy="sequential",
+        )  # fmt: skip
+        trainer.train()
+        updated.append((trainer.state.log_history[0], model.state_dict()))
+    (log, whole), (log_of_parts, in_parts) = updated
+    assert log_of_parts["loss"] == pytest.approx(log["loss"], rel=1e-5)
+    assert log_of_parts["router_loss"] == pytest.approx(log["router_loss"], rel=1e-5)
+    before = tensors_of(sparse)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(in_parts[name], tensor, rtol=1e-4, atol=2e-6, msg=name)
+    gate = "model.language_model.layers.1.mlp.gate.weight"
+    assert (whole[gate] - before[gate]).abs().max() > 1e-4
+
+
+def test_router_statistics_are_the_models_own(sparse, data, tmp_path):
+    model = load_pretrained_model(sparse, device="cpu").model
+    trainer = trainer_for(model, data, tmp_path, per_device_train_batch_size=13, max_steps=1, learning_rate=0.0)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    batch = Collator(model.processor)(list(trainer.train_dataset))
+    with torch.no_grad():
+        outputs = model.eval()(**batch, output_router_logits=True)
+    assert log["router_loss"] == pytest.approx(outputs.aux_loss.item(), rel=1e-4)
+    chosen = outputs.router_logits[0][batch["attention_mask"].flatten().bool()].topk(2).indices
+    load = torch.bincount(chosen.flatten(), minlength=4) / chosen.numel()
+    assert [log[f"expert_load/layer_1/expert_{expert}"] for expert in range(4)] == pytest.approx(load.tolist())
+
+
+def test_checkpointing_changes_no_loss(dense, data, tmp_path):
+    """By default activations are computed anew in the backward pass; here with a frozen tower, and in 16 bits."""
+    losses = []
+    for number, (checkpointing, bf16) in enumerate(((True, False), (False, False), (True, True))):
+        report = train(
+            {"model": dense, "data": data, "output_dir": tmp_path / str(number), "stage": "instruct", "max_steps": 3},
+            activation_checkpointing=checkpointing, bf16=bf16, learning_rate=1e-3, per_device_train_batch_size=4, **QUIET,
+        )  # fmt: skip
+        losses.append(report.stages[0].losses)
+        assert {tensor.dtype for tensor in tensors_of(report.checkpoint).values()} == {torch.float32}
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[1], rel=2e-2) and losses[2] != losses[1]
+
+
+def test_early_stopping(dense, data, tmp_path):
+    report = train(
+        {"model": dense, "data": data, "output_dir": tmp_path, "stage": "instruct", "num_train_epochs": 9},
+        eval_data=data, early_stopping_patience=1, learning_rate=0.3, per_device_train_batch_size=7,
+        gradient_accumulation_steps=1, lr_scheduler_type="constant", report_to="none", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    (stage,) = report.stages
+    losses = [entry["eval_loss"] for entry in stage.log if "eval_loss" in entry]
+    assert stage.steps < 18 and len(losses) < 9 and losses[-1] >= min(losses)
+    best = tmp_path / "instruct" / f"checkpoint-{2 * (losses.index(min(losses)) + 1)}"
+    assert all(torch.equal(tensor, tensors_of(best)[name]) for name, tensor in tensors_of(report.checkpoint).items())
+
+
+def test_streamed(dense, data, tmp_path):
+    rows = [row | {"image": str(data.parent / row["image"])} for row in json.loads(data.read_text()) if "image" in row]
+    recipe = {"model": dense, "data": itertools.chain(rows, [{"id": "bad"}]), "output_dir": tmp_path, "stage": "align"}
+    with pytest.raises(ValueError, match="'align' is streamed, so that nobody knows how long an epoch is: give max_"):
+        train(recipe)
+    report = train(recipe, max_steps=4, per_device_train_batch_size=3, **QUIET)
+    assert report.stages[0].steps == 4 and report.stages[0].data["usable"] >= 12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed and resumed
+# ---------------------------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from moellava.training import running, train
+
+class Killed(running.MoellavaTrainer):
+    def log(self, logs, *args, **kwargs):
+        super().log(logs, *args, **kwargs)
+        if self.state.global_step == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+running.MoellavaTrainer = Killed
+train({recipe!r})
+"""
+
+
+def test_a_killed_run_goes_on_exactly(sparse, data, tmp_path):
+    """In the second epoch, with noise before the routers: order, noise, schedule and optimizer are those of one run."""
+    recipe = {
+        "model": str(sparse), "data": str(data), "stage": "moe", "num_train_epochs": 4, "save_steps": 4,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "use_cpu": True,
+        "moe": {"router_jitter_noise": 0.1}, "report_to": "none", "disable_tqdm": True,
+    }  # fmt: skip
+    whole = train(recipe, output_dir=tmp_path / "whole").stages[0]
+    script = KILLED.format(root=str(ROOT), recipe=recipe | {"output_dir": str(tmp_path / "killed")})
+    killed = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    folder = tmp_path / "killed" / "moe"
+    assert last_checkpoint(folder).name == "checkpoint-8" and not (folder / "model").exists()
+    shutil.copytree(folder / "checkpoint-8", folder / "checkpoint-12")  # killed while it was written
+    (folder / "checkpoint-12" / "trainer_state.json").unlink()
+
+    resumed = train(recipe, output_dir=tmp_path / "killed", resume=True).stages[0]
+    assert resumed.steps == whole.steps == 16
+    assert resumed.losses == whole.losses  # not nearly: the very same
+    kept = ("loss", "router_loss", "grad_norm", "learning_rate", "step")
+    assert [{name: entry.get(name) for name in kept} for entry in resumed.log[:-1]] == [
+        {name: entry.get(name) for name in kept} for entry in whole.log[:-1]
+    ]
+    state = json.loads((folder / "checkpoint-16" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert [entry["loss"] for entry in state["log_history"]] == whole.losses
+    first, second = tensors_of(whole.checkpoint), tensors_of(resumed.checkpoint)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Adapters
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_lora_reaches_the_experts(sparse, data, tmp_path):
+    recipe = {"model": sparse, "data": data, "output_dir": tmp_path, "stage": "moe", "max_steps": 3, **QUIET}
+    report = train(recipe, lora={"r": 4, "alpha": 8}, learning_rate=1e-2, per_device_train_batch_size=4)
+    (stage,) = report.stages
+    assert stage.adapters == {
+        "attention": {"of": 8, "adapted": 8},
+        "mlp": {"of": 3, "adapted": 3},
+        "experts": {"of": 2, "adapted": 2},
+        "projector": {"of": 2, "adapted": 2},
+        "vision_tower": {"of": 12 * 2, "adapted": 0},
+    }
+    assert 0 < stage.trained["experts"]["trained"] < stage.trained["experts"]["parameters"] / 4
+    assert "router_loss" in stage.log[0]
+    before, after = tensors_of(sparse), tensors_of(report.checkpoint)
+    assert before.keys() == after.keys()
+    assert changed_parts(before, after) == {"multi_modal_projector", "language_model", "experts", "router"}
+    kept = {name for name in before if torch.equal(before[name], after[name])}
+    assert "lm_head.weight" in kept and not any("proj.weight" in name for name in kept if "language_model" in name)
+
+    # The adapter beside it is the same model.
+    inputs = load_pretrained_model(sparse, device="cpu").model.processor(text="Which one?", return_tensors="pt")
+    merged = load_pretrained_model(report.checkpoint, device="cpu").model
+    apart = load_pretrained_model(tmp_path / "moe" / "adapter", model_base=sparse, merge=False, device="cpu").model
+    with torch.no_grad():
+        torch.testing.assert_close(apart(**inputs).logits, merged(**inputs).logits, rtol=0, atol=1e-4)
+
+
+def test_lora_on_some_parts(sparse):
+    model = load_pretrained_model(sparse, device="cpu").model
+    lora = LoraRecipe(r=2, dropout=0.1, attention=False, mlp=False, experts=False, vision_tower=True)
+    adapted, reach = put_adapters(model, lora, trains_routers=False, quantised=False)
+    assert {part: found.adapted for part, found in reach.items()} == {
+        "attention": 0, "mlp": 0, "experts": 0, "projector": 2, "vision_tower": 24,
+    }  # fmt: skip
+    trained = {part for part, counts in trained_parameters(adapted).items() if counts["trained"]}
+    assert trained == {"multi_modal_projector", "vision_tower"}
+    with pytest.raises(ValueError, match="dropout is 0.1, but the experts' stacked tensors take none. Give dropout: 0"):
+        put_adapters(load_pretrained_model(sparse, device="cpu").model, LoraRecipe(dropout=0.1), False, False)
+
+
+def test_nothing_for_lora(dense):
+    model = load_pretrained_model(dense, device="cpu").model
+    lora = LoraRecipe(attention=False, mlp=False, projector=False)
+    with pytest.raises(ValueError, match="nothing in the model that lora could be put on: it has no experts"):
+        put_adapters(model, lora, trains_routers=False, quantised=False)
+
+
+def test_qlora_reaches_the_experts(sparse, data, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes")
+    recipe = {"model": sparse, "data": data, "output_dir": tmp_path, "stage": "moe", "load_4bit": True, **QUIET}
+    report = train(
+        recipe | {"dtype": "bfloat16"}, lora={"r": 4, "alpha": 8, "dropout": 0.05}, learning_rate=1e-2, max_steps=4,
+        per_device_train_batch_size=4, save_strategy="steps", save_steps=2,
+    )  # fmt: skip
+    (stage,) = report.stages
+    assert stage.adapters["experts"] == {"of": 8, "adapted": 8}  # linear layers, in modules of their own
+    assert stage.trained["experts"]["trained"] > 0 and stage.trained["router"]["trained"] > 0
+    assert stage.losses[-1] < stage.losses[0]
+    assert report.checkpoint == tmp_path / "moe" / "adapter"
+    names = load_file(report.checkpoint / "adapter_model.safetensors").keys()
+    assert any(".experts.3.down_proj.lora_A" in name for name in names)
+    model = load_pretrained_model(report.checkpoint, model_base=sparse, merge=False, load_4bit=True, device="cpu").model
+    assert model.processor is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TRL
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_trl_trains_the_model_unchanged(sparse, data, tmp_path):
+    trl = pytest.importorskip("trl", reason="tests TRL's trainer")
+    datasets = pytest.importorskip("datasets", reason="TRL's data are its datasets")
+    model = load_pretrained_model(sparse, device="cpu").model
+    rows = [
+        {
+            "messages": [{"role": "user", "content": "Which one?"}, {"role": "assistant", "content": "Three birds."}],
+            "images": [picture(number)],
+        }
+        for number in range(4)
+    ]
+    arguments = trl.SFTConfig(
+        str(tmp_path), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-3, logging_steps=1, use_cpu=True,
+        bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, max_length=None, warmup_steps=0,
+    )  # fmt: skip
+    trainer = trl.SFTTrainer(
+        model, args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=model.processor
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    trainer.save_model(str(tmp_path / "saved"))
+    saved, before = tensors_of(tmp_path / "saved"), tensors_of(sparse)
+    assert {"experts", "router", "multi_modal_projector"} <= changed_parts(before, saved)
+    assert isinstance(trainer, Trainer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_example_recipe():
+    recipe = read_recipe(ROOT / "examples" / "recipes" / "llava.yaml")
+    assert [stage.name for stage in recipe.stages] == ["align", "instruct", "moe"]
+    align, instruct, moe = recipe.stages
+    arguments = [stage.training_arguments(recipe.output_dir / stage.name) for stage in recipe.stages]
+    batches = [args.per_device_train_batch_size * args.gradient_accumulation_steps for args in arguments]
+    assert batches == [256, 128, 128] and [args.learning_rate for args in arguments] == [1e-3, 2e-5, 2e-5]
+    assert [args.train_sampling_strategy for args in arguments] == ["random", "group_by_length", "group_by_length"]
+    assert all(args.warmup_steps == 0.03 and args.num_train_epochs == 1 for args in arguments)
+    assert (
+        moe.moe["num_experts"] == 4 and instruct.moe is None and moe.learning_rates == {"multi_modal_projector": 2e-5}
+    )
+    assert (align.image_aspect_ratio, instruct.image_aspect_ratio) == ("square", "pad")
+    assert not Path("checkpoints").exists()  # reading it makes nothing
+
+
+def test_older_names_and_repeated_stages(tmp_path):
+    given = {"model": "m", "data": "d", "output_dir": tmp_path, "report_to": "none", "use_cpu": True}
+    stages = [{"stage": "instruct"}, {"stage": "instruct", "group_by_length": False}, {"stage": "instruct"}]
+    recipe = read_recipe(given | {"stages": stages}, gradient_checkpointing=False, warmup_ratio=0.5, lora=True)
+    assert [stage.name for stage in recipe.stages] == ["instruct", "instruct-2", "instruct-3"]
+    arguments = [stage.training_arguments(tmp_path) for stage in recipe.stages]
+    assert [args.train_sampling_strategy for args in arguments] == ["group_by_length", "random", "group_by_length"]
+    assert all(args.warmup_steps == 0.5 for args in arguments) and recipe.stages[0].lora == LoraRecipe()
+    assert not any(
+        getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None)
+        for args in arguments
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"lerning_rate": 1}, ValueError, "Unknown key 'lerning_rate' in the recipe; did you mean 'learning_rate'"),
+        ({"model": None}, ValueError, "the recipe has no model: give the checkpoint that training starts from"),
+        ({"output_dir": None}, ValueError, "the recipe has no output_dir: give the folder that checkpoints"),
+        ({"stage": "aline"}, ValueError, "Unknown stage 'aline'; did you mean 'align'"),
+        ({"stages": [{"stage": "align"}]}, ValueError, "has both stages and stage; expected one of them"),
+        ({"stage": ...}, ValueError, "has neither stage nor stages; expected one of them"),
+        ({"stage": ..., "stages": []}, ValueError, r"stages is \[\]; expected a list, such as"),
+        ({"stage": ..., "stages": ["align"]}, ValueError, "Stage 0 is 'align'; expected a mapping with the key stage"),
+        ({"stage": ..., "stages": [{"stage": "align", "model": "x"}]}, ValueError, "Unknown key 'model' in stage 0"),
+        ({"data": None}, ValueError, "The stage 'align' has no data"),
+        ({"freeze": ["expert"]}, ValueError, "Unknown part 'expert' in freeze; did you mean 'experts'"),
+        ({"learning_rates": {"tower": 1}}, ValueError, "Unknown part 'tower' in learning_rates"),
+        ({"freeze": "lm_head", "unfreeze": ["lm_head"]}, ValueError, r"\['lm_head'\] are in freeze and in unfreeze"),
+        ({"lora": 3}, TypeError, "lora is 3; expected its fields"),
+        ({"lora": {"rank": 3}}, ValueError, "Unknown field 'rank' in lora"),
+        ({"lora": {"r": 0}}, ValueError, "lora's r is 0; expected a rank of at least 1"),
+        ({"lora": {"dropout": 1}}, ValueError, "lora's dropout is 1; expected a share from 0 to below 1"),
+        ({"lora": True, "freeze": "lm_head"}, ValueError, "freeze and unfreeze have no effect on adapters"),
+        (
+            {"lora": {"attention": False, "mlp": False, "experts": False, "projector": False}},
+            ValueError, "lora is put on nothing: switch on one of attention",
+        ),
+        ({"load_4bit": True}, ValueError, "Quantised weights cannot be trained: give lora too"),
+        ({"load_4bit": True, "lora": {"merge": True}}, ValueError, "merge is true, but the model is quantised"),
+        (
+            {"stage": ..., "lora": True, "load_4bit": True, "stages": [{"stage": "align"}, {"stage": "instruct"}]},
+            ValueError, "The stage 'align' leaves its adapter apart, so that no stage can follow it",
+        ),
+        ({"unusable_rows": "drop"}, ValueError, "unusable_rows is 'drop'; expected 'skip' or 'error'"),
+        ({"moe": {"num_expert": 4}, "stage": "moe"}, ValueError, "Unknown field 'num_expert' in moe_config"),
+        ({"early_stopping_patience": 2}, ValueError, "early_stopping_patience needs eval_data"),
+        ({"warmup_ratio": 0.1, "warmup_steps": 3}, ValueError, "the recipe gives warmup_steps twice"),
+        ({"lr_scheduler_type": "cosin"}, ValueError, "cosin"),
+    ],
+)  # fmt: skip
+def test_recipes_that_are_wrong(tmp_path, changes, error, message):
+    recipe = {"model": "nowhere/at-all", "data": "d.json", "output_dir": tmp_path, "stage": "align"} | changes
+    with pytest.raises(error, match=message):
+        train({name: value for name, value in recipe.items() if value is not ...})
+    assert not any(tmp_path.iterdir())
+
+
+def test_recipe_files_that_are_wrong(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no recipe .*none.yaml. Give the path of a YAML file"):
+        train(tmp_path / "none.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [", encoding="utf-8")
+    with pytest.raises(ValueError, match="broken.yaml is no valid YAML"):
+        train(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- a", encoding="utf-8")
+    with pytest.raises(TypeError, match="list.yaml is a list; expected keys with values, such as model and data"):
+        train(tmp_path / "list.yaml")
+
+
+def test_rows_that_may_not_be_left_out(dense, data, tmp_path):
+    rows = [*json.loads(data.read_text(encoding="utf-8")), {"id": "odd"}]
+    recipe = {"model": dense, "data": rows, "image_folder": str(data.parent), "output_dir": tmp_path, "stage": "align"}
+    with pytest.raises(ValueError, match=r"1 of the 14 rows cannot be used.*row 13 \(id odd\): form: has neither"):
+        train(recipe, unusable_rows="error", **QUIET)
+    assert not os.listdir(tmp_path)
