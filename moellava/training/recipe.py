@@ -248,7 +248,9 @@ class Recipe:
     resume: bool = False
 
     def __post_init__(self):
-        unmerged = [stage.name for stage in self.stages[:-1] if stage.lora is not None and not merges(stage)]
+        unmerged = [stage.name for stage in self.stages if stage.lora is not None and not merges(stage)]
+        if unmerged and unmerged[-1] == self.stages[-1].name:
+            unmerged.pop()
         if unmerged:
             raise ValueError(
                 f"The stage {unmerged[0]!r} leaves its adapter apart, so that no stage can follow it. Make it the last "

@@ -128,6 +128,11 @@ class MoellavaTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return SeededLengthSampler(batch_size, dataset.lengths, seed)
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(eval_dataset, "lengths"):
+            return super()._get_eval_sampler(eval_dataset)
+        return SeededLengthSampler(self.args.eval_batch_size, eval_dataset.lengths, self.args.seed)
+
     def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
         """As the library does; notes what the routers of a sparse model did in training."""
         if self._routers is None or not model.training:
