@@ -37,6 +37,7 @@ _HOMES = {
     "MoellavaProcessor": "processing",
     "check_data": "training",
     "convert": "converting",
+    "evaluate": "evaluating",
     "inspect_checkpoint": "inspecting",
     "load_pretrained_model": "loading",
     "LoadedModel": "loading",

@@ -1,0 +1,189 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What an evaluation found: every answer with its scores, the metrics, and what could not be evaluated."""
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .questions import Question, Unusable
+from .scoring import CLOSED, Metric, mean_scores, score
+
+
+# What the metrics are called where people read them.
+TITLES = {
+    "accuracy": "Accuracy",
+    "published_accuracy": "Accuracy as Med-MoE's script counts",
+    "exact_match": "Exact match",
+    "f1": "Token F1",
+    "recall": "Token recall",
+    "published_recall": "Token recall as LLaVA-Med's script counts",
+}
+# How many rows that could not be evaluated are told in lines of text; `to_dict` and the page tell all.
+_MOST_LINES = 20
+
+
+@dataclass(frozen=True)
+class ScoredAnswer:
+    """A question with the model's answer and its scores.
+
+    Attributes:
+        question (`Question`): The question.
+        answer (`str`): The model's answer.
+        cut_off (`bool`): Whether the answer was as long as it may be, and not ended by the model.
+        scores (`dict[str, float]`): The scores by name, from 0 to 1; which, the question's kind says.
+    """
+
+    question: Question
+    answer: str
+    cut_off: bool
+    scores: dict[str, float] = field(init=False)
+
+    def __post_init__(self):
+        scores = score(self.question.expected, self.answer, self.question.kind)
+        object.__setattr__(self, "scores", scores)  # the way to compute a field of a frozen dataclass
+
+    @property
+    def is_right(self) -> bool:
+        """Whether a closed question has the right answer, an open one exactly the expected words."""
+        return self.scores["accuracy" if self.question.kind == CLOSED else "exact_match"] == 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values, for JSON."""
+        return {
+            "row": self.question.row,
+            "id": self.question.id,
+            "question": self.question.text,
+            "pictures": [picture_name(picture) for picture in self.question.pictures],
+            "expected": self.question.expected,
+            "answer": self.answer,
+            "kind": self.question.kind,
+            "cut_off": self.cut_off,
+            "scores": {name: round(value, 4) for name, value in self.scores.items()},
+        }
+
+
+@dataclass
+class EvaluationReport:
+    """What [`evaluate`] returns.
+
+    Attributes:
+        checkpoint (`str`): The name of what was evaluated.
+        dataset (`str`): The name of the questions.
+        answers (`list[ScoredAnswer]`): Every question with its answer, in the order of the rows.
+        unusable (`list[Unusable]`): Rows that could not be evaluated, with the reason; in no metric.
+        num_rows (`int`): How many rows were read.
+        settings (`dict`): What else decides the answers: `max_new_tokens`, `batch_size`, `dtype`, `device`.
+        seconds (`float`): How long the answers took.
+        metrics (`dict[str, Metric]`): The metrics by name; those of a kind of question that is not there are left out.
+    """
+
+    checkpoint: str
+    dataset: str
+    answers: list[ScoredAnswer]
+    unusable: list[Unusable]
+    num_rows: int
+    settings: dict[str, Any]
+    seconds: float
+    metrics: dict[str, Metric] = field(init=False)
+
+    def __post_init__(self):
+        self.metrics = mean_scores([(answer.question.kind, answer.scores) for answer in self.answers])
+
+    @property
+    def wrong(self) -> list[ScoredAnswer]:
+        """The answers that are not right, in the order of the rows."""
+        return [answer for answer in self.answers if not answer.is_right]
+
+    @property
+    def num_cut_off(self) -> int:
+        """How many answers were cut off; above a few, `max_new_tokens` is too small or the model does not end."""
+        return sum(answer.cut_off for answer in self.answers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as plain values, for JSON."""
+        return {
+            "checkpoint": self.checkpoint,
+            "dataset": self.dataset,
+            "metrics": {name: _rounded(dataclasses.asdict(metric)) for name, metric in self.metrics.items()},
+            "num_rows": self.num_rows,
+            "num_questions": len(self.answers),
+            "num_cut_off": self.num_cut_off,
+            "settings": self.settings,
+            "seconds": round(self.seconds, 2),
+            "unusable": [dataclasses.asdict(row) for row in self.unusable],
+            "rows": [answer.to_dict() for answer in self.answers],
+        }
+
+    def for_card(self) -> list[dict[str, Any]]:
+        """Returns the metrics for a model card: `dataset`, `metric` (a title) and `value`; also `low`, `high`, `n`."""
+        return [
+            {"dataset": self.dataset, "metric": TITLES[name], **_rounded(_numbers(metric))}
+            for name, metric in self.metrics.items()
+            if not name.startswith("published")
+        ]
+
+    def lines(self) -> list[str]:
+        """Returns the metrics as lines of text, and what else a reader has to know."""
+        width = max(len(title) for title in TITLES.values())
+        lines = [
+            f"{TITLES[name]:{width}}  {100 * metric.value:5.1f} %  ({100 * metric.low:.1f} to {100 * metric.high:.1f}; "
+            f"{metric.n} {metric.kind})"
+            for name, metric in self.metrics.items()
+        ]
+        if self.num_cut_off:
+            limit = self.settings["max_new_tokens"]
+            lines.append(f"{self.num_cut_off} of {len(self.answers)} answers were cut off after {limit} tokens.")
+        if self.unusable:
+            lines.append(
+                f"{len({fault.row for fault in self.unusable})} of {self.num_rows} rows could not be evaluated:"
+            )
+            lines += [f"  row {fault.row} {fault.reason}." for fault in self.unusable[:_MOST_LINES]]
+            if len(self.unusable) > _MOST_LINES:
+                lines.append(f"  and {len(self.unusable) - _MOST_LINES} more.")
+        return lines
+
+    def save_html(self, path: str | os.PathLike, limit: int = 500) -> Path:
+        """Writes the metrics and the wrong answers with their pictures as a page: one file that needs no other.
+
+        Args:
+            path (`str` or `os.PathLike`): The file.
+            limit (`int`, *optional*, defaults to 500): How many wrong answers are shown at most.
+        """
+        from .page import render_page
+
+        path = Path(path)
+        # Unpaired surrogates, which JSON can hold, have no place in UTF-8.
+        path.write_text(render_page(self, limit), encoding="utf-8", errors="replace")
+        return path
+
+
+def picture_name(picture: Any) -> str:
+    """What a picture of a question is called: its path, or the name that it brings, if any."""
+    if isinstance(picture, dict):
+        return picture.get("path") or "picture"
+    return str(picture) if isinstance(picture, str | os.PathLike) else getattr(picture, "filename", "") or "picture"
+
+
+def _numbers(metric: Metric) -> dict[str, Any]:
+    return {"value": metric.value, "low": metric.low, "high": metric.high, "n": metric.n}
+
+
+def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in values.items()}
+
+
+__all__ = ["TITLES", "EvaluationReport", "ScoredAnswer", "picture_name"]
