@@ -164,8 +164,9 @@ def wilson(values: Sequence[float]) -> tuple[float, float]:
     n, p = len(values), statistics.fmean(values)
     z = statistics.NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
     center, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    # The ends are exact where all values are the same; rounding must not put them outside.
-    return max(0.0, (center - half) / (1 + z**2 / n)), min(1.0, (center + half) / (1 + z**2 / n))
+    low, high = ((center + side * half) / (1 + z**2 / n) for side in (-1, 1))
+    # Where all values are the same, one end is p; rounding must not put it on the other side.
+    return max(0.0, min(low, p)), min(1.0, max(high, p))
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
