@@ -54,7 +54,7 @@ img { display: block; margin-bottom: .3rem; max-width: {{ side }}px; }
 <h1>{{ report.checkpoint }} on {{ report.dataset }}</h1>
 <p>{{ report.answers | length }} questions of {{ report.num_rows }} rows in {{ "%.0f" | format(report.seconds) }} s;
 {% for name, value in report.settings.items() %}{{ name }} {{ value }}{{ ", " if not loop.last else "." }}{% endfor %}
-{% if report.num_cut_off %}{{ report.num_cut_off }} answers were cut off.{% endif %}</p>
+{% if report.num_cut_off %} Answers cut off: {{ report.num_cut_off }}.{% endif %}</p>
 <table>
 <thead><tr><th>Metric</th><th>Questions</th><th class="number">Value</th><th class="number">95 % interval</th>
 <th>Interval by</th></tr></thead>
