@@ -1,0 +1,26 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""griffe's extension: what the reference needs to know of the package that its sources alone do not tell."""
+
+import griffe
+
+
+class Moellava(griffe.Extension):
+    """Makes the names that `moellava` imports when they are asked for known as its members."""
+
+    def on_package(self, *, pkg, **kwargs):
+        homes = pkg["_HOMES"].value
+        for name, home in zip(homes.keys, homes.values, strict=True):
+            name, home = str(name).strip("'\""), str(home).strip("'\"")
+            pkg.set_member(name, griffe.Alias(name, f"{pkg.path}.{home}.{name}"))
