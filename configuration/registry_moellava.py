@@ -154,6 +154,13 @@ class Registry:
     def register(self, name: str, *, exist_ok: bool = False) -> Callable[[type], type]:
         """Returns the class decorator that enters a class under `name`.
 
+        Args:
+            name (`str`): The name, of lower-case letters, digits and underscores.
+            exist_ok (`bool`, *optional*, defaults to `False`): Whether a class of that name is replaced.
+
+        Returns:
+            `Callable[[type], type]`: The decorator, which returns the class as it is.
+
         Raises:
             TypeError: What is decorated is no class that can be the part.
             ValueError: The name has other characters than `a-z`, `0-9` and `_`, or is taken and `exist_ok` is false

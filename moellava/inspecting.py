@@ -186,7 +186,9 @@ class CheckpointSummary:
 
     Attributes:
         checkpoint (`str`): The folder or Hub id.
-        encoder (`EncoderFacts`), projector (`ProjectorFacts`), language_model (`LanguageModelFacts`): The parts.
+        encoder (`EncoderFacts`): The vision encoder.
+        projector (`ProjectorFacts`): The projector.
+        language_model (`LanguageModelFacts`): The language model.
         sparse (`SparseFacts`, *optional*): The experts; `None` for a dense model.
         tokens_per_image (`int`): How many tokens one picture becomes in the language model.
         image_size (`int`, *optional*): The side in pixels of the pictures that the tower gets.
