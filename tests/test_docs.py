@@ -61,7 +61,7 @@ from moellava.upcycling import _CHANGEABLE
 
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+DOCUMENTS = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))]
 OTHERS = ["CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
 # The blocks of docs/extending.md make files and run processes: tests/test_extending.py runs them.
 RUN_HERE = [name for name in DOCUMENTS if name != "docs/extending.md"]
