@@ -41,7 +41,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup chromium demo screenshot test test-matrix test-versions bench lint style clean
+.PHONY: help setup chromium demo screenshot test test-matrix test-versions bench docs lint style clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-22s%s\n", $$1, $$2}'
@@ -97,6 +97,10 @@ $(OLD)/.done: $(STAMP)
 
 bench: $(STAMP) ## time and memory against transformers' LLaVA and against floors (build/bench), a quarter of an hour
 	@$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
+
+docs: $(STAMP) ## the documentation's site, with the reference from the docstrings (build/site)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "build/site/index.html; with the search: $(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site"
 
 lint: $(STAMP) ## ruff, and transformers-mlinter on the files that travel
 	@$(BIN)/ruff check .

@@ -82,6 +82,7 @@ NOT_RUN = {
         "a shell's redirections; tests/cli/test_cli_chat.py pipes the same"
     ),
     ("docs/command-line.md", "moellava --install-completion"): "changes the shell's start-up files",
+    ("docs/guides/serve.md", "uvicorn server:app --host 127.0.0.1 --port 8000"): "serves until it is interrupted",
     (
         "docs/older-checkpoints.md",
         'hf download JsST/Med-MoE --include "stage3/llavaphi-2.7b-medmoe/*" --local-dir med-moe',
