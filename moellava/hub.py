@@ -25,6 +25,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, save_torch_state_dict
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
+from safetensors import SafetensorError
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .configuration.hub_moellava import commit_checkpoint
@@ -133,8 +134,9 @@ def push(
     if left_out:
         logger.info("Not sent, since the checkpoint does not need it: %s", ", ".join(left_out))
     with tempfile.TemporaryDirectory() as staging, _told_in_a_sentence(repo_id):
-        files = _staged(source, files, Path(staging), max_shard_size)
-        # THE CARD: hub_cards.write_card, once it is there, completes Path(staging) / README.md here.
+        _stage(source, files, Path(staging), max_shard_size)
+        # THE CARD: hub_cards.write_card(staging, repo_id=repo_id) completes the README.md here, once it is there.
+        files = sorted(path.relative_to(staging).as_posix() for path in Path(staging).rglob("*") if path.is_file())
         hub = HfApi(token=token)
         repository = hub.create_repo(repo_id, private=private, exist_ok=True)
         if private is not None and bool(hub.model_info(repository.repo_id).private) != private:
@@ -233,7 +235,10 @@ def _pictures_in_card(folder: Path) -> set[str]:
     card = folder / _CARD_NAME
     if not card.is_file():
         return set()
-    shown = {markdown or html for markdown, html in _PICTURE_IN_CARD.findall(card.read_text(encoding="utf-8"))}
+    shown = {
+        markdown or html
+        for markdown, html in _PICTURE_IN_CARD.findall(card.read_text(encoding="utf-8", errors="replace"))
+    }
     paths = {os.path.normpath(name) for name in shown if not os.path.isabs(name)}
     return {Path(path).as_posix() for path in paths if not path.startswith("..") and (folder / path).is_file()}
 
@@ -250,17 +255,21 @@ def _left_out(folder: Path, files: list[str]) -> list[str]:
     return sorted(left_out)
 
 
-def _staged(source: Source, files: list[str], staging: Path, max_shard_size: int | str | None) -> list[str]:
-    """Links the files into a folder, and writes the weights there where they have to be sharded; returns the names."""
+def _stage(source: Source, files: list[str], staging: Path, max_shard_size: int | str | None) -> None:
+    """Links the files into a folder, where the weights are written anew if they have to be sharded."""
     linked = set(files)
     if max_shard_size is not None:
         linked -= _weight_names(source)
-        save_torch_state_dict(source.tensors(), staging, max_shard_size=max_shard_size, metadata={"format": "pt"})
-    weights = {path.name for path in staging.iterdir()}
+        try:
+            save_torch_state_dict(source.tensors(), staging, max_shard_size=max_shard_size, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(
+                f"The shards of {source} could not be written to {staging} ({error}). Free space there, or set TMPDIR "
+                "to a folder on a larger disk. Nothing was sent."
+            ) from error
     for name in linked:
         (staging / name).parent.mkdir(parents=True, exist_ok=True)
         (staging / name).symlink_to(Path(source.name, name).resolve())
-    return sorted(linked | weights)
 
 
 @contextmanager

@@ -16,6 +16,7 @@
 Nothing here decides what a part is; it finds files, opens them, and says clearly what is wrong with them.
 """
 
+import errno
 import os
 import pickle
 import re
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from transformers import AutoImageProcessor
 from transformers.utils import cached_file
@@ -35,6 +37,8 @@ from .json_files import read_json_object
 CONFIG_NAME = "config.json"
 OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
 _WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
+# What a full disk, quota or limit on a file's size is told by.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What torch.load's parsers raise on files that are cut off or no weight files at all.
 _DAMAGE = (
     ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError, struct.error
@@ -68,12 +72,21 @@ class Source:
         """Returns the local path of a file, downloaded where needed, or `None` when the source has no such file.
 
         Raises:
-            OSError: The repository does not exist, cannot be reached, or may not be read.
+            OSError: The repository does not exist, cannot be reached, or may not be read; or the disk is full.
         """
         if self.is_local:
             path = Path(self.name) / filename
             return path if path.is_file() else None
-        found = cached_file(self.name, filename, _raise_exceptions_for_missing_entries=False, **self.hub_options)
+        try:
+            found = cached_file(self.name, filename, _raise_exceptions_for_missing_entries=False, **self.hub_options)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            cache = self.hub_options.get("cache_dir") or constants.HF_HUB_CACHE
+            raise OSError(
+                f"{filename} of {self.name} cannot be stored in {cache} ({error.strerror}). Free space there, or set "
+                "HF_HOME or cache_dir to a folder on another disk. The files that are there already stay."
+            ) from error
         return None if found is None else Path(found)
 
     def read_json(self, filename: str) -> dict[str, Any] | None:

@@ -92,7 +92,7 @@ class Fault:
     """What happens to the next `times` requests whose line, such as `"POST /api/repos/create"`, matches `pattern`.
 
     `status` is the answer instead of the right one. 0 drops the connection before anything is done, -1 after it, in
-    place of the answer, and -2 leaves the client waiting.
+    place of the answer, -2 leaves the client waiting, and -3 drops the connection in the middle of the answer.
     """
 
     pattern: str
@@ -118,6 +118,7 @@ class HubServer(http.server.ThreadingHTTPServer):
         self.parts: dict[str, dict[int, bytes]] = {}
         self.faults: list[Fault] = []
         self.requests: list[str] = []
+        self.ranges: list[tuple[str, str]] = []  # the address and the range of every request for a part of a file
         self.lock = threading.Lock()
 
     @property
@@ -164,7 +165,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.requests.append(line)
             fault = self._next_fault(line)
-        self.silent = fault == -1
+        self.fault = fault
         if fault == -2:
             self.rfile.read(1)  # until the client is gone
         if fault in (0, -2):
@@ -194,7 +195,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         self.connection.close()
 
     def _answer(self, status: int, body: bytes = b"", **headers: str):
-        if self.silent:
+        if self.fault == -1:
             return self._drop()
         self.send_response(status)
         for name, value in headers.items():
@@ -202,7 +203,11 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body if self.fault != -3 else body[: len(body) // 2])
+        if self.fault == -3:
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
 
     def _json(self, content: object, status: int = 200, **headers: str):
         self._answer(status, json.dumps(content).encode(), Content_Type="application/json", **headers)
@@ -403,6 +408,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted is None:
             return self._answer(200, content, Accept_Ranges="bytes", **headers)
+        self.server.ranges.append((self.path, wanted[0]))
         first, last = int(wanted[1]), int(wanted[2] or len(content) - 1)
         headers["Content_Range"] = f"bytes {first}-{min(last, len(content) - 1)}/{len(content)}"
         return self._answer(206, content[first : last + 1], **headers)

@@ -72,6 +72,11 @@ NOT_RUN = {
     ("README.md", "make demo"): "both set up an environment of several GB; .ci/run runs make test",
     ("README.md", "pip install ."): "changes the environment that the tests run in",
     ("README.md", 'model.push_to_hub("me/my-model")'): "needs the Hub",
+    ("docs/hub.md", 'model.push_to_hub("me/my-model", private=True)'): "needs the Hub",
+    ("docs/hub.md", "moellava push my-model me/my-model --private"): "needs the Hub",
+    ("docs/hub.md", "from moellava import push"): "needs the Hub",
+    ("docs/hub.md", "from transformers import AutoModelForImageTextToText, AutoProcessor"): "needs the Hub",
+    ("docs/hub.md", "from moellava import load_pretrained_model"): "needs the Hub",
     ("docs/older-checkpoints.md", "# MoE-LLaVA and Med-MoE, dense and sparse; LLaVA-1.5 in its original form"): (
         "needs the Hub"
     ),

@@ -23,7 +23,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from hub_server import OWNER_TOKEN, READER_TOKEN, HubServer
+from hub_server import OWNER_TOKEN, READER_TOKEN, Fault, HubServer
 from parts import picture, run_python
 
 from moellava import load_pretrained_model, push
@@ -81,7 +81,7 @@ def weights(server: HubServer, name: str, revision: str = "main") -> set[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 PUSHES = """
-import dataclasses, json, os, signal, time, urllib.request
+import dataclasses, json, os, resource, signal, time, urllib.request
 from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.utils import logging as hub_logging
@@ -127,6 +127,10 @@ attempt("private where it is public", "me/model", private=True)
 attempt("without a token", "me/private", token=False)
 attempt("another's token", "me/model", token={reader!r}, revision="for/sharded")
 attempt("no id", "me/no/id")
+unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, unlimited[1]))
+attempt("no room", "me/model", max_shard_size="200KB")
+resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
 hub = HfApi()
 for number, fault in enumerate({faults!r}):
@@ -176,6 +180,7 @@ FAULTS = [
     (r"POST .*/commit/", 500, "OSError", "or holds the whole commit where only the answer to it was lost. Push again"),
     (r"POST .*/commit/", 0, "ConnectionError", "(the connection to the Hub failed: "),
     (r"PUT /large/.*/3$", 403, "PermissionError", "the Hub answered 403"),
+    (r"PUT /large/.*/9$", 400, "OSError", "the Hub answered 400"),
     (r"GET /api/models/me/private$", 404, "OSError", "Check the names of the repository and of the revision."),
 ]
 
@@ -380,7 +385,7 @@ first = model.push_to_hub(
 )
 again = model.push_to_hub("me/own", token={owner!r})
 model.processor.push_to_hub("me/own", token={owner!r})
-model.processor.push_to_hub("me/processor", token={owner!r})
+model.processor.push_to_hub("me/processor", token={owner!r}, private=True)
 model.save_pretrained(
     {home!r} + "/saved", push_to_hub=True, repo_id="me/own", token={owner!r}, max_shard_size="200KB", revision="sharded"
 )
@@ -484,6 +489,10 @@ print(json.dumps(result))
 """
 
 
+def a_shard(server):
+    return server.files("me/model", "for/sharded")["model-00003-of-00007.safetensors"]
+
+
 @pytest.fixture(scope="module")
 def loaded(server, pushed, model_pushed, checkpoint, tmp_path_factory):
     """What a process that has only transformers gets from a Hub that it has never seen, and the next one offline."""
@@ -492,6 +501,7 @@ def loaded(server, pushed, model_pushed, checkpoint, tmp_path_factory):
     names = {"checkpoint": str(checkpoint), "first": pushed["first"]["commit"], "picture": str(home / "picture.png")}
     names |= {"reader": READER_TOKEN, "owner": OWNER_TOKEN}
     environment = server.environment(home, token=None)
+    server.faults.append(Fault(f"GET /large/{a_shard(server).sha256}", -3))
     online = last_line(run_python(LOAD.format(online=True, **names), env=environment))
     seen = len(server.requests)
     environment |= {"HF_HUB_OFFLINE": "1"}
@@ -517,10 +527,21 @@ def test_loading_offline_from_a_warm_cache(loaded):
     assert offline == {name: online[name] for name in ("whole", "branch", "commit", "pipeline", "own")}
 
 
-def test_a_full_disk_leaves_a_cache_that_can_be_used(loaded):
+def test_a_full_disk_leaves_a_cache_that_can_be_used(loaded, pushed):
     online, _ = loaded
-    assert online["full"]["os_error"]
+    assert online["full"]["os_error"] and "File too large" in online["full"]["text"]
     assert online["whole"] == online["local"]
+    assert pushed["no room"]["error"] == "OSError"
+    assert pushed["no room"]["text"].startswith("The shards of ")
+    assert (
+        "Free space there, or set TMPDIR to a folder on a larger disk. Nothing was sent." in pushed["no room"]["text"]
+    )
+
+
+def test_a_download_that_breaks_off_is_taken_up_again(loaded, server):
+    online, _ = loaded
+    assert server.requests.count(f"GET /large/{a_shard(server).sha256}") >= 2
+    assert online["branch"] == online["local"]
 
 
 def test_a_model_loaded_from_the_hub_can_be_pushed_without_the_package(loaded, server):
@@ -531,7 +552,7 @@ def test_a_model_loaded_from_the_hub_can_be_pushed_without_the_package(loaded, s
 
 
 OURS = """
-import json
+import json, resource
 from PIL import Image
 from moellava import inspect_checkpoint, load_pretrained_model
 
@@ -545,17 +566,25 @@ def answer(name, **options):
     return model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, -4:].tolist()
 
 
+# The disk takes no file of more than 600 kB, and then it does again.
+unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, unlimited[1]))
+try:
+    answer("me/private", token={reader!r})
+except OSError as error:
+    result["full"] = str(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 result["private"] = answer("me/private", token={reader!r})
 result["sharded"] = answer("me/model", revision="for/sharded")
 result["own"] = answer("me/own", revision="sharded", token={reader!r}, trust_remote_code=True)
 result["cached"] = answer("me/private", local_files_only=True)
 summary = inspect_checkpoint("me/model", revision="for/sharded")
 result["inspected"] = [summary.parameters.total, summary.bytes.disk]
-for step, options in {{
-    "no token": ["me/private-too", {{}}], "wrong revision": ["me/model", {{"revision": "missing"}}],
-}}.items():
+for step, name, options in (
+    ("no token", "me/processor", {{}}), ("wrong revision", "me/model", {{"revision": "missing"}}),
+):
     try:
-        load_pretrained_model(options[0], device="cpu", **options[1])
+        load_pretrained_model(name, device="cpu", **options)
     except OSError as error:
         result[step] = str(error)
 print(json.dumps(result))
@@ -569,9 +598,12 @@ def test_load_pretrained_model_by_id(server, loaded, checkpoint, tmp_path):
     online, _ = loaded
     assert result["private"] == result["sharded"] == result["cached"] == online["local"]
     assert result["own"] == online["own"]
+    assert any(path.startswith("/me/model/resolve/for") for path, _ in server.ranges)  # headers, not whole files
     total, size = result["inspected"]
     assert total > 100_000
     assert size == sum(
         len(blob.content) for name, blob in server.files("me/model", "for/sharded").items() if blob.is_large
     )
-    assert "me/private-too" in result["no token"] and "missing" in result["wrong revision"]
+    assert "me/processor" in result["no token"] and "missing" in result["wrong revision"]
+    assert result["full"].startswith("model.safetensors of me/private cannot be stored in ")
+    assert "(File too large). Free space there, or set HF_HOME or cache_dir to a folder" in result["full"]
