@@ -598,7 +598,7 @@ def test_load_pretrained_model_by_id(server, loaded, checkpoint, tmp_path):
     online, _ = loaded
     assert result["private"] == result["sharded"] == result["cached"] == online["local"]
     assert result["own"] == online["own"]
-    assert any(path.startswith("/me/model/resolve/for") for path, _ in server.ranges)  # headers, not whole files
+    assert server.ranges  # headers are fetched, not whole files
     total, size = result["inspected"]
     assert total > 100_000
     assert size == sum(
