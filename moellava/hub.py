@@ -23,12 +23,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, save_torch_state_dict
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .configuration.hub_moellava import commit_checkpoint
+from .hub_cards import write_card
+from .hub_cards.writing import is_ours, read_card, save_card
 from .inspecting import inspect_checkpoint
 from .sources import CONFIG_NAME, Source
 
@@ -92,6 +94,9 @@ def push(
     r"""
     Pushes a saved checkpoint to the Hub: model, processor, code and card in one commit.
 
+    The card is the folder's `README.md`, completed as `write_card` does it, where you wrote it; else the one that
+    somebody wrote in the repository; else a new one. In the folder nothing is changed.
+
     What is wrong with the checkpoint is found before anything is sent. The commit comes last, after the large files
     have been uploaded: until then the repository is what it was. (A repository or a branch that is made for the push
     is there before, and stays.)
@@ -135,7 +140,7 @@ def push(
         logger.info("Not sent, since the checkpoint does not need it: %s", ", ".join(left_out))
     with tempfile.TemporaryDirectory() as staging, _told_in_a_sentence(repo_id):
         _stage(source, files, Path(staging), max_shard_size)
-        # THE CARD: hub_cards.write_card(staging, repo_id=repo_id) completes the README.md here, once it is there.
+        card = write_card(staging, repo_id=repo_id)
         files = sorted(path.relative_to(staging).as_posix() for path in Path(staging).rglob("*") if path.is_file())
         hub = HfApi(token=token)
         repository = hub.create_repo(repo_id, private=private, exist_ok=True)
@@ -145,6 +150,7 @@ def push(
                 "be had of a new repository. Nothing was sent. Change it in the repository's settings, or leave "
                 "private out."
             )
+        _keep_card_of_others(card, hub, repository.repo_id, revision)
         sent = commit_checkpoint(
             staging,
             files,
@@ -270,6 +276,19 @@ def _stage(source: Source, files: list[str], staging: Path, max_shard_size: int 
     for name in linked:
         (staging / name).parent.mkdir(parents=True, exist_ok=True)
         (staging / name).symlink_to(Path(source.name, name).resolve())
+
+
+def _keep_card_of_others(card: Path, hub: HfApi, repo_id: str, revision: str | None) -> None:
+    """Takes the repository's card where somebody has written that one, and nobody the one to be pushed."""
+    if not is_ours(read_card(card)):
+        return
+    try:
+        held = Path(hub.hf_hub_download(repo_id, _CARD_NAME, revision=revision))
+    except (EntryNotFoundError, RevisionNotFoundError):
+        return
+    if not is_ours(read_card(held)):
+        save_card(card, read_card(held))
+        write_card(card.parent, repo_id=repo_id)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from moellava.configuration.checkpoint_moellava import is_weight_file
 
 
 STRAY = ("notes.txt", "train.py", "optimizer.pt", ".gitignore", "pictures/other.png")
+CARD_ON_THE_HUB = "---\nlicense: mit\n---\n# Written on the Hub\n"
 CARD = """---
 license: mit
 ---
@@ -127,12 +128,19 @@ attempt("private where it is public", "me/model", private=True)
 attempt("without a token", "me/private", token=False)
 attempt("another's token", "me/model", token={reader!r}, revision="for/sharded")
 attempt("no id", "me/no/id")
+
+own_card = (FOLDER / "README.md").read_text()
+(FOLDER / "README.md").unlink()
+attempt("new card", "me/cards")
+hub = HfApi()
+hub.upload_file(path_or_fileobj={card!r}.encode(), path_in_repo="README.md", repo_id="me/cards")
+attempt("card of the Hub", "me/cards")
+(FOLDER / "README.md").write_text(own_card)
 unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, unlimited[1]))
 attempt("no room", "me/model", max_shard_size="200KB")
 resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
-hub = HfApi()
 for number, fault in enumerate({faults!r}):
     new_weights(number)
     head = hub.model_info("me/private").sha
@@ -190,7 +198,7 @@ def pushed(server, checkpoint, tmp_path_factory):
     home = tmp_path_factory.mktemp("pusher")
     folder = Path(shutil.copytree(checkpoint, home / "checkpoint"))
     faults = [{"pattern": pattern, "status": status} for pattern, status, *_ in FAULTS]
-    code = PUSHES.format(folder=str(folder), reader=READER_TOKEN, faults=faults)
+    code = PUSHES.format(folder=str(folder), reader=READER_TOKEN, card=CARD_ON_THE_HUB, faults=faults)
     return last_line(run_python(code, block_moellava=False, env=server.environment(home)))
 
 
@@ -205,8 +213,21 @@ def test_a_push_is_one_commit_of_the_checkpoint_and_of_nothing_else(pushed, serv
     assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= set(commit.files)
     assert {"README.md", "pictures/shown.png", "pictures/too.png", "moellava_entry.py"} <= set(commit.files)
     assert set(first["left_out"]) == {*STRAY, "runs/"}
-    for name in first["files"]:
+    for name in set(first["files"]) - {"README.md"}:
         assert commit.files[name].content == (checkpoint / name).read_bytes(), name
+
+
+def test_the_card_that_somebody_wrote_is_pushed_completed(pushed, server, checkpoint):
+    pushed_card = server.files("me/model", pushed["first"]["commit"])["README.md"].content.decode()
+    metadata, _, body = pushed_card.removeprefix("---\n").partition("---\n")
+    assert body == CARD.removeprefix("---\n").partition("---\n")[2]
+    assert "license: mit\n" in metadata and "library_name: transformers\n" in metadata
+    assert (checkpoint / "README.md").read_text() == CARD
+
+    new = server.files("me/cards", pushed["new card"]["commit"])["README.md"].content.decode()
+    assert 'from_pretrained("me/cards"' in new and "Written on the Hub" not in new
+    kept = server.files("me/cards", pushed["card of the Hub"]["commit"])["README.md"].content.decode()
+    assert kept.endswith("---\n# Written on the Hub\n") and "library_name: transformers" in kept
 
 
 def test_an_identical_push_says_so_and_commits_nothing(pushed, server):
