@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, save_torch_state_dict
+from huggingface_hub import HfApi, ModelCard, save_torch_state_dict
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
@@ -30,7 +30,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from .configuration.hub_moellava import commit_checkpoint
 from .hub_cards import write_card
-from .hub_cards.writing import is_ours, read_card, save_card
+from .hub_cards.cards import is_ours
+from .hub_cards.writing import complete_card, read_card, save_card
 from .inspecting import inspect_checkpoint
 from .sources import CONFIG_NAME, Source
 
@@ -287,8 +288,7 @@ def _keep_card_of_others(card: Path, hub: HfApi, repo_id: str, revision: str | N
     except (EntryNotFoundError, RevisionNotFoundError):
         return
     if not is_ours(read_card(held)):
-        save_card(card, read_card(held))
-        write_card(card.parent, repo_id=repo_id)
+        save_card(card, complete_card(read_card(held), ModelCard(read_card(card))))
 
 
 @contextmanager

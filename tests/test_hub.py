@@ -87,6 +87,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.utils import logging as hub_logging
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+from moellava.cli import app
 from moellava.hub import push
 
 FOLDER = Path({folder!r})
@@ -128,6 +130,10 @@ attempt("private where it is public", "me/model", private=True)
 attempt("without a token", "me/private", token=False)
 attempt("another's token", "me/model", token={reader!r}, revision="for/sharded")
 attempt("no id", "me/no/id")
+
+for step, options in (("command", []), ("command without leave", ["--token", {reader!r}])):
+    ran = CliRunner().invoke(app, ["push", str(FOLDER), "me/command", "--private", "--json", *options])
+    results[step] = {{"code": ran.exit_code, "out": ran.stdout, "said": ran.stderr}}
 
 own_card = (FOLDER / "README.md").read_text()
 (FOLDER / "README.md").unlink()
@@ -228,6 +234,15 @@ def test_the_card_that_somebody_wrote_is_pushed_completed(pushed, server, checkp
     assert 'from_pretrained("me/cards"' in new and "Written on the Hub" not in new
     kept = server.files("me/cards", pushed["card of the Hub"]["commit"])["README.md"].content.decode()
     assert kept.endswith("---\n# Written on the Hub\n") and "library_name: transformers" in kept
+
+
+def test_the_command(pushed, server):
+    command, refused = pushed["command"], pushed["command without leave"]
+    assert command["code"] == 0, command["said"]
+    report = json.loads(command["out"])
+    assert report["changed"] and report["commit"] == server.repositories["me/command"].refs["main"]
+    assert server.repositories["me/command"].private
+    assert refused["code"] == 1 and "Error: The push to me/command broke off (the Hub answered 403: " in refused["said"]
 
 
 def test_an_identical_push_says_so_and_commits_nothing(pushed, server):
