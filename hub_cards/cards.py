@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
+from transformers.utils.quantization_config import QuantizationMethod
 
 from ..origins import UPCYCLED
 from ..sources import Source
@@ -138,6 +139,12 @@ def _eval_result(entry: dict[str, Any]) -> EvalResult:
     )
 
 
+def is_tag_of_facts(tag: str) -> bool:
+    """Whether a tag tells what a model is, so that it goes when the model is another."""
+    methods = {str(method.value) for method in QuantizationMethod}
+    return tag in {"moe", "medical", *methods} or re.fullmatch(r"\d+-bit", tag) is not None
+
+
 def _metadata(facts: CardFacts, results: list[EvalResult]) -> ModelCardData:
     summary = facts.summary
     tags = ["moellava", "vision-language", "custom_code"]
@@ -209,4 +216,4 @@ def size(number: int) -> str:
     return f"{number / 2**10:.1f} KiB"
 
 
-__all__ = ["MARKER", "is_ours", "render_card"]
+__all__ = ["MARKER", "is_ours", "is_tag_of_facts", "render_card"]

@@ -27,7 +27,7 @@ from huggingface_hub import ModelCard, ModelCardData, constants
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import yaml_dump
 
-from .cards import is_ours, render_card
+from .cards import is_ours, is_tag_of_facts, render_card
 
 
 # What transformers writes where a repository has no card, for `ModelCard.from_template`.
@@ -91,9 +91,13 @@ def complete_card(earlier: str | None, card: ModelCard) -> str:
     Raises:
         ValueError: The metadata of the user's own is no block of YAML that lines can be added to.
     """
-    if earlier is None or _is_nobodys(earlier):
-        return str(card)
-    return _with_missing_keys(earlier, card.data)
+    if earlier is not None and not _is_nobodys(earlier):
+        return _with_missing_keys(earlier, card.data)
+    if earlier is not None:
+        # What `push_to_hub(tags=...)` has put there, now or at an earlier push.
+        given = [tag for tag in ModelCard(earlier).data.tags or () if not is_tag_of_facts(tag)]
+        card.data.tags = list(dict.fromkeys([*card.data.tags, *given]))
+    return str(card)
 
 
 def read_card(path: Path) -> str | None:

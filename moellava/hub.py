@@ -280,15 +280,14 @@ def _stage(source: Source, files: list[str], staging: Path, max_shard_size: int 
 
 
 def _keep_card_of_others(card: Path, hub: HfApi, repo_id: str, revision: str | None) -> None:
-    """Takes the repository's card where somebody has written that one, and nobody the one to be pushed."""
+    """Completes the repository's card where somebody has written that one, and nobody the one to be pushed."""
     if not is_ours(read_card(card)):
         return
     try:
         held = Path(hub.hf_hub_download(repo_id, _CARD_NAME, revision=revision))
     except (EntryNotFoundError, RevisionNotFoundError):
         return
-    if not is_ours(read_card(held)):
-        save_card(card, complete_card(read_card(held), ModelCard(read_card(card))))
+    save_card(card, complete_card(read_card(held), ModelCard(read_card(card))))
 
 
 @contextmanager

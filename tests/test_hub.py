@@ -138,6 +138,7 @@ for step, options in (("command", []), ("command without leave", ["--token", {re
 own_card = (FOLDER / "README.md").read_text()
 (FOLDER / "README.md").unlink()
 attempt("new card", "me/cards")
+attempt("new card again", "me/cards")
 hub = HfApi()
 hub.upload_file(path_or_fileobj={card!r}.encode(), path_in_repo="README.md", repo_id="me/cards")
 attempt("card of the Hub", "me/cards")
@@ -246,7 +247,7 @@ def test_the_command(pushed, server):
 
 
 def test_an_identical_push_says_so_and_commits_nothing(pushed, server):
-    for step, earlier in (("again", "first"), ("sharded again", "sharded"), ("private again", "private")):
+    for step, earlier in (("again", "first"), ("sharded again", "sharded"), ("new card again", "new card")):
         assert not pushed[step]["changed"] and pushed[step]["commit"] == pushed[earlier]["commit"]
     nothing = pushed["pull request of nothing"]
     assert not nothing["changed"] and nothing["pull_request"] is None
