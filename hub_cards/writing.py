@@ -95,7 +95,9 @@ def complete_card(earlier: str | None, card: ModelCard) -> str:
         return _with_missing_keys(earlier, card.data)
     if earlier is not None:
         # What `push_to_hub(tags=...)` has put there, now or at an earlier push.
-        given = [tag for tag in ModelCard(earlier).data.tags or () if not is_tag_of_facts(tag)]
+        block = REGEX_YAML_BLOCK.search(earlier)
+        tags = _own_keys(block[2]).get("tags") if block else None
+        given = [tag for tag in tags or () if not is_tag_of_facts(tag)]
         card.data.tags = list(dict.fromkeys([*card.data.tags, *given]))
     return str(card)
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard, save_torch_state_dict
+from huggingface_hub import HfApi, save_torch_state_dict
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
@@ -30,8 +30,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from .configuration.hub_moellava import commit_checkpoint
 from .hub_cards import write_card
-from .hub_cards.cards import is_ours
-from .hub_cards.writing import complete_card, read_card, save_card
+from .hub_cards.writing import read_card
 from .inspecting import inspect_checkpoint
 from .sources import CONFIG_NAME, Source
 
@@ -141,8 +140,6 @@ def push(
         logger.info("Not sent, since the checkpoint does not need it: %s", ", ".join(left_out))
     with tempfile.TemporaryDirectory() as staging, _told_in_a_sentence(repo_id):
         _stage(source, files, Path(staging), max_shard_size)
-        card = write_card(staging, repo_id=repo_id)
-        files = sorted(path.relative_to(staging).as_posix() for path in Path(staging).rglob("*") if path.is_file())
         hub = HfApi(token=token)
         repository = hub.create_repo(repo_id, private=private, exist_ok=True)
         if private is not None and bool(hub.model_info(repository.repo_id).private) != private:
@@ -151,7 +148,8 @@ def push(
                 "be had of a new repository. Nothing was sent. Change it in the repository's settings, or leave "
                 "private out."
             )
-        _keep_card_of_others(card, hub, repository.repo_id, revision)
+        write_card(staging, repo_id=repository.repo_id, on_hub=_card_on_hub(hub, repository.repo_id, revision))
+        files = sorted(path.relative_to(staging).as_posix() for path in Path(staging).rglob("*") if path.is_file())
         sent = commit_checkpoint(
             staging,
             files,
@@ -279,15 +277,11 @@ def _stage(source: Source, files: list[str], staging: Path, max_shard_size: int 
         (staging / name).symlink_to(Path(source.name, name).resolve())
 
 
-def _keep_card_of_others(card: Path, hub: HfApi, repo_id: str, revision: str | None) -> None:
-    """Completes the repository's card where somebody has written that one, and nobody the one to be pushed."""
-    if not is_ours(read_card(card)):
-        return
+def _card_on_hub(hub: HfApi, repo_id: str, revision: str | None) -> str | None:
     try:
-        held = Path(hub.hf_hub_download(repo_id, _CARD_NAME, revision=revision))
+        return read_card(Path(hub.hf_hub_download(repo_id, _CARD_NAME, revision=revision)))
     except (EntryNotFoundError, RevisionNotFoundError):
-        return
-    save_card(card, complete_card(read_card(held), ModelCard(read_card(card))))
+        return None
 
 
 @contextmanager

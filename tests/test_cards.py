@@ -401,6 +401,14 @@ def test_a_readme_on_the_hub_counts_where_the_folder_has_none_of_the_users(shelf
     assert card_of(folder).text == "# Here"
 
 
+def test_tags_that_a_push_was_given_stay_and_those_of_another_model_go(shelf, tmp_path):
+    folder = shelf.copy("dense", tmp_path / "model")
+    tags = card_of(folder).data.tags
+    ours = (folder / "README.md").read_text(encoding="utf-8")
+    write_card(folder, on_hub=ours.replace("tags:\n", "tags:\n- mine\n- moe\n- 4-bit\n- gptq\n", 1))
+    assert card_of(folder).data.tags == [*tags, "mine"]
+
+
 def test_a_card_needs_a_checkpoint(parts, tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         write_card(tmp_path / "nowhere")
