@@ -718,13 +718,15 @@ def test_a_config_survives_json_and_dictionaries(model, tmp_path):
 
 
 def test_registering_for_auto_classes_changes_nothing(model, tmp_path):
-    model.save_pretrained(tmp_path / "before")
+    # The card names the folder.
+    before, after = tmp_path / "before" / "model", tmp_path / "after" / "model"
+    model.save_pretrained(before)
     for cls in (MoellavaConfig, MoellavaModel, MoellavaForCausalLM, MoellavaProcessor):
         cls.register_for_auto_class()
         assert cls._auto_class is None
     MoellavaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-    model.save_pretrained(tmp_path / "after")
-    assert contents(tmp_path / "before") == contents(tmp_path / "after")
+    model.save_pretrained(after)
+    assert contents(before) == contents(after)
 
 
 def test_the_base_model_saves_and_loads_by_itself(model, tmp_path):

@@ -58,7 +58,7 @@ except Exception as error:
 turns = [[turn["role"], [part["type"] for part in turn["content"]]] for turn in histories[-1]]
 told = {"pieces": pieces, "second": second, "turns": turns, "refused": refused}
 print(json.dumps(told | {"is_alive": thread.is_alive(), "waited": waited}))
-app.page.close()
+app.page.close(verbose=False)
 """
 
 

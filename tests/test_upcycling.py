@@ -308,6 +308,7 @@ def test_what_comes_along(dense):
     assert not sparse.training
     assert sparse.dtype == dense.dtype
     expected = dense.config.to_dict() | {"moe_config": sparse.config.to_dict()["moe_config"]}
+    expected["parts"] = dense.config.parts | {"experts": "upcycled"}
     assert sparse.config.to_dict() == expected
 
 
