@@ -19,18 +19,18 @@ from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
+
+try:  # first, since the other imports take seconds
+    import gradio as gr
+except ImportError as error:
+    raise ImportError("The page needs gradio: pip install 'moellava[web]'.") from error
+
 from ..inspecting import inspect_checkpoint
 from ..loading import load_pretrained_model
 from .pictures import open_picture
 from .routing_view import routing_html
 from .session import ServedModel, Session, Turn
 from .style import CSS, theme
-
-
-try:
-    import gradio as gr
-except ImportError as error:
-    raise ImportError("The page needs gradio: pip install 'moellava[web]'.") from error
 
 
 _KEEP_UPLOADS_S = 24 * 3600
