@@ -280,7 +280,8 @@ def test_gradient_accumulation_is_the_large_batch(sparse, data, tmp_path):
         model = load_pretrained_model(sparse, device="cpu").model
         trainer = trainer_for(
             model, data, tmp_path, rows=rows, per_device_train_batch_size=size,
-            gradient_accumulation_steps=parts_of_batch, max_steps=1, optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0,
+            gradient_accumulation_steps=parts_of_batch, max_steps=1, optim="sgd", learning_rate=0.1,
+            lr_scheduler_type="constant", max_grad_norm=0,
             train_sampling_strategy="sequential",
         )  # fmt: skip
         trainer.train()
@@ -342,6 +343,8 @@ def test_streamed(dense, data, tmp_path):
     recipe = {"model": dense, "data": itertools.chain(rows, [{"id": "bad"}]), "output_dir": tmp_path, "stage": "align"}
     with pytest.raises(ValueError, match="'align' is streamed, so that nobody knows how long an epoch is: give max_"):
         train(recipe)
+    with pytest.raises(ValueError, match="streamed, and each of several workers would read all of it: leave data"):
+        train(recipe, max_steps=4, dataloader_num_workers=2)
     report = train(recipe, max_steps=4, per_device_train_batch_size=3, **QUIET)
     assert report.stages[0].steps == 4 and report.stages[0].data["usable"] >= 12
 

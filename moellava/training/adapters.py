@@ -21,13 +21,13 @@ from typing import Any
 from torch import nn
 
 from ..modeling.sparse_moellava import Router
+from .parts import EXPERTS
 from .recipe import LoraRecipe
 
 
 logger = logging.getLogger(__name__)
 
 _ATTENTION = re.compile(r"\.(self_attn|self_attention|attention|attn)\.")
-_EXPERTS = re.compile(r"\.(experts|meta_expert|shared_expert|shared_mlp)\.|\.mlp\.mlp\.")
 
 
 @dataclass
@@ -110,12 +110,12 @@ def targets(model: nn.Module) -> tuple[dict[str, list[str]], list[str]]:
         elif ".multi_modal_projector." in f".{name}.":
             modules["projector"].append(name)
         elif ".language_model." in f".{name}":
-            part = "attention" if _ATTENTION.search(name) else "experts" if _EXPERTS.search(name) else "mlp"
+            part = "attention" if _ATTENTION.search(name) else "experts" if EXPERTS.search(name) else "mlp"
             modules[part].append(name)
     parameters = [
         name
         for name, parameter in model.named_parameters()
-        if ".language_model." in f".{name}" and _EXPERTS.search(name) and parameter.dim() == 3
+        if ".language_model." in f".{name}" and EXPERTS.search(name) and parameter.dim() == 3
     ]
     return modules, parameters
 

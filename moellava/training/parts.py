@@ -43,7 +43,7 @@ TRAINED = {
 }
 
 # Of our sparse blocks (`mlp.mlp` is the residual MLP) and of language models that are sparse by themselves.
-_EXPERTS = re.compile(r"\.(experts|meta_expert|shared_expert|shared_mlp)\.|\.mlp\.mlp\.")
+EXPERTS = re.compile(r"\.(experts|meta_expert|shared_expert|shared_mlp)\.|\.mlp\.mlp\.")
 _ROUTER = re.compile(r"\.(gate|coefficient|router|shared_expert_gate)\.")
 
 
@@ -72,7 +72,7 @@ class PartNames:
                 return part
         if ".language_model." not in f".{name}":
             return "lm_head"
-        if _EXPERTS.search(name):
+        if EXPERTS.search(name):
             return "experts"
         return "router" if _ROUTER.search(name) else "language_model"
 
@@ -122,4 +122,4 @@ def trained_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
     return {part: count for part, count in counts.items() if count["parameters"]}
 
 
-__all__ = ["PARTS", "TRAINED", "PartNames", "by_part", "set_trained", "trained_parameters"]
+__all__ = ["EXPERTS", "PARTS", "TRAINED", "PartNames", "by_part", "set_trained", "trained_parameters"]

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
+
 from ..building import IMAGE_TOKEN
 from ..configuration.registry_moellava import known_names
 from ..processing.images_moellava import load_picture, to_rgb
@@ -209,15 +211,13 @@ def open_picture(source: Any) -> Any:
     held = source
     try:
         if isinstance(source, Mapping):
-            from PIL import Image
-
-            held = Image.open(io.BytesIO(source["bytes"]))
+            held = PIL.Image.open(io.BytesIO(source["bytes"]))
         elif isinstance(source, str | os.PathLike):
             held = load_picture(source)
         return to_rgb(held)
     except FileNotFoundError as error:
         raise RowError("missing picture", f"there is no file {source}") from error
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, SyntaxError, TypeError, ValueError, PIL.Image.DecompressionBombError) as error:
         where = source if isinstance(source, os.PathLike) else f"a {type(source).__name__}"
         raise RowError("unreadable picture", f"{where} cannot be decoded ({error})") from error
 

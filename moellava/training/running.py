@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import EarlyStoppingCallback, set_seed
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..configuration import MoellavaConfig
@@ -142,7 +142,7 @@ def train(recipe: Mapping[str, Any] | str | os.PathLike, **overrides) -> Trainin
             reports.append(StageReport(**json.loads(_done(plan, stage).read_text(encoding="utf-8"))))
             logger.info("stage %s is complete already: %s", stage.name, reports[-1].checkpoint)
         else:
-            model = _load(stage, source, stage.training_arguments(plan.output_dir).seed)
+            model = _load(stage, source, stage.training_arguments(plan.output_dir))
             if data is None:  # parts, or an older checkpoint, which have no processor before they are loaded
                 data = _prepared(pending, opened, model.processor, context_length(model.config.text_config))
             reports.append(_run(stage, model, *data.pop(stage.name), plan.output_dir / stage.name, plan.resume))
@@ -167,6 +167,11 @@ def _open(stage: Stage) -> tuple[Rows, Rows | None]:
         raise ValueError(
             f"The data of the stage {stage.stage!r} is streamed, so that nobody knows how long an epoch is: give "
             "max_steps."
+        )
+    if rows.is_streamed and stage.arguments.get("dataloader_num_workers", 0):
+        raise ValueError(
+            f"The data of the stage {stage.stage!r} is streamed, and each of several workers would read all of it: "
+            "leave dataloader_num_workers out."
         )
     return rows, None if stage.eval_data is None else open_data(stage.eval_data, stage.image_folder)
 
@@ -207,7 +212,6 @@ def _run(stage: Stage, model: Any, train_data: Any, eval_data: Any, folder: Path
         train_data.report.save(folder / _DATA_REPORT)
     reach: dict[str, Any] = {}
     base = model
-    use_cache = getattr(model.config, "use_cache", None)
     if stage.lora is not None:
         routers = stage.lora.router if stage.lora.router is not None else stage.stage == "moe"
         model, reach = put_adapters(model, stage.lora, routers, stage.load_4bit or stage.load_8bit)
@@ -234,8 +238,6 @@ def _run(stage: Stage, model: Any, train_data: Any, eval_data: Any, folder: Path
         logger.info("stage %s goes on from %s", stage.name, checkpoint)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.model.eval()
-    if use_cache is not None:
-        base.config.use_cache = use_cache  # the Trainer switches it off
     if isinstance(train_data, StreamedExamples):
         train_data.report.save(folder / _DATA_REPORT)
         log_problems(train_data.report, f"the stage {stage.name}")
@@ -256,17 +258,17 @@ def _run(stage: Stage, model: Any, train_data: Any, eval_data: Any, folder: Path
     return report
 
 
-def _load(stage: Stage, source: Any, seed: int) -> Any:
-    set_seed(seed)  # a new projector and new routers are drawn alike each time
+def _load(stage: Stage, source: Any, arguments: TrainingArguments) -> Any:
+    set_seed(arguments.seed)  # a new projector and new routers are drawn alike each time
     quantised = stage.load_4bit or stage.load_8bit
-    options: dict[str, Any] = {"dtype": stage.dtype or (None if quantised else "float32")}
+    # The Trainer puts a model where it belongs, but for a quantised one.
+    options: dict[str, Any] = {"device": arguments.device if quantised else "cpu"}
+    options["dtype"] = stage.dtype or (None if quantised else "float32")
     options |= {name: True for name in ("load_4bit", "load_8bit") if getattr(stage, name)}
     if stage.image_aspect_ratio is not None:
         options["image_aspect_ratio"] = stage.image_aspect_ratio
     if stage.stage == "moe" and (stage.moe is not None or not _is_sparse(source)):
         options["moe_config"] = stage.moe or {}
-    if stage.arguments.get("use_cpu"):
-        options["device"] = "cpu"
     return load_pretrained_model(source, **options).model
 
 

@@ -99,6 +99,8 @@ class MoellavaTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.learning_rates = dict(learning_rates or {})
         config = self.model.config
+        # Written by the library, it would be saved in every checkpoint; what counts is the language model's own field.
+        vars(config).pop("use_cache", None)
         self._routers = None
         if config.moe_config is not None:
             self._routers = RouterStatistics(config.moe_config.num_experts_per_tok, list(config.moe_config.layers))
