@@ -45,6 +45,7 @@ _HOMES = {
     "quantization_coverage": "quantizing",
     "resident_bytes": "quantizing",
     "train": "training",
+    "train_router": "training",
     "upcycle": "upcycling",
 }
 

@@ -26,10 +26,11 @@ import pytest
 import torch
 import yaml
 from parts import picture, run_python
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from moellava import load_pretrained_model, train
+from moellava import load_pretrained_model, train, train_router
 from moellava.training import LoraRecipe, read_recipe
 from moellava.training.adapters import put_adapters
 from moellava.training.data import Collator, Examples
@@ -598,3 +599,60 @@ def test_rows_that_may_not_be_left_out(dense, data, tmp_path):
     with pytest.raises(ValueError, match=r"1 of the 14 rows cannot be used.*row 13 \(id odd\): form: has neither"):
         train(recipe, unusable_rows="error", **QUIET)
     assert not os.listdir(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Routers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def labelled(data, count=24):
+    rows = json.loads(data.read_text(encoding="utf-8"))[:12]
+    kinds = ("X-ray", "CT", "MRI")
+    return [rows[number % 12] | {"modality": kinds[number % 12 % 3]} for number in range(count)]
+
+
+def test_router_of_modalities(dense, data, tmp_path):
+    """Three pictures of three kinds; the router is put into every sparse layer, and trained around."""
+    report = train_router(
+        dense, labelled(data), tmp_path / "router.safetensors", image_folder=data.parent, num_train_epochs=60,
+        learning_rate=0.05, use_cpu=True,
+    )  # fmt: skip
+    assert report.classes == ["CT", "MRI", "X-ray"] and report.rows == {"X-ray": 8, "CT": 8, "MRI": 8}
+    assert report.held_out == 2 and report.accuracy == 1.0
+    with safe_open(report.path, framework="pt") as file:
+        assert file.metadata()["classes"] == "CT, MRI, X-ray"
+        weight, bias = file.get_tensor("fc1.weight"), file.get_tensor("fc1.bias")
+    assert (tuple(weight.shape), tuple(bias.shape)) == ((3, 64), (3,))
+
+    moe = {
+        "num_experts": 3,
+        "num_experts_per_tok": 1,
+        "use_meta_expert": True,
+        "layers": "dense",
+        "freeze_router": True,
+    }
+    recipe = {"model": dense, "data": data, "output_dir": tmp_path / "out", "stage": "moe", "max_steps": 2, **QUIET}
+    trained = train(recipe, moe=moe | {"router_path": str(report.path)})
+    assert trained.stages[0].trained["router"]["trained"] == 0
+    tensors = tensors_of(trained.checkpoint)
+    for layer in range(2):
+        assert torch.equal(tensors[f"model.language_model.layers.{layer}.mlp.gate.weight"], weight)
+        assert torch.equal(tensors[f"model.language_model.layers.{layer}.mlp.gate.bias"], bias)
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({}, {"out": "router.pth"}, r"out is router.pth; expected a .safetensors file"),
+        ({"modality": None}, {}, r"row 0 \(id 0\) has no modality: expected its class"),
+        ({"image": None}, {}, r"row 0 \(id 0\) cannot be used: has 1 <image> placeholder"),
+        ({}, {"classes": ["CT", "MRI"]}, r"Rows have the modality \['X-ray'\], which classes does not name"),
+        ({"modality": "CT"}, {"count": 1}, r"The rows have the one modality \['CT'\]; a router tells at least two"),
+    ],
+)
+def test_routers_that_cannot_be_trained(dense, data, change, arguments, message):
+    rows = labelled(data, arguments.pop("count", 3))
+    rows[0] = rows[0] | change
+    with pytest.raises(ValueError, match=message):
+        train_router(dense, rows, **{"out": "router.safetensors", **arguments}, image_folder=data.parent)

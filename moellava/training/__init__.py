@@ -15,6 +15,7 @@
 
 from .data import DataReport, Problem, check_data
 from .recipe import LoraRecipe, Recipe, Stage, read_recipe
+from .routers import RouterReport, train_router
 from .running import StageReport, TrainingReport, train
 
 
@@ -23,10 +24,12 @@ __all__ = [
     "LoraRecipe",
     "Problem",
     "Recipe",
+    "RouterReport",
     "Stage",
     "StageReport",
     "TrainingReport",
     "check_data",
     "read_recipe",
     "train",
+    "train_router",
 ]

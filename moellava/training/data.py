@@ -249,9 +249,9 @@ class Collator:
         pictures = []
         for row, example in enumerate(examples):
             count = len(example["input_ids"])
-            input_ids[row, :count] = torch.from_numpy(example["input_ids"])
+            input_ids[row, :count] = torch.as_tensor(example["input_ids"])
             attention_mask[row, :count] = 1
-            labels[row, :count] = torch.from_numpy(example["labels"])
+            labels[row, :count] = torch.as_tensor(example["labels"])
             try:
                 pictures += [open_picture(picture) for picture in example["pictures"]]
             except RowError as error:

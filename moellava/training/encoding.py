@@ -94,6 +94,11 @@ class Encoder:
             answers.append((len(prompt), end))
         return Encoded(input_ids, answers)
 
+    def prompt(self, row: Row) -> list[int]:
+        """Returns the tokens of a conversation's first question, up to where its answer begins."""
+        first = next(index for index, message in enumerate(row.messages) if message["role"] == "assistant")
+        return self.tokens(row.messages[:first], add_generation_prompt=True)
+
     def tokens(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> list[int]:
         """Returns the tokens of messages as `apply_chat_template(tokenize=True)` does, without opening a picture."""
         processor = self.processor

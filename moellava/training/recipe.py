@@ -131,7 +131,8 @@ class Stage:
         freeze, unfreeze (`list[str]`): Parts that the stage does not train, or does, other than by default.
         learning_rates (`dict[str, float]`): Learning rates of parts; the others have `learning_rate`.
         lora (`LoraRecipe`, *optional*): Train adapters instead of the weights.
-        moe (`dict`, *optional*): Fields of the mixture that a dense model becomes (`num_experts`, ...).
+        moe (`dict`, *optional*): Fields of the mixture that a dense model becomes (`num_experts`, ...), and
+            `router_path`, a file that `train_router` has written.
         load_4bit, load_8bit (`bool`): Quantise what is loaded; with `lora` only.
         dtype (`str`, *optional*): What the weights are held in; float32 by default, and as the checkpoint has it when
             quantised.
@@ -197,7 +198,8 @@ class Stage:
         if self.moe is not None:
             if self.stage != "moe":
                 raise ValueError(f"moe is given in the stage {self.stage!r}; expected it in the stage 'moe'.")
-            self.moe = canonical_moe(self.moe)
+            router = {name: value for name, value in self.moe.items() if name == "router_path"}
+            self.moe = canonical_moe({name: value for name, value in self.moe.items() if name not in router}) | router
         if self.data is None:
             raise ValueError(f"The stage {self.stage!r} has no data: give the file or the dataset with its rows.")
         if self.early_stopping_patience is not None and self.eval_data is None:
