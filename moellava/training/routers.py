@@ -92,7 +92,8 @@ def train_router(
         data: Rows as for `train`, each with the field `label`.
         out (`str` or `os.PathLike`): The file to write, `.safetensors`; its metadata name the classes.
         label (`str`, *optional*, defaults to `"modality"`): The field that holds a row's class.
-        classes (`list[str]`, *optional*): The classes in the order of the experts; by default those of the data, sorted.
+        classes (`list[str]`, *optional*): The classes in the order of the experts; by default those of the data,
+            sorted.
         image_folder (`str` or `os.PathLike`, *optional*): Where relative paths of pictures begin.
         batch_size (`int`, *optional*, defaults to 8): How many rows run through the model at once.
         num_train_epochs (`float`, *optional*, defaults to 10): How often the classifier sees every row.
