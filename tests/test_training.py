@@ -110,9 +110,12 @@ def changed_parts(before, after):
 LOADED_ALONE = """
 import json
 from transformers import AutoModelForImageTextToText, AutoProcessor
-model = AutoModelForImageTextToText.from_pretrained({folder!r}, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained({folder!r}, trust_remote_code=True)
-print(json.dumps([type(model).__module__, processor.num_image_tokens, model.config.moe_config.num_experts]))
+found = []
+for folder in {folders!r}:
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    found.append([type(model).__module__, processor.num_image_tokens, model.config.moe_config.num_experts])
+print(json.dumps(found))
 """
 
 
@@ -172,8 +175,9 @@ def test_three_stages(settings, data, tmp_path):
     assert json.loads((tmp_path / "out" / "align" / "data.json").read_text())["kinds"] == {"missing picture": 1}
 
     # The last checkpoint of the trainer's is a checkpoint like any other, and so is the result.
-    for folder in (tmp_path / "out" / "moe" / "checkpoint-3", report.checkpoint):
-        module, tokens, experts = json.loads(run_python(LOADED_ALONE.format(folder=str(folder))).splitlines()[-1])
+    folders = [tmp_path / "out" / "moe" / "checkpoint-3", report.checkpoint]
+    said = json.loads(run_python(LOADED_ALONE.format(folders=list(map(str, folders)))).splitlines()[-1])
+    for folder, (module, tokens, experts) in zip(folders, said, strict=True):
         assert module.startswith("transformers_modules.") and (tokens, experts) == (16, 4)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         assert config["image_aspect_ratio"] == "pad" and config.get("use_cache") is not False
@@ -221,6 +225,10 @@ def test_shared_and_frozen_weights(parts, sparse):
     set_trained(tied, "instruct", ["embeddings"], [])
     assert not tied.lm_head.weight.requires_grad and "lm_head" not in trained_parameters(tied)
     model = load_pretrained_model(sparse, moe_config={"freeze_router": True}, device="cpu").model
+    set_trained(model, "moe", ["language_model"], [])  # with all that lies within it
+    assert {part for part, counts in trained_parameters(model).items() if counts["trained"]} == {
+        "multi_modal_projector"
+    }
     set_trained(model, "moe", [], [])
     assert trained_parameters(model)["router"]["trained"] == 0 < trained_parameters(model)["experts"]["trained"]
     with pytest.raises(ValueError, match="unfreeze names the router, but the model keeps its routers frozen"):
@@ -429,6 +437,16 @@ def test_lora_reaches_the_experts(sparse, data, tmp_path):
     apart = load_pretrained_model(tmp_path / "moe" / "adapter", model_base=sparse, merge=False, device="cpu").model
     with torch.no_grad():
         torch.testing.assert_close(apart(**inputs).logits, merged(**inputs).logits, rtol=0, atol=1e-4)
+
+
+def test_lora_goes_on_exactly(sparse, data, tmp_path):
+    recipe = {"model": sparse, "data": data, "output_dir": tmp_path, "stage": "moe", "max_steps": 4, **QUIET}
+    recipe |= {"lora": {"r": 4, "alpha": 8}, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+    whole = train(recipe).stages[0].losses
+    for name in ("stage.json", "model", "adapter", "checkpoint-4"):
+        path = tmp_path / "moe" / name
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    assert train(recipe, resume=True).stages[0].losses == whole and len(whole) == 4
 
 
 def test_lora_on_some_parts(sparse):

@@ -91,15 +91,17 @@ def set_trained(model: nn.Module, stage: str, freeze: list[str], unfreeze: list[
     Args:
         model (`nn.Module`): The model; what a quantised one holds in integers stays as it is.
         stage (`str`): What is trained where nothing else is said.
-        freeze, unfreeze (`list[str]`): Parts that are not trained, and that are; a narrower name wins over a wider one.
+        freeze, unfreeze (`list[str]`): Parts that are not trained, and that are; a narrower name wins over a wider one,
+            and both over the stage.
 
     Raises:
         ValueError: Nothing would be trained, or a router that the model keeps frozen.
     """
-    asked = dict.fromkeys(TRAINED[stage], True) | dict.fromkeys(freeze, False) | dict.fromkeys(unfreeze, True)
+    by_stage = dict.fromkeys(TRAINED[stage], True)
+    asked = dict.fromkeys(freeze, False) | dict.fromkeys(unfreeze, True)
     for part, _, parameter in PartNames(model):
         if parameter.is_floating_point():
-            parameter.requires_grad_(by_part(asked, part, False))
+            parameter.requires_grad_(by_part(asked, part, by_part(by_stage, part, False)))
     keeps_frozen = any(isinstance(module, Router) and module.frozen for module in model.modules())
     if keeps_frozen and "router" in unfreeze:
         raise ValueError(
