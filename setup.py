@@ -84,6 +84,10 @@ setup(
     package_data={"moellava.hub_cards": ["templates/*"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["moellava = moellava.cli:main"]},
+    entry_points={
+        "console_scripts": ["moellava = moellava.cli:main"],
+        # lmms-eval looks here for models that it does not know itself.
+        "lmms_eval.models": ["moellava = moellava.evaluating.harness:manifest"],
+    },
     zip_safe=False,
 )
