@@ -13,6 +13,7 @@
 # limitations under the License.
 """The command line put together: every command, and how each ends when something is wrong."""
 
+import logging
 import sys
 from collections.abc import Callable
 from inspect import cleandoc
@@ -80,6 +81,7 @@ def moellava(
     ] = False,
 ) -> None:
     """Vision-language models made of parts: assemble them, look into them, ask them about pictures."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it lacks, most commands do not need
 
 
 _PANELS = {

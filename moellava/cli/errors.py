@@ -66,7 +66,7 @@ def _told_by_the_hub(error: BaseException) -> str | None:
         return None
     name, response = type(cause).__name__, getattr(cause, "response", None)
     if name == "OfflineModeIsEnabled":
-        return "Nothing is fetched from the Hub, since HF_HUB_OFFLINE is set: unset it, or give a folder."
+        return "The Hub is not asked, since HF_HUB_OFFLINE is set: unset it."
     if response is None:
         return (
             f"The Hub cannot be reached ({' '.join(str(cause).split()) or name}). Check the connection; what was "

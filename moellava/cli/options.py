@@ -277,21 +277,25 @@ class Saving:
             raise PermissionError(f"{out} cannot be written: {existing} is no folder, or is not writable for you.")
 
 
-def named_values(pairs: list[str] | None, option: str) -> dict[str, Any]:
-    """Reads `NAME=VALUE` pairs of an option; a value is JSON where it can be read so, else text."""
+def json_or_text(value: str) -> Any:
+    """Reads a value as JSON where it can be read so, else as text."""
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if value.lower() in words:
+        return words[value.lower()]
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def named_values(pairs: list[str] | None, option: str, read: Callable[[str], Any] = json_or_text) -> dict[str, Any]:
+    """Reads the `NAME=VALUE` pairs of an option, each value by `read`."""
     values = {}
     for pair in pairs or []:
         name, separator, value = pair.partition("=")
         if not separator or not name:
             raise typer.BadParameter(f"{pair!r} is not of the form NAME=VALUE.", param_hint=f"'{option}'")
-        words = {"true": True, "false": False, "none": None, "null": None}
-        if value.lower() in words:
-            values[name] = words[value.lower()]
-            continue
-        try:
-            values[name] = json.loads(value)
-        except json.JSONDecodeError:
-            values[name] = value
+        values[name] = read(value)
     return values
 
 
@@ -320,6 +324,7 @@ __all__ = [
     "Verbose",
     "completes",
     "grouped",
+    "json_or_text",
     "named_values",
     "note_debug",
 ]

@@ -16,7 +16,7 @@
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,7 +57,7 @@ def train(
     moellava train recipe.yaml --resume
     ```
     """
-    overrides = named_values(changes, "--set") | ({"resume": True} if resume else {})
+    overrides = named_values(changes, "--set", _yaml) | ({"resume": True} if resume else {})
     from ..training import train as train_by_recipe
 
     # The Trainer prints its log to standard output, which is for the result.
@@ -67,6 +67,18 @@ def train(
         print_json(report.to_dict())
     else:
         typer.echo(report.checkpoint)
+
+
+def _yaml(value: str) -> Any:
+    """Reads a value as a recipe would: `none` is a word there, and null is nothing."""
+    import yaml
+
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise typer.BadParameter(
+            f"{value!r} is no YAML, as the values of a recipe are.", param_hint="'--set'"
+        ) from error
 
 
 __all__ = ["train"]

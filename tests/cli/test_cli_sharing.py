@@ -1,0 +1,98 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`moellava card` and `moellava push`: to a Hub on this machine."""
+
+import json
+import os
+import shutil
+import subprocess
+import threading
+
+import pytest
+from commands import SCRIPT, fails, run
+
+
+pytest.importorskip("moellava.hub_cards.writing", reason="cards are not there")
+hub_server = pytest.importorskip("hub_server", reason="pushing is not there")
+
+
+def test_card(checkpoint, tmp_path):
+    result = run("card", checkpoint, "--repo-id", "me/my-model")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("---\n")
+    assert 'model="me/my-model"' in result.stdout
+
+    result = run("card", checkpoint, "--out", tmp_path / "README.md", "--json")
+    assert json.loads(result.stdout)["pipeline_tag"] == "image-text-to-text"
+    assert "pipeline_tag: image-text-to-text" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_card_of_the_users_own_is_completed(checkpoint, tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
+    assert run("card", checkpoint, "--out", tmp_path / "README.md").exit_code == 0
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlicense: mit\nlibrary_name: transformers\n")
+    assert card.endswith("---\nMine.\n")
+
+
+def test_the_card_of_what_is_no_checkpoint(parts, tmp_path):
+    assert "absent" in fails("card", tmp_path / "absent")
+    assert "a model of type 'llama'" in fails("card", parts.language_model("llama"))
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = hub_server.HubServer()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def push(server, *arguments, token=hub_server.OWNER_TOKEN):
+    """Runs `moellava push` with that Hub, whose address is read when a process starts."""
+    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_TOKEN": token}
+    return subprocess.run(
+        [SCRIPT, "push", *map(str, arguments)],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        env={**os.environ, **environment},
+    )
+
+
+def test_push(server, checkpoint):
+    done = push(server, checkpoint, "me/my-model", "--private", "--commit-message", "First", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["changed"] is True
+    repository = server.repositories["me/my-model"]
+    assert repository.private
+    assert told["commit"] == repository.refs["main"]
+    assert repository.at("main").summary == "First"
+    assert {"config.json", "model.safetensors", "modeling_moellava.py"} <= set(repository.at("main").files)
+
+    done = push(server, checkpoint, "me/my-model")
+    assert (done.returncode, done.stdout) == (0, f"http://127.0.0.1:{server.server_port}/me/my-model\n")
+    assert "nothing was committed" in done.stderr
+
+
+def test_push_what_may_not_be_pushed(server, checkpoint, tmp_path):
+    assert "no folder" in fails("push", tmp_path / "absent", "me/my-model")
+    incomplete = shutil.copytree(checkpoint, tmp_path / "incomplete")
+    (incomplete / "modeling_moellava.py").unlink()
+    assert "modeling_moellava.py" in fails("push", incomplete, "me/my-model")
+    done = push(server, checkpoint, "me/other", token="hf_nobody")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1].startswith("Error: The push to me/other broke off (the Hub answered 401")

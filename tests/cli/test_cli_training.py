@@ -1,0 +1,101 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`moellava train`, `moellava data check` and `moellava evaluate`, on three questions about three pictures."""
+
+import json
+
+import pytest
+from commands import fails, run
+from parts import picture
+
+from moellava import inspect_checkpoint
+
+
+pytest.importorskip("moellava.training", reason="training is not there")
+pytest.importorskip("moellava.evaluating", reason="evaluating is not there")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """A folder with `train.json`, of which every row can be used, and `faulty.json`, of which one cannot."""
+    folder = tmp_path_factory.mktemp("rows")
+    content = []
+    for index in range(3):
+        picture(index).save(folder / f"{index}.png")
+        talk = [{"from": "human", "value": "<image>\nIs it red?"}, {"from": "gpt", "value": "yes"}]
+        content.append({"id": f"row-{index}", "image": f"{index}.png", "conversations": talk})
+    (folder / "train.json").write_text(json.dumps(content))
+    (folder / "faulty.json").write_text(json.dumps([*content, {**content[0], "id": "row-3", "image": "absent.png"}]))
+    return folder
+
+
+def test_check_data(checkpoint, rows):
+    result = run("data", "check", rows / "train.json", "--model", checkpoint, "--json")
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert (told["rows"], told["usable"], told["pictures"], told["problems"]) == (3, 3, 3, [])
+    assert told["longest"] > 16
+
+    result = run("data", "check", rows / "faulty.json")
+    assert result.exit_code == 1
+    assert "3 of 4 rows can be used" in result.stdout
+    assert "row-3" in result.stdout and "absent.png" in result.stdout
+    assert "Error" not in result.stderr
+
+
+def test_check_data_that_is_not_there(tmp_path):
+    assert "absent.json" in fails("data", "check", tmp_path / "absent.json")
+
+
+def test_train(checkpoint, rows, tmp_path):
+    recipe = tmp_path / "align.yaml"
+    recipe.write_text(
+        f"model: {checkpoint}\ndata: {rows / 'train.json'}\nstage: align\noutput_dir: {tmp_path / 'out'}\n"
+    )
+    options = ["--set", "max_steps=1", "--set", "report_to=none", "--set", "learning_rate=1e-3"]
+    result = run("train", recipe, *options)
+    assert result.exit_code == 0, result.stderr
+    (folder,) = result.stdout.splitlines()  # what the Trainer logs goes elsewhere
+    assert inspect_checkpoint(folder).projector.type == "mlp"
+
+    result = run("train", recipe, *options, "--resume", "--json")
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert (told["checkpoint"], told["stages"][0]["steps"]) == (folder, 1)
+
+
+def test_train_by_what_is_no_recipe(tmp_path):
+    assert "absent.yaml" in fails("train", tmp_path / "absent.yaml")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: my-model\ndata: train.json\nstage: align\noutput_dir: out\n")
+    assert "did you mean 'max_steps'" in fails("train", recipe, "--set", "max_stepz=1")
+    assert "is no YAML" in fails("train", recipe, "--set", "max_steps=[", code=2)
+
+
+def test_evaluate(checkpoint, rows, tmp_path):
+    options = ["--max-new-tokens", 3, "--limit", 2, "--html", tmp_path / "report.html"]
+    result = run("evaluate", checkpoint, rows / "train.json", *options, "--json")
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert (told["num_questions"], told["metrics"]["accuracy"]["n"]) == (2, 2)
+    assert "Is it red?" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+    result = run("evaluate", checkpoint, rows / "train.json", *options)
+    assert result.exit_code == 0, result.stderr
+    assert "Accuracy" in result.stdout
+
+
+def test_evaluate_what_cannot_be(parts, checkpoint, rows, tmp_path):
+    assert "absent.json" in fails("evaluate", checkpoint, tmp_path / "absent.json")
+    assert "is a model of type 'llama'" in fails("evaluate", parts.language_model("llama"), rows / "train.json")

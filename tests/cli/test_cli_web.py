@@ -1,0 +1,49 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`moellava web`: the page is there until Ctrl-C."""
+
+import signal
+import subprocess
+import urllib.request
+
+import pytest
+from commands import SCRIPT, fails
+
+
+pytest.importorskip("moellava.web", reason="the page is not there")
+pytest.importorskip("gradio", reason="the extra web is not installed")
+
+
+def test_the_page_is_served_until_ctrl_c(checkpoint):
+    process = subprocess.Popen(
+        [SCRIPT, "web", checkpoint, "--port", "0", "--no-browser", "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    try:
+        address = next(line for line in process.stderr if line.startswith("The page is at ")).split()[4]
+        with urllib.request.urlopen(address, timeout=60) as page:
+            assert page.status == 200
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode in (0, 130)
+    assert "Traceback" not in stderr
+
+
+def test_what_cannot_be_served(parts, tmp_path):
+    assert "does not exist" in fails("web", tmp_path / "absent", "--no-browser")
+    assert "is a model of type 'llama'" in fails("web", parts.language_model("llama"), "--no-browser")
