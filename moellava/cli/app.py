@@ -36,6 +36,7 @@ from .inspect import inspect
 from .options import DEBUG, grouped, note_debug
 from .push import push
 from .routing import routing
+from .space import space
 from .train import train
 from .upcycle import upcycle
 from .web import web
@@ -89,7 +90,7 @@ _PANELS = {
     "Make a model": (assemble, train, upcycle, convert),
     "Ask it": (ask, chat, web),
     "Look into it": (inspect, routing, evaluate),
-    "Share it": (card, push),
+    "Share it": (card, push, space),
 }
 
 

@@ -18,14 +18,12 @@ from typing import Annotated
 
 import typer
 
-from .options import Debug
+from .options import Checkpoint, Debug
 from .printing import print_json
 
 
 def card(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="The folder of a checkpoint.", metavar="CHECKPOINT", show_default=False)
-    ],
+    checkpoint: Checkpoint,
     *,
     out: Annotated[
         Path | None,
@@ -38,7 +36,10 @@ def card(
     ] = None,
     repo_id: Annotated[
         str | None,
-        typer.Option(help="The Hub id that the card's code loads. By default the folder's name.", show_default=False),
+        typer.Option(
+            help="The Hub id that the card's code loads. By default CHECKPOINT, of a folder its name.",
+            show_default=False,
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the card's metadata as JSON.")] = False,
     debug: Debug = False,

@@ -13,6 +13,7 @@
 # limitations under the License.
 """`moellava evaluate`: a checkpoint's answers to questions whose true answers are known."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,9 @@ def evaluate(
     html: Annotated[
         Path | None, typer.Option(help="A page to write, with the wrong answers and pictures.", show_default=False)
     ] = None,
+    in_card: Annotated[
+        bool, typer.Option("--card", help="Write the scores into the model card of CHECKPOINT, a folder.")
+    ] = False,
     limit: Annotated[
         int | None, typer.Option(min=1, help="How many rows, from the first. By default all.", show_default=False)
     ] = None,
@@ -57,9 +61,14 @@ def evaluate(
 
     ```
     moellava evaluate my-model vqa-rad/test.json --images vqa-rad/images --html report.html
+    moellava evaluate my-model slake/test.json --images slake/imgs --card
     moellava evaluate my-model questions.jsonl --limit 100 --json | jq .metrics
     ```
     """
+    if in_card and not os.path.isdir(checkpoint):
+        raise typer.BadParameter(f"{checkpoint} is no folder, whose card could be written.", param_hint="'--card'")
+    if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)  # before the work, as whatever can fail
     from ..evaluating import evaluate as evaluate_checkpoint
 
     with logging_shown(verbose):
@@ -74,6 +83,10 @@ def evaluate(
             **debug_options(verbose),
             **hub.options(),
         )
+    if in_card:
+        from ..hub_cards import write_card
+
+        typer.echo(f"Written to {write_card(checkpoint, evaluation=report.for_card())}.", err=True)
     if html is not None:
         report.save_html(html)
         typer.echo(f"Written to {html}.", err=True)

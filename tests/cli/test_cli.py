@@ -85,6 +85,7 @@ def test_the_document_has_every_command():
         ["chat", "model", "--temperature", "-1"],
         ["data", "nothing"],
         ["evaluate", "model", "questions.json", "--batch-size", "0"],
+        ["evaluate", "me/model", "questions.json", "--card"],
         ["push", "model"],
         ["train", "recipe.yaml", "--set", "learning_rate"],
         ["web", "model", "--port", "70000"],

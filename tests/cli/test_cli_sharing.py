@@ -51,6 +51,16 @@ def test_the_card_of_what_is_no_checkpoint(parts, tmp_path):
     assert "a model of type 'llama'" in fails("card", parts.language_model("llama"))
 
 
+def test_space(checkpoint, tmp_path):
+    result = run("space", checkpoint, tmp_path / "space", "--repo-id", "me/my-model")
+    assert result.exit_code == 0, result.stderr
+    files = [str(tmp_path / "space" / name) for name in ("app.py", "requirements.txt", "README.md")]
+    assert result.stdout.splitlines() == files
+    assert "me/my-model" in (tmp_path / "space" / "app.py").read_text(encoding="utf-8")
+    (tmp_path / "space" / "app.py").write_text("mine")
+    assert "has app.py already" in fails("space", checkpoint, tmp_path / "space", "--repo-id", "me/my-model")
+
+
 @pytest.fixture(scope="module")
 def server():
     server = hub_server.HubServer()
@@ -62,7 +72,12 @@ def server():
 
 def push(server, *arguments, token=hub_server.OWNER_TOKEN):
     """Runs `moellava push` with that Hub, whose address is read when a process starts."""
-    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_TOKEN": token}
+    environment = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": token,
+    }
     return subprocess.run(
         [SCRIPT, "push", *map(str, arguments)],
         capture_output=True,
@@ -89,7 +104,7 @@ def test_push(server, checkpoint):
 
 
 def test_push_what_may_not_be_pushed(server, checkpoint, tmp_path):
-    assert "no folder" in fails("push", tmp_path / "absent", "me/my-model")
+    assert "does not exist" in fails("push", tmp_path / "absent", "me/my-model")
     incomplete = shutil.copytree(checkpoint, tmp_path / "incomplete")
     (incomplete / "modeling_moellava.py").unlink()
     assert "modeling_moellava.py" in fails("push", incomplete, "me/my-model")

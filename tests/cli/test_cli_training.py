@@ -14,6 +14,7 @@
 """`moellava train`, `moellava data check` and `moellava evaluate`, on three questions about three pictures."""
 
 import json
+import shutil
 
 import pytest
 from commands import fails, run
@@ -84,11 +85,13 @@ def test_train_by_what_is_no_recipe(tmp_path):
 
 
 def test_evaluate(checkpoint, rows, tmp_path):
+    copy = shutil.copytree(checkpoint, tmp_path / "model")
     options = ["--max-new-tokens", 3, "--limit", 2, "--html", tmp_path / "report.html"]
-    result = run("evaluate", checkpoint, rows / "train.json", *options, "--json")
+    result = run("evaluate", copy, rows / "train.json", *options, "--card", "--json")
     assert result.exit_code == 0, result.stderr
     told = json.loads(result.stdout)
     assert (told["num_questions"], told["metrics"]["accuracy"]["n"]) == (2, 2)
+    assert "model-index:" in (copy / "README.md").read_text(encoding="utf-8")
     assert "Is it red?" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
     result = run("evaluate", checkpoint, rows / "train.json", *options)
