@@ -135,7 +135,6 @@ class _Talk:
             for text in pieces:
                 if not self.as_json:
                     typer.echo(text, nl=False)
-                    sys.stdout.flush()
         stats = self.chat.stats
         if self.as_json:
             told = {"question": question, "pictures": names, "answer": self.chat.answer, **stats.to_dict()}

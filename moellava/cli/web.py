@@ -17,7 +17,6 @@ from typing import Annotated
 
 import typer
 
-from .inputs import check_is_checkpoint
 from .logs import debug_options, logging_shown
 from .options import Debug, Loading, TrustedHub, Verbose
 
@@ -69,9 +68,6 @@ def web(
     moellava web my-model my-sparse-model --port 8000 --no-browser
     ```
     """
-    if loading.model_base is None:
-        for checkpoint in checkpoints:
-            check_is_checkpoint(checkpoint, hub)
     from ..web import launch
 
     with logging_shown(verbose):
