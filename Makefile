@@ -99,7 +99,7 @@ bench: $(STAMP) ## time and memory against transformers' LLaVA and against floor
 	@$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
 
 docs: $(STAMP) ## the documentation's site, with the reference from the docstrings (build/site)
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "build/site/index.html; with the search: $(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site"
 
 lint: $(STAMP) ## ruff, and transformers-mlinter on the files that travel

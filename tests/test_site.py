@@ -14,14 +14,17 @@
 """The site of the documentation: it builds without a warning, its links hold, and nothing of it lies elsewhere."""
 
 import html.parser
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 import urllib.parse
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from mkdocs.exceptions import PluginError
 
 import moellava
 
@@ -115,6 +118,30 @@ def test_links_and_anchors(site, pages):
             elif anchor and anchor not in pages[target].anchors:
                 broken.append(f"{name}: {link}: no such anchor")
     assert broken == []
+
+
+def test_links_across_the_border_of_the_folder():
+    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs" / "_site" / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+
+    def on_site(source: str, markdown: str) -> str:
+        return hooks.on_page_markdown(markdown, SimpleNamespace(file=SimpleNamespace(src_uri=source)), None, None)
+
+    assert on_site("guides/serve.md", "[a](../../README.md#parts)") == "[a](../README.md#parts)"
+    assert (
+        on_site("design.md", "[a](../CONTRIBUTING.md), [b](performance.md)")
+        == "[a](CONTRIBUTING.md), [b](performance.md)"
+    )
+    assert (
+        on_site("README.md", "![a](docs/images/demo.png) [b](https://x.org)")
+        == "![a](images/demo.png) [b](https://x.org)"
+    )
+    assert on_site("README.md", "```text\n[a](docs/b.md)\n```") == "```text\n[a](docs/b.md)\n```"
+    with pytest.raises(
+        PluginError, match="design.md links to ../setup.py, which is no page of the site. Name the file"
+    ):
+        on_site("design.md", "[a](../setup.py)")
 
 
 def test_nothing_is_loaded_from_another_host(site, pages):

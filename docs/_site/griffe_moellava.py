@@ -36,17 +36,23 @@ _NAME = re.compile(r"`([^`]+)`|(\w[\w.]*)")
 
 
 class Moellava(griffe.Extension):
-    """Makes what `moellava` imports on demand known as its members, and reads types, shapes and defaults."""
+    """Makes what a package imports on demand known as its members, and reads types, shapes and defaults."""
 
     def on_package(self, *, pkg: griffe.Module, **kwargs) -> None:
         """Called when the package and all its modules have been read."""
-        homes = pkg["_HOMES"].value
         self.public = {}
+        for module in (pkg, *pkg.modules.values()):
+            if "_HOMES" in module.members:
+                self.add_on_demand(module)
+        self.visit(pkg)
+
+    def add_on_demand(self, module: griffe.Module) -> None:
+        """Adds the names of a module's `_HOMES`, which says where its `__getattr__` finds them."""
+        homes = module["_HOMES"].value
         for name, home in zip(homes.keys, homes.values, strict=True):
             name, home = name.strip("'\""), home.strip("'\"")
-            self.public[name] = f"{pkg.path}.{name}"
-            pkg.set_member(name, griffe.Alias(name, self.origin(pkg[home].members[name])))
-        self.visit(pkg)
+            self.public[name] = f"{module.path}.{name}"
+            module.set_member(name, griffe.Alias(name, self.origin(module[home].members[name])))
 
     def origin(self, member: griffe.Object | griffe.Alias) -> str:
         """Returns the path of what a public name stands for.
@@ -64,6 +70,7 @@ class Moellava(griffe.Extension):
         return function.path
 
     def visit(self, owner: griffe.Object) -> None:
+        """Reads the docstrings of an object and of all within it."""
         if owner.docstring:
             self.read(owner.docstring, owner)
         for member in owner.members.values():
@@ -71,8 +78,9 @@ class Moellava(griffe.Extension):
                 self.visit(member)
 
     def read(self, docstring: griffe.Docstring, owner: griffe.Object) -> None:
+        """Changes what griffe has read out of a docstring; it keeps that, and renders it."""
         docstring.value = _REFERENCE.sub(self.link, docstring.value)
-        for section in docstring.parsed:  # kept by griffe, which renders what is changed here
+        for section in docstring.parsed:
             if section.kind is griffe.DocstringSectionKind.parameters:
                 for entry in section.value:
                     fields = self.read_entry(entry, docstring)
@@ -88,6 +96,7 @@ class Moellava(griffe.Extension):
                     entry.annotation = str(entry.annotation).strip("()")
 
     def link(self, match: re.Match) -> str:
+        """Returns a link to a name that is public, and any other as code."""
         target = self.public.get(match[1])
         return f"[`{match[1]}`][{target}]" if target else f"`{match[1]}`"
 
