@@ -128,19 +128,14 @@ def test_links_across_the_border_of_the_folder():
     def on_site(source: str, markdown: str) -> str:
         return hooks.on_page_markdown(markdown, SimpleNamespace(file=SimpleNamespace(src_uri=source)), None, None)
 
-    assert on_site("guides/serve.md", "[a](../../README.md#parts)") == "[a](../README.md#parts)"
-    assert (
-        on_site("design.md", "[a](../CONTRIBUTING.md), [b](performance.md)")
-        == "[a](CONTRIBUTING.md), [b](performance.md)"
-    )
-    assert (
-        on_site("README.md", "![a](docs/images/demo.png) [b](https://x.org)")
-        == "![a](images/demo.png) [b](https://x.org)"
-    )
-    assert on_site("README.md", "```text\n[a](docs/b.md)\n```") == "```text\n[a](docs/b.md)\n```"
-    with pytest.raises(
-        PluginError, match="design.md links to ../setup.py, which is no page of the site. Name the file"
+    for source, written, expected in (
+        ("guides/serve.md", "[a](../../README.md#parts)", "[a](../README.md#parts)"),
+        ("design.md", "[a](../SECURITY.md), [b](performance.md)", "[a](SECURITY.md), [b](performance.md)"),
+        ("README.md", "![a](docs/images/demo.png) [b](https://x.org)", "![a](images/demo.png) [b](https://x.org)"),
+        ("README.md", "```text\n[a](docs/b.md)\n```", "```text\n[a](docs/b.md)\n```"),
     ):
+        assert on_site(source, written) == expected
+    with pytest.raises(PluginError, match="design.md links to ../setup.py, which is no page of the site"):
         on_site("design.md", "[a](../setup.py)")
 
 

@@ -61,10 +61,11 @@ class Moellava(griffe.Extension):
         """
         while member.is_alias:
             member = member.target
-        if not member.is_attribute:
+        instance, _, method = str(getattr(member, "value", None)).partition(".")
+        made_by = getattr(member.parent.members.get(instance), "value", None)
+        if not method or not isinstance(made_by, griffe.ExprCall):
             return member.path
-        instance, _, method = str(member.value).partition(".")
-        function = member.parent[f"{member.parent[instance].value.function}.{method}"]
+        function = member.parent[f"{made_by.function}.{method}"]
         if "self" in function.parameters:
             del function.parameters["self"]
         return function.path
