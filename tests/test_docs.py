@@ -23,6 +23,7 @@ names that the document uses lie. A comment on the line before a block says othe
 import ast
 import importlib
 import importlib.metadata
+import json
 import os
 import re
 import shlex
@@ -111,6 +112,24 @@ NOT_RUN = {
 }
 
 
+# What documents speak of by name and do not write themselves, beside the parts and the pictures.
+LESSON = {
+    "image": "scan.png",
+    "conversations": [
+        {"from": "human", "value": "<image>\nWhat does the scan show?"},
+        {"from": "gpt", "value": "A red bus stands beside two blue cars."},
+    ],
+}
+DATA_FILES = {
+    "lessons.json": [LESSON] * 2,
+    "questions.json": [LESSON] * 2,
+    "recipe.yaml": {
+        "model": "my-model", "data": "lessons.json", "output_dir": "trained", "stage": "align", "max_steps": 1,
+        "use_cpu": True,
+    },
+}  # fmt: skip
+
+
 class Block(NamedTuple):
     """A fenced block: its document, the number of its first line, its language, the comment before it, its text."""
 
@@ -180,6 +199,8 @@ def test_blocks(document, parts, tmp_path, monkeypatch):
             (tmp_path / owner).symlink_to(hub / owner)
     for seed, name in enumerate(("scan.png", "before.png", "after.png")):
         picture(seed, (48 + 8 * seed, 40)).save(tmp_path / name)
+    for name, content in DATA_FILES.items():
+        (tmp_path / name).write_text(json.dumps(content))  # which is YAML too
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "test_docs"}  # pytest.ini's filters of warnings look at the name
     for block in blocks_of(document):
