@@ -78,12 +78,12 @@ _ROOM_IMPORT = re.compile(
     rf"^(\s*)from (?:\.|\.\.(?:{'|'.join(ROOMS)})\.|moellava\.(?:{'|'.join(ROOMS)})\.)(\w+) import", flags=re.MULTILINE
 )
 _WEIGHT_FILE = re.compile(
-    r"(model|pytorch_model)(\.[\w-]+)?(-\d{5}-of-\d{5})?\.(safetensors|bin)|.+\.(safetensors|bin)\.index\.json"
+    r"(model|pytorch_model)(\.[\w-]+)?(-\d{5}-of-\d{5})?\.(safetensors|bin)|[^/]+\.(safetensors|bin)\.index\.json"
 )
 
 
 def is_weight_file(name: str) -> bool:
-    """Whether a file of a checkpoint holds weights, or tells which files hold them."""
+    """Whether a file holds a checkpoint's weights, or tells which files hold them; those of a subfolder are others."""
     return _WEIGHT_FILE.fullmatch(name) is not None
 
 

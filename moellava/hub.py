@@ -71,7 +71,7 @@ class PushReport:
     """
 
     url: str
-    commit: str | None
+    commit: str
     changed: bool
     files: list[str]
     pull_request: str | None
@@ -250,12 +250,12 @@ def _pictures_in_card(folder: Path) -> set[str]:
 
 def _left_out(folder: Path, files: list[str]) -> list[str]:
     """What of a folder is not among the files: folders of which nothing is, and files elsewhere."""
-    sent_from = {name.partition("/")[0] for name in files}
+    sent, sent_from = set(files), {name.partition("/")[0] for name in files}
     left_out = set()
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         top = name.partition("/")[0]
-        if path.is_file() and name not in files:
+        if path.is_file() and name not in sent:
             left_out.add(name if top in (name, *sent_from) else f"{top}/")
     return sorted(left_out)
 

@@ -141,6 +141,8 @@ attempt("new card", "me/cards")
 attempt("new card again", "me/cards")
 hub = HfApi()
 hub.upload_file(path_or_fileobj={card!r}.encode(), path_in_repo="README.md", repo_id="me/cards")
+for name in ("mlx/model.safetensors.index.json", "model.fp16.safetensors"):
+    hub.upload_file(path_or_fileobj=b"{{}}", path_in_repo=name, repo_id="me/cards")
 attempt("card of the Hub", "me/cards")
 (FOLDER / "README.md").write_text(own_card)
 unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -263,6 +265,8 @@ def test_no_weights_of_an_earlier_push_stay(pushed, server):
     assert pushed["sharded"]["deleted"] == ["model.safetensors"] and pushed["sharded again"]["deleted"] == []
     assert weights(server, "me/model", pushed["whole"]["commit"]) == {"model.safetensors"}
     assert set(pushed["whole"]["deleted"]) == shards
+    assert pushed["card of the Hub"]["deleted"] == ["model.fp16.safetensors"]
+    assert "mlx/model.safetensors.index.json" in server.files("me/cards")
 
 
 def test_branches_and_pull_requests(pushed, server):
