@@ -110,4 +110,4 @@ def test_push_what_may_not_be_pushed(server, checkpoint, tmp_path):
     assert "modeling_moellava.py" in fails("push", incomplete, "me/my-model")
     done = push(server, checkpoint, "me/other", token="hf_nobody")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.splitlines()[-1].startswith("Error: The push to me/other broke off (the Hub answered 401")
+    assert done.stderr.splitlines()[-1].startswith("Error: The push to me/other broke off (the Hub answered 403")
