@@ -15,7 +15,6 @@
 
 Run by `moellava demo`. Parts in their published formats are assembled, trained with transformers' Trainer and saved; a
 process without this package then loads the checkpoint and answers questions about scans that no training has seen.
-
 """
 
 import importlib.util
