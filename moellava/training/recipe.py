@@ -256,8 +256,7 @@ class Recipe:
         if unmerged:
             raise ValueError(
                 f"The stage {unmerged[0]!r} leaves its adapter apart, so that no stage can follow it. Make it the last "
-                "one, or give lora: {merge: true}; adapters of a quantised model are merged into that of full "
-                "precision by load_pretrained_model."
+                "one; or, where the model is not quantised, leave out merge: false."
             )
         for stage in self.stages:
             stage.training_arguments(self.output_dir / stage.name)
@@ -269,7 +268,7 @@ def merges(stage: Stage) -> bool:
     if quantised and stage.lora.merge:
         raise ValueError(
             "lora's merge is true, but the model is quantised, and merging would round the adapter away. Leave it out, "
-            "and load the adapter onto the model in full precision by load_pretrained_model(ADAPTER, model_base=MODEL)."
+            "and load the adapter by load_pretrained_model(ADAPTER, model_base=MODEL, merge=False, load_4bit=True)."
         )
     return stage.lora.merge if stage.lora.merge is not None else not quantised
 
