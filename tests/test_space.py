@@ -46,7 +46,7 @@ app.MAX_NEW_TOKENS, outputs, generate = 1500, [], app.model.generate
 app.model.generate = lambda **options: outputs.append(generate(**options))
 answer = app.answer({"text": "What?", "files": []}, [])
 next(answer)
-(thread,) = [thread for thread in threading.enumerate() if "(generate)" in thread.name]
+thread = [thread for thread in threading.enumerate() if "(generate)" in thread.name][-1]
 answer.close()
 thread.join(timeout=120)
 app.model.generate = generate
