@@ -55,7 +55,7 @@ try:
     refused = ""
 except Exception as error:
     refused = str(error)
-turns = [[turn["role"], [part["type"] for part in turn["content"]]] for turn in histories[-1]]
+turns = [[turn["role"], [part["type"] for part in turn["content"]]] for turn in histories[1]]
 told = {"pieces": pieces, "second": second, "turns": turns, "refused": refused}
 print(json.dumps(told | {"is_alive": thread.is_alive(), "tokens": outputs[0].shape[1]}))
 app.page.close(verbose=False)
