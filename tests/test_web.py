@@ -243,6 +243,7 @@ def test_a_file_that_is_no_picture(browser, page_of_one, files):
     user = User(browser, page_of_one)
     user.set_longest(SHORT)
     user.upload(files / "one.png")
+    user.see_pictures(1)  # until then, the place to drop files at is another one
     for name, reason in (("notes.txt", "no known format"), ("notes.png", "no known format"), ("half.png", "truncated")):
         user.upload(files / name)
         user.page.get_by_role("alert").filter(has_text=name).wait_for()
