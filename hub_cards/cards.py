@@ -34,7 +34,8 @@ TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
 MARKER = "<!-- Written by moellava, and anew at every save and push. Delete this line to keep what you write here. -->"
 PIPELINE_TAG = "image-text-to-text"
 _RESULT_FIELDS = ("dataset", "metric", "value")
-_RESULT_OPTIONS = ("dataset_id", "split")
+_RESULT_OPTIONS = ("dataset_id", "split", "low", "high", "n")
+_SPREAD = ("low", "high", "n")  # kept as the metric's `args`, where the Hub's metadata has room for them
 
 
 def render_card(
@@ -48,8 +49,9 @@ def render_card(
         repo_id (`str`, *optional*): The Hub id that the card's code loads. Defaults to `checkpoint`, of a folder to
             its name.
         evaluation (`list[dict]`, *optional*): What was measured: each entry has `dataset`, `metric` and `value`, and
-            may have a `split` and the dataset's Hub id as `dataset_id`. By default what the checkpoint's present card
-            says, where this package wrote it, as the weights are the same; `[]` for none.
+            may have a `split`, the dataset's Hub id as `dataset_id`, the ends of an interval as `low` and `high`, and
+            the number of questions as `n` (what `EvaluationReport.for_card` returns). By default what the checkpoint's
+            present card says, where this package wrote it, as the weights are the same; `[]` for none.
 
     Raises:
         FileNotFoundError: A path that does not exist, or a checkpoint without weights.
@@ -105,6 +107,7 @@ def _present_evaluation(checkpoint: str | os.PathLike) -> list[dict[str, Any]]:
         {"dataset": result.dataset_name, "metric": result.metric_type, "value": result.metric_value}
         | ({"split": result.dataset_split} if result.dataset_split else {})
         | ({"dataset_id": result.dataset_type} if result.dataset_type != result.dataset_name else {})
+        | (result.metric_args or {})
         for result in ModelCard(content).data.eval_results or ()
     ]
 
@@ -124,19 +127,25 @@ def _eval_result(entry: dict[str, Any]) -> EvalResult:
         fault = f"has no {' and no '.join(wrong)}" if wrong else f"has {', '.join(map(repr, strange))}"
         raise ValueError(
             f"An entry of evaluation {fault}: {dict(entry)}. Expected {', '.join(_RESULT_FIELDS)}, and where known "
-            f"{' and '.join(_RESULT_OPTIONS)}."
+            f"{', '.join(_RESULT_OPTIONS)}."
         )
-    value = entry["value"]
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"The value of an entry of evaluation is {value!r}; expected a number.")
+    spread = {name: _number(name, entry[name]) for name in _SPREAD if entry.get(name) is not None}
     return EvalResult(
         task_type=PIPELINE_TAG,
         dataset_type=entry.get("dataset_id") or entry["dataset"],
         dataset_name=entry["dataset"],
         dataset_split=entry.get("split"),
         metric_type=entry["metric"],
-        metric_value=value if isinstance(value, int) else float(value),  # of NumPy too, which YAML has no words for
+        metric_value=_number("value", entry["value"]),
+        metric_args=spread or None,
     )
+
+
+def _number(name: str, value: Any) -> int | float:
+    """Returns a plain number, which YAML has words for, also of one of NumPy's."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"The {name} of an entry of evaluation is {value!r}; expected a number.")
+    return value if isinstance(value, int) else float(value)
 
 
 def is_tag_of_facts(tag: str) -> bool:

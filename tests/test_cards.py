@@ -48,6 +48,9 @@ RESULTS = [
         "split": "test",
         "metric": "accuracy",
         "value": 0.5,
+        "low": np.float64(0.25),
+        "high": 0.75,
+        "n": 12,
     },
     {"dataset": "mine", "metric": "f1", "value": np.float32(0.25)},
 ]
@@ -426,7 +429,8 @@ def test_evaluation_is_shown_until_the_weights_change(shelf, tmp_path):
     assert "no evaluation" in card_of(folder).text
     write_card(folder, evaluation=RESULTS)
     card = card_of(folder)
-    assert "| VQA-RAD | test | accuracy | 0.5 |" in card.text and "| mine |  | f1 | 0.25 |" in card.text
+    assert "| VQA-RAD | test | accuracy | 0.5 | 0.25 to 0.75 | 12 |" in card.text
+    assert "| mine |  | f1 | 0.25 |  |  |" in card.text
     assert "no evaluation" not in card.text
     first, second = card.data.eval_results
     assert (first.dataset_type, first.dataset_name, first.dataset_split, first.metric_value) == (
@@ -451,6 +455,11 @@ def test_evaluation_is_shown_until_the_weights_change(shelf, tmp_path):
         (["accuracy"], TypeError, "evaluation holds a str"),
         ([{"dataset": "d", "value": 1}], ValueError, "has no metric"),
         ([{"dataset": "d", "metric": "m", "value": "91 %"}], TypeError, "'91 %'; expected a number"),
+        (
+            [{"dataset": "d", "metric": "m", "value": 1, "low": "0"}],
+            TypeError,
+            "The low of an entry of evaluation is '0'",
+        ),
         ([{"dataset": "d", "metric": "m", "value": 1, "splt": "test"}], ValueError, "has 'splt'"),
     ],
 )

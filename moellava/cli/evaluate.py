@@ -86,9 +86,7 @@ def evaluate(
     if in_card:
         from ..hub_cards import write_card
 
-        # The Hub's cards have no place for intervals and counts.
-        scores = [{name: entry[name] for name in ("dataset", "metric", "value")} for entry in report.for_card()]
-        typer.echo(f"Written to {write_card(checkpoint, evaluation=scores)}.", err=True)
+        typer.echo(f"Written to {write_card(checkpoint, evaluation=report.for_card())}.", err=True)
     if html is not None:
         report.save_html(html)
         typer.echo(f"Written to {html}.", err=True)
