@@ -23,6 +23,8 @@ import torch
 from .building import question_inputs
 
 
+# Projectors whose tokens are queries or latents, which look at the whole picture.
+_WITHOUT_PLACES = ("older_qformer", "perceiver", "qformer")
 # The share of all choices that the same few experts get at most in what still is a mixture.
 _MOST_LOAD = 0.95
 
@@ -61,6 +63,8 @@ class RoutingTrace:
         layers (`list[LayerRouting]`): The sparse layers, from first to last.
         num_experts (`int`): The number of experts of a layer.
         tokens_per_image (`int`): How many tokens a picture is.
+        grid_side (`int` or `None`): The side of the square that a picture's tokens make on it, row by row; `None` where
+            they have no places in the picture.
     """
 
     tokens: list[str]
@@ -69,6 +73,7 @@ class RoutingTrace:
     layers: list[LayerRouting]
     num_experts: int
     tokens_per_image: int
+    grid_side: int | None = None
     collapsed: list[int] = field(init=False)
 
     def __post_init__(self):
@@ -138,7 +143,14 @@ def trace_prompt(model: Any, inputs: Any) -> RoutingTrace:
         layers=layers,
         num_experts=model.config.moe_config.num_experts,
         tokens_per_image=model.config.image_seq_length,
+        grid_side=_grid_side(model.config),
     )
+
+
+def _grid_side(config: Any) -> int | None:
+    side = math.isqrt(config.image_seq_length)
+    has_places = config.projector_config.type not in _WITHOUT_PLACES and side * side == config.image_seq_length
+    return side if has_places else None
 
 
 def _shown(pixel_values: torch.Tensor | None, image_processor: Any) -> list[Any]:
@@ -178,7 +190,7 @@ def draw_routing(trace: RoutingTrace, out: str | os.PathLike) -> None:
         first = routing.experts[:, 0]
         for number in range(num_pictures):
             span = image_positions[number * trace.tokens_per_image : (number + 1) * trace.tokens_per_image]
-            _draw_patches(row[number], trace.pictures[number], first[span].tolist(), colors)
+            _draw_patches(row[number], trace.pictures[number], first[span].tolist(), trace.grid_side, colors)
         row[0].set_ylabel(f"layer {routing.layer}", fontsize=11)
         words = [
             (token, int(expert))
@@ -191,16 +203,15 @@ def draw_routing(trace: RoutingTrace, out: str | os.PathLike) -> None:
     figure.savefig(out, dpi=130)
 
 
-def _draw_patches(axis: Any, picture: Any, experts: list[int], colors: list[Any]) -> None:
+def _draw_patches(axis: Any, picture: Any, experts: list[int], side: int | None, colors: list[Any]) -> None:
     axis.set_xticks([])
     axis.set_yticks([])
-    side = math.isqrt(len(experts))
     # In grey, so that the only colours are the experts'.
     axis.imshow(picture.mean(axis=-1), cmap="gray", vmin=0, vmax=1, extent=(0, 1, 1, 0))
-    if side * side == len(experts):  # one token per patch, in rows
+    if side is not None:
         overlay = [[colors[experts[row * side + column]] for column in range(side)] for row in range(side)]
         axis.imshow(overlay, extent=(0, 1, 1, 0), alpha=0.5, interpolation="nearest")
-    else:  # queries or latents have no place in the picture
+    else:
         overlay = [[colors[expert] for expert in experts]]
         axis.imshow(overlay, extent=(0, 1, 1.15, 1.03), aspect="auto", interpolation="nearest", clip_on=False)
         axis.set_ylim(1.15, 0)

@@ -46,6 +46,7 @@ def test_the_trace_is_what_the_router_says(sparse):
     assert sum(trace.is_image) == 2 * sparse.config.image_seq_length == 2 * trace.tokens_per_image
     assert len(trace.tokens) == len(trace.is_image) == trace.layers[0].experts.shape[0]
     assert [shown.shape for shown in trace.pictures] == [(32, 32, 3)] * 2
+    assert trace.grid_side == 4
     inputs = sparse.processor.apply_chat_template(
         [{"role": "user", "content": [
             {"type": "image", "image": picture(1)},
@@ -66,6 +67,13 @@ def test_the_trace_is_what_the_router_says(sparse):
 def test_a_dense_model_has_no_routing(parts):
     with pytest.raises(ValueError, match="dense.*moellava upcycle"):
         trace_routing(assemble(parts), [], "What?")
+
+
+def test_latents_have_no_places_in_the_picture_however_many_they_are(parts):
+    model = assemble(parts, moe_config=MOE, projector_type="perceiver", num_latents=9)
+    trace = trace_routing(model, [picture(1)], "What is shown?")
+    assert trace.tokens_per_image == 9
+    assert trace.grid_side is None
 
 
 def test_a_collapsed_layer_is_told():

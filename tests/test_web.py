@@ -84,9 +84,18 @@ def serve():
 
     def start(*checkpoints):
         ready = Queue()
-        options = {"port": 0, "open_browser": False, "on_ready": ready.put, "device": "cpu"}
-        threading.Thread(target=launch, args=[list(map(str, checkpoints))], kwargs=options, daemon=True).start()
-        return ready.get(timeout=120)
+
+        def run():
+            try:
+                launch(list(map(str, checkpoints)), port=0, open_browser=False, on_ready=ready.put, device="cpu")
+            except Exception as error:
+                ready.put(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        address = ready.get(timeout=120)
+        if isinstance(address, Exception):
+            raise address
+        return address
 
     yield start
     gradio.close_all(verbose=False)

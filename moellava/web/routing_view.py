@@ -13,7 +13,6 @@
 # limitations under the License.
 """The routing of a prompt as HTML: patches and words in the colours of their experts, for one layer."""
 
-import math
 from html import escape
 from typing import Any
 
@@ -44,7 +43,7 @@ def routing_html(trace: RoutingTrace | None, layer: int) -> str:
     positions = [position for position, is_image in enumerate(trace.is_image) if is_image]
     size = trace.tokens_per_image
     pictures = "".join(
-        _picture_html(picture, number, routing, positions[number * size : (number + 1) * size])
+        _picture_html(picture, number, routing, positions[number * size : (number + 1) * size], trace.grid_side)
         for number, picture in enumerate(trace.pictures)
     )
     collapsed = (
@@ -69,12 +68,11 @@ def _choices(routing: LayerRouting, position: int) -> str:
     return ", ".join(f"expert {expert} ({weight:.2f})" for expert, weight in pairs)
 
 
-def _picture_html(picture: Any, number: int, routing: LayerRouting, positions: list[int]) -> str:
-    """Draws a picture in grey, so that the only colours are the experts', with one square per token on it."""
+def _picture_html(picture: Any, number: int, routing: LayerRouting, positions: list[int], side: int | None) -> str:
+    """Draws a picture in grey, so that the only colours are the experts', with one square per token on or below it."""
     height, width = picture.shape[:2]
     grey = Image.fromarray((picture.mean(axis=-1) * 255).round().astype(np.uint8))
-    side = math.isqrt(len(positions))
-    is_grid = side * side == len(positions)  # else queries or latents, which have no place in the picture
+    is_grid = side is not None
     columns, rows = (side, side) if is_grid else (len(positions), 1)
     band = height if is_grid else height / 8
     top = 0 if is_grid else height * 1.05
