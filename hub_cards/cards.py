@@ -200,8 +200,8 @@ def _history(facts: CardFacts) -> Iterator[str]:
     if facts.training is not None:
         steps, epochs, data = (facts.training.get(name) for name in ("steps", "epochs", "data"))
         told = [f"{steps:,} steps"] if isinstance(steps, int) else []
-        told += [f"{epochs:.3g} epochs"] if isinstance(epochs, int | float) else []
-        told += [f"on {', '.join(map(linked, data))}"] if data else []
+        told += [f"{epochs:.3g} {'epoch' if epochs == 1 else 'epochs'}"] if isinstance(epochs, int | float) else []
+        told += [f"on {', '.join(linked(name) if '/' in name else code(name) for name in data)}"] if data else []
         yield f"Trained with transformers' `Trainer`{': ' if told else ''}{', '.join(told)}."
     if facts.summary.coverage is not None:
         yield f"Quantised with {code(facts.summary.coverage.method)}."

@@ -154,6 +154,10 @@ def test_three_stages(settings, data, tmp_path):
     assert changed_parts(before, after) == {"multi_modal_projector", "language_model", "lm_head"}
     assert report.checkpoint == tmp_path / "out" / "moe" / "model"
 
+    card = (report.checkpoint / "README.md").read_text(encoding="utf-8")
+    assert "Trained with transformers' `Trainer`: 3 steps, 1 epoch, on `rows.json`." in card
+    assert "The projector needs training" not in card
+
     # What was logged: the loss, of the evaluation too; of the mixture also the routers'.
     assert all(len(stage.losses) == 3 and min(stage.losses) > 0 for stage in report.stages)
     assert all(any("eval_loss" in entry for entry in stage.log) for stage in report.stages)

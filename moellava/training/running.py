@@ -28,6 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..configuration import MoellavaConfig
 from ..loading import context_length, load_pretrained_model
+from ..origins import with_training
 from ..sources import Source
 from .adapters import put_adapters
 from .data import Collator, Examples, StreamedExamples, log_problems, processor_and_context
@@ -238,6 +239,10 @@ def _run(stage: Stage, model: Any, train_data: Any, eval_data: Any, folder: Path
         logger.info("stage %s goes on from %s", stage.name, checkpoint)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.model.eval()
+    data = [os.path.basename(stage.data)] if isinstance(stage.data, str | os.PathLike) else []
+    base.config.parts = with_training(  # told before the save, which writes the card
+        base.config.parts, steps=trainer.state.global_step, epochs=round(trainer.state.epoch, 2), data=data
+    )
     if isinstance(train_data, StreamedExamples):
         train_data.report.save(folder / _DATA_REPORT)
         log_problems(train_data.report, f"the stage {stage.name}")
