@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from ..origins import UPCYCLED
 from ..sources import Source
+from ..wording import number_text, size_text
 from .citing import citations
 from .facts import CardFacts, code, linked, plain, read_facts
 
@@ -85,8 +86,8 @@ def render_card(
         marker=MARKER,
         plain=plain,
         code=code,
-        amount=amount,
-        size=size,
+        amount=number_text,
+        size=size_text,
     )
     card.text = re.sub(r"\n{3,}", "\n\n", card.text).rstrip() + "\n"
     return card
@@ -207,22 +208,6 @@ def _history(facts: CardFacts) -> Iterator[str]:
         yield f"Quantised with {code(facts.summary.coverage.method)}."
     if facts.summary.transformers_version:
         yield f"Saved with transformers {plain(facts.summary.transformers_version)}."
-
-
-def amount(number: int) -> str:
-    """Returns a number of parameters as people say it."""
-    for unit, name in ((10**9, "billion"), (10**6, "million")):
-        if number >= unit:
-            return f"{number / unit:.3g} {name}"
-    return f"{number:,}"
-
-
-def size(number: int) -> str:
-    """Returns a number of bytes as people say it."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
-        if number >= unit:
-            return f"{number / unit:.1f} {name}"
-    return f"{number / 2**10:.1f} KiB"
 
 
 __all__ = ["MARKER", "is_ours", "is_tag_of_facts", "render_card"]

@@ -16,7 +16,7 @@
 import copy
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -93,24 +93,6 @@ def _first_few(entries: list[str]) -> str:
     return "; ".join(entries[:4]) + (f"; and {len(entries) - 4} more" if len(entries) > 4 else "")
 
 
-def user_turn(pictures: Sequence[Any], question: str) -> dict[str, Any]:
-    """Returns a question about pictures, which come before it, as a user's turn of a chat."""
-    content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
-    return {"role": "user", "content": content}
-
-
-def chat_inputs(model: Any, turns: Sequence[dict[str, Any]]) -> Any:
-    """Returns the inputs, on the model's device, of a chat that is the model's turn to go on with."""
-    return model.processor.apply_chat_template(
-        list(turns), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    ).to(model.device)
-
-
-def question_inputs(model: Any, pictures: Sequence[Any], question: str) -> Any:
-    """Returns the inputs, on the model's device, of a chat of one question about pictures."""
-    return chat_inputs(model, [user_turn(pictures, question)])
-
-
 def make_processor(model: MoellavaForCausalLM, image_processor: Any, tokenizer: Any) -> MoellavaProcessor:
     """Returns the processor that prepares text and pictures for a model."""
     return MoellavaProcessor(
@@ -155,10 +137,7 @@ def output_side(image_processor: Any) -> int | None:
 __all__ = [
     "IMAGE_TOKEN",
     "build",
-    "chat_inputs",
     "fit_image_processor",
     "make_processor",
     "output_side",
-    "question_inputs",
-    "user_turn",
 ]

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-from .building import chat_inputs, user_turn
+from .asking import GREEDY, chat_inputs, end_tokens, user_turn
 
 
 @dataclass(frozen=True)
@@ -155,19 +155,12 @@ class Chat:
         def is_stopped(input_ids: torch.Tensor, scores: Any, **kwargs) -> torch.Tensor:
             return torch.full((input_ids.shape[0],), stopped.is_set(), dtype=torch.bool, device=input_ids.device)
 
-        # A checkpoint's generation config may say otherwise, and then has settings that go with sampling only.
-        how = {"do_sample": False, "temperature": None, "top_p": None}
-        if self.temperature > 0:
-            how = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+        sampled = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
         try:
             return self.model.generate(
                 **inputs,
-                **how,
+                **(GREEDY | sampled if self.temperature > 0 else GREEDY),
                 max_new_tokens=limit,
-                num_beams=1,
-                top_k=None,
-                min_p=None,
-                typical_p=None,
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([is_stopped]),
             )
@@ -176,8 +169,7 @@ class Chat:
             raise
 
     def _why_ended(self, tokens: list[int], limit: int) -> str:
-        ends = self.model.generation_config.eos_token_id
-        if tokens and tokens[-1] in (ends if isinstance(ends, list) else [ends]):
+        if tokens and tokens[-1] in end_tokens(self.model):
             return "stop"
         return "length" if len(tokens) >= limit else "interrupted"
 

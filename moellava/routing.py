@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .building import question_inputs
+from .asking import question_inputs
 
 
 # Projectors whose tokens are queries or latents, which look at the whole picture.

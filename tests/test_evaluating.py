@@ -27,7 +27,7 @@ from parts import picture
 from PIL import Image
 
 from moellava import evaluate, load_pretrained_model
-from moellava.building import question_inputs
+from moellava.asking import question_inputs
 from moellava.evaluating import EvaluationReport, ScoredAnswer, score
 from moellava.evaluating.questions import Question, Unusable, open_picture, read_questions
 from moellava.evaluating.scoring import bootstrap, mean_scores, wilson, words

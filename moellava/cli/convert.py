@@ -18,9 +18,10 @@ from typing import Annotated
 
 import typer
 
+from ..wording import number_text
 from .logs import logging_shown
 from .options import Debug, DType, DTypeOption, Json, OutFolder, Saving, TrustedHub, Verbose
-from .printing import number_text, print_json
+from .printing import print_json
 
 
 def convert(

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..wording import number_text, size_text
+
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -170,21 +172,4 @@ def _overview(summary: "CheckpointSummary") -> Iterator[tuple[str, str]]:
         yield "Own code", f"{', '.join(summary.own_code)}: loading it runs code and needs --trust-remote-code"
 
 
-def number_text(number: int) -> str:
-    """Returns a number of parameters as it is read, such as 2.70 billion."""
-    for unit, name in ((10**9, "billion"), (10**6, "million")):
-        if number >= unit:
-            return f"{number / unit:.2f} {name}"
-    return f"{number:,}"
-
-
-def size_text(size: int) -> str:
-    """Returns a number of bytes as it is read, such as 5.1 GiB."""
-    value, units = float(size), ["bytes", "KiB", "MiB", "GiB", "TiB"]
-    while value >= 1024 and len(units) > 1:
-        value /= 1024
-        units.pop(0)
-    return f"{size:,} bytes" if units[0] == "bytes" else f"{value:.1f} {units[0]}"
-
-
-__all__ = ["describe_assembled", "number_text", "print_json", "print_summary", "size_text"]
+__all__ = ["describe_assembled", "print_json", "print_summary"]

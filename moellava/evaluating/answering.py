@@ -20,15 +20,10 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from ..asking import GREEDY, end_tokens
 from .questions import Question, open_picture
 
 
-# The most probable answer. A checkpoint's generation config may say otherwise, and then has settings that go with
-# sampling only.
-_GREEDY = {
-    "do_sample": False, "num_beams": 1, "temperature": None, "top_k": None, "top_p": None, "min_p": None,
-    "typical_p": None,
-}  # fmt: skip
 # A bar is of use only where there is something to wait for.
 _SECONDS_WITHOUT_BAR = 3
 
@@ -118,9 +113,8 @@ def _answer(model: Any, chats: list[list[dict[str, Any]]], max_new_tokens: int) 
         processor_kwargs={"padding": True, "padding_side": "left"},
     ).to(model.device)
     with torch.inference_mode():
-        output = model.generate(**inputs, **_GREEDY, max_new_tokens=max_new_tokens)
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
+        output = model.generate(**inputs, **GREEDY, max_new_tokens=max_new_tokens)
+    ends = end_tokens(model)
     new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
     texts = model.processor.batch_decode(new_tokens, skip_special_tokens=True)
     return [Answer(text.strip(), not ends & set(row)) for text, row in zip(texts, new_tokens, strict=True)]

@@ -32,7 +32,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..building import IMAGE_TOKEN, user_turn
+from ..asking import user_turn
+from ..building import IMAGE_TOKEN
 from ..processing.images_moellava import to_rgb
 from .scoring import CLOSED, OPEN, words
 

@@ -27,6 +27,7 @@ except ImportError as error:
 
 from ..inspecting import inspect_checkpoint
 from ..loading import load_pretrained_model
+from ..wording import number_text
 from .pictures import open_picture
 from .routing_view import routing_html
 from .session import ServedModel, Session, Turn
@@ -150,7 +151,7 @@ def _free_port(host: str, port: int) -> int:
 def _described(model: ServedModel) -> str:
     config = model.loaded.model.config
     facts = [
-        f"{model.loaded.model.num_parameters() / 1e6:,.1f} million parameters",
+        f"{number_text(model.loaded.model.num_parameters())} parameters",
         f"{config.encoder_type} encoder",
         f"{config.projector_config.type} projector",
         f"{config.text_config.model_type} language model",

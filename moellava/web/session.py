@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..building import chat_inputs
+from ..asking import chat_inputs
 from ..chatting import Chat
 from ..loading import LoadedModel
 from ..routing import RoutingTrace, trace_prompt

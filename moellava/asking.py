@@ -1,0 +1,52 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What it takes to ask a model, for the command line, the page and evaluating: turns, inputs, and how to generate."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+# For `generate`: the most probable answer, token by token. A checkpoint's generation config may say otherwise, and then
+# has settings that go with sampling only.
+GREEDY = {
+    "do_sample": False, "num_beams": 1, "temperature": None, "top_k": None, "top_p": None, "min_p": None,
+    "typical_p": None,
+}  # fmt: skip
+
+
+def user_turn(pictures: Sequence[Any], question: str) -> dict[str, Any]:
+    """Returns a question about pictures, which come before it, as a user's turn of a chat."""
+    content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
+    return {"role": "user", "content": content}
+
+
+def chat_inputs(model: Any, turns: Sequence[dict[str, Any]]) -> Any:
+    """Returns the inputs, on the model's device, of a chat that is the model's turn to go on with."""
+    return model.processor.apply_chat_template(
+        list(turns), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ).to(model.device)
+
+
+def question_inputs(model: Any, pictures: Sequence[Any], question: str) -> Any:
+    """Returns the inputs, on the model's device, of a chat of one question about pictures."""
+    return chat_inputs(model, [user_turn(pictures, question)])
+
+
+def end_tokens(model: Any) -> set[int]:
+    """Returns the tokens that end an answer of a model."""
+    ends = model.generation_config.eos_token_id
+    return set(ends) if isinstance(ends, list) else {ends}
+
+
+__all__ = ["GREEDY", "chat_inputs", "end_tokens", "question_inputs", "user_turn"]

@@ -1,0 +1,34 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Numbers of parameters and bytes in the words of people, for the command line, the page and the cards."""
+
+
+def number_text(number: int) -> str:
+    """Returns a number of parameters as it is read, such as 2.70 billion."""
+    for unit, name in ((10**9, "billion"), (10**6, "million")):
+        if number >= unit:
+            return f"{number / unit:.2f} {name}"
+    return f"{number:,}"
+
+
+def size_text(size: int) -> str:
+    """Returns a number of bytes as it is read, such as 5.1 GiB."""
+    value, units = float(size), ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{size:,} bytes" if units[0] == "bytes" else f"{value:.1f} {units[0]}"
+
+
+__all__ = ["number_text", "size_text"]
