@@ -23,6 +23,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 from parts import picture
 from PIL import Image
 
@@ -333,6 +334,7 @@ QUESTIONS = ("Which organ?", "Is there a lesion in this picture of the chest?", 
 
 @pytest.fixture(scope="module")
 def loaded(parts):
+    torch.manual_seed(0)  # of the new projector, on which it depends whether the model says anything
     return load_pretrained_model(
         parts.language_model("llama"), mm_vision_tower=parts.vision_tower("clip"), device="cpu"
     )
