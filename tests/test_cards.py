@@ -32,6 +32,7 @@ from parts import picture, run_python
 
 from moellava import load_pretrained_model
 from moellava.configuration.checkpoint_moellava import SAVE_HOOKS
+from moellava.configuration.registry_moellava import PROJECTORS
 from moellava.hub_cards import render_card, write_card, write_card_of_save
 from moellava.hub_cards.cards import MARKER
 from moellava.hub_cards.licences import combined_license
@@ -107,8 +108,12 @@ class Shelf:
 
 
 @pytest.fixture(scope="module")
-def shelf(parts, tmp_path_factory) -> Shelf:
-    return Shelf(tmp_path_factory.mktemp("shelf"), parts)
+def shelf(parts, tmp_path_factory):
+    """The checkpoints; the projector of one's own that they need is known to these tests alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        PROJECTORS.names()  # the built-in ones are there
+        patch.setattr(PROJECTORS, "_classes", dict(PROJECTORS._classes))
+        yield Shelf(tmp_path_factory.mktemp("shelf"), parts)
 
 
 def card_of(folder: Path) -> ModelCard:

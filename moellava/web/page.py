@@ -288,7 +288,7 @@ def _wire(widgets: _Widgets, models: list[ServedModel]) -> None:
 
     def start_anew(session: Session | None) -> list[Any]:
         if session is not None:
-            session.stop()
+            session.leave()
         session = Session(models)
         return [session, None, _alert(""), *_buttons(session), *_view(session)]
 
@@ -314,6 +314,8 @@ def _wire(widgets: _Widgets, models: list[ServedModel]) -> None:
         cancels=[answered],
         **_INSTANT,
     )
+    # Once more: a piece of the answer that was on its way may have come after the page was cleared.
+    cleared = cleared.then(_view, state, shown, **_INSTANT)
     answered.then(_buttons, state, buttons, **_INSTANT)
     for event in (answered.then, cleared.then, widgets.layer.change):
         event(_routings, [state, widgets.layer], widgets.routings, **_INSTANT)
@@ -333,8 +335,10 @@ def _check(pictures: list[tuple[str, Any]] | None) -> tuple[Any, Any]:
 
 def _answer(session: Session, max_new_tokens: int, temperature: float, with_routing: bool) -> Iterator[list[Any]]:
     for _ in session.answers(int(max_new_tokens), temperature, with_routing):
+        if not session.is_left:
+            yield _view(session)
+    if not session.is_left:
         yield _view(session)
-    yield _view(session)
 
 
 def _view(session: Session) -> list[Any]:

@@ -99,6 +99,7 @@ class Session:
     def __init__(self, models: Sequence[ServedModel]):
         self.conversations = [Conversation(model, Chat(model.loaded)) for model in models]
         self.is_busy = False
+        self.is_left = False
         self._asked_about: list[str] = []
         self._next: str | None = None
         self._stopped = threading.Event()
@@ -166,6 +167,11 @@ class Session:
     def stop(self) -> None:
         """Ends the answer that is being made, and those that wait; what has come of it stays."""
         self._stopped.set()
+
+    def leave(self) -> None:
+        """Ends as `stop` does; nothing of the session is to be shown any more."""
+        self.is_left = True
+        self.stop()
 
     def _answer(self, conversation: Conversation, question: str) -> Iterator[None]:
         chat = conversation.chat
