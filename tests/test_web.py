@@ -200,7 +200,8 @@ def test_a_conversation_about_a_picture(browser, page_of_one, checkpoints, files
         }"""
     )
     user.ask("What is shown?")
-    (note,) = user.see_notes("cut off at the limit$")  # the routing has been traced, too
+    user.page.get_by_role("button", name="Ask").wait_for()  # the routing has been traced, too
+    (note,) = user.see_notes("cut off at the limit$")
     assert re.fullmatch(rf"\d+ tokens in · {STREAMED} out · [\d.]+ s · \d+ tokens/s · cut off at the limit", note)
 
     # The answer grew before the user's eyes, to what the model itself says.
