@@ -38,7 +38,7 @@ ARGUMENTS = [
     *("--no-sandbox", "--disable-gpu", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
-PATIENCE_MS = 20_000
+PATIENCE_MS = 60_000
 MOE = {"num_experts": 3, "num_experts_per_tok": 2, "layers": "sparse"}
 # How long answers are, in tokens: one that is made at once, one whose growing can be seen, one that can be stopped.
 SHORT, STREAMED, LONG = 40, 200, 1000
@@ -146,6 +146,10 @@ class User:
             self.page.get_by_role("button", name="Settings").click()
         number.fill(str(tokens))
         number.press("Tab")
+        # The setting is taken once its slider has moved.
+        slider = self.page.get_by_label("range slider for Longest answer, in tokens").element_handle()
+        self.page.wait_for_function("([slider, value]) => slider.value === value", arg=[slider, str(tokens)])
+        self.page.wait_for_timeout(200)
 
     def ask(self, question):
         self.page.get_by_role("button", name="Ask").wait_for()
