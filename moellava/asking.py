@@ -43,10 +43,22 @@ def question_inputs(model: Any, pictures: Sequence[Any], question: str) -> Any:
     return chat_inputs(model, [user_turn(pictures, question)])
 
 
+def chat_tokens(processor: Any, turns: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> list[int]:
+    """Returns the tokens of a chat as `apply_chat_template(tokenize=True)` does, without opening a picture."""
+    text = processor.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=add_generation_prompt)
+    # The template has written the beginning itself, or leaves it to the tokenizer: transformers' own rule.
+    bos = processor.tokenizer.bos_token
+    adds_bos = bos is None or not text.startswith(bos)
+    count = text.count(processor.image_token)
+    if count:
+        (text,), _ = processor.get_text_with_replacements([text], [processor.replace_image_token()] * count)
+    return processor.tokenizer(text, add_special_tokens=adds_bos)["input_ids"]
+
+
 def end_tokens(model: Any) -> set[int]:
     """Returns the tokens that end an answer of a model."""
     ends = model.generation_config.eos_token_id
     return set(ends) if isinstance(ends, list) else {ends}
 
 
-__all__ = ["GREEDY", "chat_inputs", "end_tokens", "question_inputs", "user_turn"]
+__all__ = ["GREEDY", "chat_inputs", "chat_tokens", "end_tokens", "question_inputs", "user_turn"]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..asking import GREEDY, end_tokens
+from ..asking import GREEDY, chat_tokens, end_tokens
 from .questions import Question, open_picture
 
 
@@ -60,7 +60,7 @@ def answer_questions(
         `list`: For every question its [`Answer`], or what is wrong with it as text: a picture that cannot be decoded,
         or a prompt that leaves no room for the answer.
     """
-    lengths = [_prompt_length(model.processor, question) for question in questions]
+    lengths = [len(chat_tokens(model.processor, question.turns, add_generation_prompt=True)) for question in questions]
     answers: list[Any] = [None] * len(questions)
     for place, length in enumerate(lengths):
         if length + max_new_tokens > context_len:
@@ -83,14 +83,6 @@ def answer_questions(
                     answers[place] = answer
             bar.update(len(batch))
     return answers
-
-
-def _prompt_length(processor: Any, question: Question) -> int:
-    """How many tokens a question is, with all before it and its pictures."""
-    text = processor.apply_chat_template(question.turns, add_generation_prompt=True, tokenize=False)
-    begun = processor.tokenizer.bos_token
-    tokens = processor.tokenizer(text, add_special_tokens=not (begun and text.startswith(begun)))["input_ids"]
-    return len(tokens) + tokens.count(processor.image_token_id) * (processor.num_image_tokens - 1)
 
 
 def _with_open_pictures(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+from ..asking import chat_tokens
 from .rows import Row, RowError
 
 
@@ -74,16 +75,16 @@ class Encoder:
             RowError: It is too long, or the template does not write it as the continuation of its prompts.
         """
         messages = row.messages
-        input_ids = self.tokens(messages)
+        input_ids = chat_tokens(self.processor, messages)
         if self.max_length is not None and len(input_ids) > self.max_length:
             raise RowError("too long", f"has {len(input_ids)} tokens, of which {self.max_length} fit")
         answers = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = self.tokens(messages[:index], add_generation_prompt=True)
+            prompt = chat_tokens(self.processor, messages[:index], add_generation_prompt=True)
             is_last = index == len(messages) - 1
-            upto = input_ids if is_last else self.tokens(messages[: index + 1])
+            upto = input_ids if is_last else chat_tokens(self.processor, messages[: index + 1])
             end = self._end_of(upto, len(prompt))
             if input_ids[: len(prompt)] != prompt or input_ids[:end] != upto[:end] or end <= len(prompt):
                 raise RowError(
@@ -97,19 +98,7 @@ class Encoder:
     def prompt(self, row: Row) -> list[int]:
         """Returns the tokens of a conversation's first question, up to where its answer begins."""
         first = next(index for index, message in enumerate(row.messages) if message["role"] == "assistant")
-        return self.tokens(row.messages[:first], add_generation_prompt=True)
-
-    def tokens(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> list[int]:
-        """Returns the tokens of messages as `apply_chat_template(tokenize=True)` does, without opening a picture."""
-        processor = self.processor
-        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        # The template has written the beginning itself, or leaves it to the tokenizer: transformers' own rule.
-        bos = processor.tokenizer.bos_token
-        adds_bos = bos is None or not text.startswith(bos)
-        count = text.count(processor.image_token)
-        if count:
-            (text,), _ = processor.get_text_with_replacements([text], [processor.replace_image_token()] * count)
-        return processor.tokenizer(text, add_special_tokens=adds_bos)["input_ids"]
+        return chat_tokens(self.processor, row.messages[:first], add_generation_prompt=True)
 
     def _end_of(self, input_ids: list[int], start: int) -> int:
         """Returns where an answer ends that begins at `start`: behind the last special token."""
