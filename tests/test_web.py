@@ -39,6 +39,7 @@ ARGUMENTS = [
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
 PATIENCE_MS = 60_000
+TYPING_MS = 5_000
 MOE = {"num_experts": 3, "num_experts_per_tok": 2, "layers": "sparse"}
 # How long answers are, in tokens: one that is made at once, one whose growing can be seen, one that can be stopped.
 SHORT, STREAMED, LONG = 40, 200, 1000
@@ -141,15 +142,27 @@ class User:
         )
 
     def set_longest(self, tokens):
+        from playwright.sync_api import TimeoutError as PlaywrightTimeout
+
         number = self.page.get_by_label("number input for Longest answer, in tokens")
         if not number.is_visible():
             self.page.get_by_role("button", name="Settings").click()
-        number.fill(str(tokens))
-        number.press("Tab")
-        # The setting is taken once its slider has moved.
-        slider = self.page.get_by_label("range slider for Longest answer, in tokens").element_handle()
-        self.page.wait_for_function("([slider, value]) => slider.value === value", arg=[slider, str(tokens)])
-        self.page.wait_for_timeout(200)
+        # The setting is taken once its slider has moved. On a busy machine the page may draw its settings anew while
+        # someone types into them: they see it, and type again.
+        for _ in range(PATIENCE_MS // TYPING_MS):
+            number.fill(str(tokens))
+            number.press("Tab")
+            try:
+                self.page.wait_for_function(
+                    '([label, value]) => document.querySelector(`input[aria-label="${label}"]`)?.value === value',
+                    arg=["range slider for Longest answer, in tokens", str(tokens)],
+                    timeout=TYPING_MS,
+                )
+            except PlaywrightTimeout:
+                continue
+            self.page.wait_for_timeout(200)
+            return
+        pytest.fail(f"The page did not take {tokens} tokens as the longest answer")
 
     def ask(self, question):
         self.page.get_by_role("button", name="Ask").wait_for()
