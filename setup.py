@@ -62,7 +62,10 @@ EXTRAS = {
     "demo": ["matplotlib>=3.8", "scikit-learn>=1.4"],
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
     # trl, nbclient, ipykernel and playwright: for the tests of training, of the notebook and of the page.
-    "test": ["pytest>=8", "pytest-xdist>=3.6", "ipykernel>=6", "nbclient>=0.10", "playwright>=1.45", "trl>=1"],
+    "test": [
+        *("pytest>=8", "pytest-cov>=6", "pytest-xdist>=3.6", "hypothesis>=6.100"),
+        *("ipykernel>=6", "nbclient>=0.10", "playwright>=1.45", "trl>=1"),
+    ],
     "lint": ["ruff>=0.17", "transformers-mlinter>=0.1.5"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
