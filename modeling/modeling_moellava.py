@@ -137,6 +137,12 @@ class MoellavaPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, MoellavaModel):
                 module.initialize_own_parts()
+        # The tower and the language model are transformers' own. From here, transformers takes them for custom code,
+        # of which it leaves out modules without parameters of their own: CLIP's and SigLIP's attention draws its
+        # projections as a whole.
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel) and not module.is_custom_code():
+                module.initialize_weights()
         super().initialize_weights()
         # A part's parameters that are no standard layer's (queries, latents): transformers' initialisation skips
         # modules of custom code that hold none of their own, so that a hook in `_init_weights` would not be reached.

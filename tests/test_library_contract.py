@@ -1,0 +1,60 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What transformers expects of any model of its own, as its common tests have found it missing (`tests/referee`)."""
+
+import pytest
+import torch
+from transformers import AutoModel, CLIPVisionConfig, LlamaConfig
+
+from moellava import MoellavaConfig, MoellavaForCausalLM
+
+
+TEXT = {
+    "model_type": "llama",
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+TOWER = {
+    "image_size": 8,
+    "patch_size": 4,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+QFORMER = {"type": "qformer", "num_query_tokens": 4, "qformer_hidden_size": 32, "num_hidden_layers": 1}
+PERCEIVER = {"type": "perceiver", "num_latents": 4, "latent_dim": 32, "num_hidden_layers": 1}
+OLDER_QFORMER = {"type": "older_qformer", "num_query_tokens": 4, "num_hidden_layers": 1}
+
+
+def make_config(tower: str = "clip", **fields) -> MoellavaConfig:
+    return MoellavaConfig(
+        text_config=TEXT,
+        vision_config={"model_type": f"{tower}_vision_model", **TOWER},
+        image_token_id=3,
+        **{"vision_feature_layer": -1, **fields},
+    )
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_weights_that_no_file_has_are_drawn_as_the_towers_family_draws_them(tower):
+    config = make_config(tower)
+    drawn = MoellavaForCausalLM.from_pretrained(None, config=config, state_dict={}).model.vision_tower
+    expected = AutoModel.from_config(config.vision_config)
+    for name in ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"):
+        found, own = (model.get_submodule(f"encoder.layers.0.{name}").weight.std() for model in (drawn, expected))
+        torch.testing.assert_close(found, own, rtol=0.15, atol=0, msg=name)
