@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ..configuration.names_moellava import canonical_encoder_type
@@ -212,23 +213,46 @@ class VisionEncoder:
         return tower
 
     def features(self, tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Runs the tower on pictures, for its features alone; see `encode`."""
+        return self.encode(tower, pixel_values).last_hidden_state
+
+    def encode(
+        self,
+        tower: nn.Module,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> BaseModelOutput:
         """Runs the tower on pictures.
 
         Args:
             tower (`nn.Module`): The tower that `build` made.
             pixel_values (`torch.Tensor` of shape `(num_images, channels, image_size, image_size)`): Prepared pictures.
+            output_hidden_states (`bool`, *optional*): Whether to return the hidden states of all layers that are run:
+                those up to the last feature layer. By default as the tower's config says.
+            output_attentions (`bool`, *optional*): Whether to return the attention weights of those layers. By default
+                as the tower's config says.
 
         Returns:
-            `torch.Tensor` of shape `(num_images, num_selected_tokens, feature_size)`.
+            [`~transformers.modeling_outputs.BaseModelOutput`]: `last_hidden_state` holds the features, of shape
+            `(num_images, num_selected_tokens, feature_size)`; `hidden_states` and `attentions` what was asked for and
+            the tower gives.
         """
-        hidden_states = self._hidden_states(tower, pixel_values)
-        selected = [self._select(as_tokens(hidden_states[layer])) for layer in self.feature_layers]
-        return selected[0] if len(selected) == 1 else torch.cat(selected, dim=-1)
+        if output_hidden_states is None:
+            output_hidden_states = getattr(self.vision_config, "output_hidden_states", False)
+        asked = {} if output_attentions is None else {"output_attentions": output_attentions}
+        outputs = self._run(
+            tower, pixel_values, output_hidden_states=True if output_hidden_states else self._kept_layers, **asked
+        )
+        selected = [self._select(as_tokens(outputs.hidden_states[layer])) for layer in self.feature_layers]
+        return BaseModelOutput(
+            last_hidden_state=selected[0] if len(selected) == 1 else torch.cat(selected, dim=-1),
+            hidden_states=outputs.hidden_states if output_hidden_states else None,
+            attentions=outputs.get("attentions"),
+        )
 
-    def _hidden_states(self, tower: nn.Module, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tower(
-            pixel_values, output_hidden_states=self._kept_layers, return_dict=True, **self._tower_arguments
-        ).hidden_states
+    def _run(self, tower: nn.Module, pixel_values: torch.Tensor, **asked: bool | list[int]) -> ModelOutput:
+        return tower(pixel_values, return_dict=True, **asked, **self._tower_arguments)
 
     @property
     def _kept_layers(self) -> list[int] | bool:
@@ -422,9 +446,9 @@ class SiglipEncoder(PatchTransformer):
         tower.use_head = False  # nothing reads what the pooling head gives; its weights stay in the checkpoint
         return tower
 
-    def _hidden_states(self, tower: nn.Module, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _run(self, tower: nn.Module, pixel_values: torch.Tensor, **asked: bool | list[int]) -> ModelOutput:
         if not self._is_flexible:
-            return super()._hidden_states(tower, pixel_values)
+            return super()._run(tower, pixel_values, **asked)
         batch, channels, height, width = pixel_values.shape
         size = self.patch_size
         grid = (height // size, width // size)
@@ -435,9 +459,9 @@ class SiglipEncoder(PatchTransformer):
             patches,
             pixel_attention_mask=patches.new_ones(patches.shape[:2], dtype=torch.long),
             spatial_shapes=torch.tensor([grid] * batch),
-            output_hidden_states=self._kept_layers,
             return_dict=True,
-        ).hidden_states
+            **asked,
+        )
 
 
 @register_encoder("vit")

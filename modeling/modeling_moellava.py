@@ -353,18 +353,31 @@ class MoellavaModel(MoellavaPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, channels, image_size, image_size)`):
                 Pictures as the processor prepares them.
+            output_hidden_states (`bool`, *optional*):
+                Whether to return the tower's hidden states, up to the last feature layer: the layers behind it are
+                not run.
+            output_attentions (`bool`, *optional*):
+                Whether to return the tower's attention weights, which only `attn_implementation="eager"` computes.
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state` holds the tower's
             features, of shape `(num_images, tokens, feature_size)`; `pooler_output` the projected ones, as a list of
             one tensor of shape `(image_seq_length, hidden_size)` per picture.
         """
-        features = self.encoder.features(self.vision_tower, pixel_values.to(_floating_dtype(self.vision_tower)))
-        projected = self.multi_modal_projector(features)
+        # Not among the named arguments: `generate` would take those of its own call for the pictures' alone.
+        asked = {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
+        pixel_values = pixel_values.to(_floating_dtype(self.vision_tower))
+        encoded = self.encoder.encode(self.vision_tower, pixel_values, **asked)
+        projected = self.multi_modal_projector(encoded.last_hidden_state)
         # CODEPATH: converted MiniCPM checkpoints take pictures unscaled; all others have a scale of 1.
         if self.config.image_feature_scale != 1:
             projected = projected * self.config.image_feature_scale
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(projected))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=encoded.last_hidden_state,
+            pooler_output=list(projected),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor

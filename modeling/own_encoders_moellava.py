@@ -27,6 +27,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from ..configuration.registry_moellava import ENCODERS
 from .encoders_moellava import VisionEncoder, as_tokens
@@ -111,8 +112,9 @@ class CustomEncoder(VisionEncoder):
             type(self), self.encoder_type, self.module_class, json.dumps(self.fields, sort_keys=True), self.image_size
         )
 
-    def _hidden_states(self, tower: nn.Module, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return as_hidden_states(tower(pixel_values))
+    def _run(self, tower: nn.Module, pixel_values: torch.Tensor, **asked: bool | list[int]) -> BaseModelOutput:
+        # Its forward takes pictures and nothing else, so that what is asked for besides features is not there.
+        return BaseModelOutput(hidden_states=as_hidden_states(tower(pixel_values)))
 
 
 @functools.lru_cache(maxsize=32)

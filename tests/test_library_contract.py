@@ -58,3 +58,28 @@ def test_weights_that_no_file_has_are_drawn_as_the_towers_family_draws_them(towe
     for name in ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"):
         found, own = (model.get_submodule(f"encoder.layers.0.{name}").weight.std() for model in (drawn, expected))
         torch.testing.assert_close(found, own, rtol=0.15, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_image_features_come_with_the_towers_hidden_states_and_attentions(tower):
+    model = MoellavaForCausalLM(make_config(tower)).eval()
+    model.set_attn_implementation("eager")
+    pixel_values = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        plain = model.get_image_features(pixel_values)
+        asked = model.get_image_features(pixel_values, output_hidden_states=True, output_attentions=True)
+        expected = model.model.vision_tower(pixel_values, output_hidden_states=True, output_attentions=True)
+    assert plain.hidden_states is None and plain.attentions is None
+    torch.testing.assert_close(asked.last_hidden_state, plain.last_hidden_state)
+    assert len(asked.hidden_states) == 4 and len(asked.attentions) == 3
+    torch.testing.assert_close(asked.hidden_states, expected.hidden_states)
+    torch.testing.assert_close(asked.attentions, expected.attentions)
+
+
+def test_hidden_states_end_at_the_feature_layer():
+    model = MoellavaForCausalLM(make_config(vision_feature_layer=-2)).eval()
+    model.config.vision_config.output_hidden_states = True
+    with torch.no_grad():
+        encoded = model.get_image_features(torch.randn(1, 3, 8, 8))
+    assert len(encoded.hidden_states) == 3
+    torch.testing.assert_close(encoded.last_hidden_state, encoded.hidden_states[2][:, 1:])
