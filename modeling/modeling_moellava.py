@@ -27,7 +27,7 @@ from functools import partial
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import load_state_dict
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -286,6 +286,13 @@ class MoellavaPreTrainedModel(PreTrainedModel):
         run_save_hooks(working_dir, working_dir, repo_id)
         return commit_saved(working_dir, repo_id, **kwargs)
 
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs):
+        """Sets how attention is computed; arguments as in transformers."""
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, MoellavaModel):
+                module.follow_attn_implementation()
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True  # transformers looks for the decorator in the source of this file; ours is in `sparse_moellava.py`
@@ -321,7 +328,15 @@ class MoellavaModel(MoellavaPreTrainedModel):
         self._no_split_modules = [type(self.multi_modal_projector).__name__]
         if not isinstance(self.vision_tower, PreTrainedModel):
             self._no_split_modules.append(type(self.vision_tower).__name__)
+        self.follow_attn_implementation()
         self.post_init()
+
+    def follow_attn_implementation(self) -> None:
+        """Lets the projector compute its attention as the config says of it: plainly, or else by PyTorch's function."""
+        attention = getattr(self.multi_modal_projector, "attention_config", None)
+        if isinstance(attention, PreTrainedConfig):
+            asked = self.config.projector_config._attn_implementation
+            attention._attn_implementation = "eager" if asked == "eager" else "sdpa"
 
     def initialize_own_parts(self) -> None:
         """Gives what was not loaded of a user's own encoder or projector the values that its constructor gives."""

@@ -145,7 +145,7 @@ class OlderQFormerProjector(nn.Module):
         check_positive_int("older_qformer", num_hidden_layers=num_hidden_layers, num_query_tokens=num_query_tokens)
         width, intermediate_size = _block_sizes("older_qformer", vision_hidden_size, text_hidden_size, narrow)
         self.vision_hidden_size = vision_hidden_size
-        config = Blip2QFormerConfig(
+        self.attention_config = config = Blip2QFormerConfig(
             hidden_size=width,
             num_hidden_layers=num_hidden_layers,
             num_attention_heads=_NUM_ATTENTION_HEADS,

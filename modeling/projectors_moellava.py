@@ -191,7 +191,7 @@ class QFormerProjector(nn.Module):
 
     The parameter names `query_tokens`, `qformer.*` and `language_projection.*` are those of transformers'
     `Blip2ForConditionalGeneration`. The blocks run without dropout, and with PyTorch's scaled dot product attention
-    whatever the text model uses.
+    unless the model is loaded with `attn_implementation="eager"`.
 
     Args:
         vision_hidden_size (`int`): Width of the image features.
@@ -247,7 +247,7 @@ class QFormerProjector(nn.Module):
         build_activation("qformer", hidden_act)  # for its check alone: the blocks build their own from the name
 
         self.vision_hidden_size = vision_hidden_size
-        config = Blip2QFormerConfig(
+        self.attention_config = config = Blip2QFormerConfig(
             hidden_size=qformer_hidden_size,
             num_hidden_layers=num_hidden_layers,
             num_attention_heads=resolve_num_attention_heads(
@@ -298,7 +298,8 @@ class PerceiverProjector(nn.Module):
     A linear layer takes the image features to `latent_dim` and another one takes the latents to `text_hidden_size`.
     Both are always there, also between equal widths, so that the parameter names depend on no width. The parameter
     names `latents`, `layers.*` and `norm.*` are those of transformers' `Idefics2PerceiverResampler`. The blocks run
-    without dropout, and with PyTorch's scaled dot product attention whatever the text model uses.
+    without dropout, and with PyTorch's scaled dot product attention unless the model is loaded with
+    `attn_implementation="eager"`.
 
     A block has about `16 * latent_dim ** 2` weights, which is why `latent_dim` does not grow with the text model by
     default: at 1024 three blocks have 50 million, at 4096 they would have 0.8 billion.
@@ -361,7 +362,7 @@ class PerceiverProjector(nn.Module):
             )
 
         self.vision_hidden_size = vision_hidden_size
-        config = Idefics2PerceiverConfig(
+        self.attention_config = config = Idefics2PerceiverConfig(
             hidden_size=latent_dim,
             hidden_act=hidden_act,
             rms_norm_eps=float(rms_norm_eps),

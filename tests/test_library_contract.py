@@ -83,3 +83,22 @@ def test_hidden_states_end_at_the_feature_layer():
         encoded = model.get_image_features(torch.randn(1, 3, 8, 8))
     assert len(encoded.hidden_states) == 3
     torch.testing.assert_close(encoded.last_hidden_state, encoded.hidden_states[2][:, 1:])
+
+
+@pytest.mark.parametrize("projector", [QFORMER, PERCEIVER, OLDER_QFORMER], ids=lambda fields: fields["type"])
+def test_the_attention_of_a_projector_follows_the_models(projector, tmp_path):
+    model = MoellavaForCausalLM(make_config(projector_config=projector)).eval()
+    attention = model.model.multi_modal_projector.attention_config
+    pixel_values = torch.randn(2, 3, 8, 8)
+    assert attention._attn_implementation == "sdpa"
+    with torch.no_grad():
+        expected = model.get_image_features(pixel_values).pooler_output
+        model.set_attn_implementation("eager")
+        assert attention._attn_implementation == "eager"
+        torch.testing.assert_close(model.get_image_features(pixel_values).pooler_output, expected)
+    model.save_pretrained(tmp_path)
+    loaded = MoellavaForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert loaded.model.multi_modal_projector.attention_config._attn_implementation == "eager"
+    loaded.set_attn_implementation({"projector_config": "sdpa"})
+    assert loaded.model.multi_modal_projector.attention_config._attn_implementation == "sdpa"
+    assert loaded.config.text_config._attn_implementation == "eager"
