@@ -322,7 +322,10 @@ class MoellavaModel(MoellavaPreTrainedModel):
         if config.moe_config is not None:
             make_sparse(self.language_model, config)
             # Rounded to 16 bits, routers choose other experts.
-            self._keep_in_fp32_modules_strict = ROUTER_WEIGHTS
+            names = [name for name, _ in self.named_parameters()]
+            self._keep_in_fp32_modules_strict = {
+                weight for weight in ROUTER_WEIGHTS if any(name.endswith(weight) for name in names)
+            }
         # transformers adds the blocks of the tower and the language model; a projector stays on one device as a whole,
         # and so does a tower whose blocks it does not know.
         self._no_split_modules = [type(self.multi_modal_projector).__name__]

@@ -102,3 +102,11 @@ def test_the_attention_of_a_projector_follows_the_models(projector, tmp_path):
     loaded.set_attn_implementation({"projector_config": "sdpa"})
     assert loaded.model.multi_modal_projector.attention_config._attn_implementation == "sdpa"
     assert loaded.config.text_config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("use_residual", [False, True])
+def test_only_weights_that_a_sparse_model_has_are_kept_in_full_precision(use_residual):
+    moe = {"layers": "dense", "use_residual": use_residual}
+    model = MoellavaForCausalLM(make_config(moe_config=moe))
+    expected = {"mlp.gate.weight"} | ({"mlp.coefficient.weight", "mlp.coefficient.bias"} if use_residual else set())
+    assert model.model._keep_in_fp32_modules_strict == expected
