@@ -619,17 +619,20 @@ class TokenMask:
     """Tells the blocks that run within the `with` block which tokens are padding; every thread its own blocks.
 
     Args:
-        mask (`torch.Tensor` of shape `(batch_size * sequence_length)`, *optional*): 0 for padding.
+        mask (`torch.Tensor` of shape `(batch_size * sequence_length)`, *optional*): 0 for padding; none, where there is
+            nothing to tell.
     """
 
     def __init__(self, mask: torch.Tensor | None):
         self.mask = mask
 
     def __enter__(self) -> None:
-        self._token = _token_mask_of_pass.set(self.mask)
+        if self.mask is not None:
+            self._token = _token_mask_of_pass.set(self.mask)
 
     def __exit__(self, *exception) -> None:
-        _token_mask_of_pass.reset(self._token)
+        if self.mask is not None:
+            _token_mask_of_pass.reset(self._token)
 
 
 def checkpoint_with_token_mask(checkpoint: Callable, function: Callable, *args) -> Any:
@@ -720,6 +723,13 @@ def make_sparse(language_model: nn.Module, config) -> None:
     for index in config.moe_config.layers:
         name, mlp = mlps[index]
         language_model.set_submodule(name, SparseMoeBlock(config, mlp))
+    # The family's plan of tensor parallelism names the MLPs; where no layer has kept its own, that is no plan.
+    names = [name for name, _ in language_model.named_modules()]
+    language_model._tp_plan = {
+        pattern: style
+        for pattern, style in (language_model._tp_plan or {}).items()
+        if any(re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name) for name in names)
+    }
 
 
 __all__ = [

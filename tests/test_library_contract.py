@@ -110,3 +110,14 @@ def test_only_weights_that_a_sparse_model_has_are_kept_in_full_precision(use_res
     model = MoellavaForCausalLM(make_config(moe_config=moe))
     expected = {"mlp.gate.weight"} | ({"mlp.coefficient.weight", "mlp.coefficient.bias"} if use_residual else set())
     assert model.model._keep_in_fp32_modules_strict == expected
+
+
+def test_the_plan_of_tensor_parallelism_names_what_a_sparse_model_has():
+    def planned(layers) -> set[str]:
+        plan = MoellavaForCausalLM(make_config(moe_config={"layers": layers})).tp_plan
+        return {pattern.removeprefix("model.language_model.") for pattern in plan}
+
+    mlp = {f"layers.*.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+    assert mlp <= planned([0])
+    assert not mlp & planned("dense")
+    assert "layers.*.self_attn.q_proj" in planned("dense")
