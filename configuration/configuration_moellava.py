@@ -532,6 +532,14 @@ class MoellavaConfig(PreTrainedConfig):
             if isinstance(output.get(key), dict):
                 for foreign in FOREIGN_KEYS:
                     output[key].pop(foreign, None)
+                output[key]["_name_or_path"] = ""  # every config has one: a part's is then equal to its own class's
+        return output
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        output = super().to_diff_dict()
+        for key in self.sub_configs:
+            if isinstance(output.get(key), dict):
+                output[key].pop("_name_or_path", None)
         return output
 
     @classmethod

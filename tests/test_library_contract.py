@@ -121,3 +121,15 @@ def test_the_plan_of_tensor_parallelism_names_what_a_sparse_model_has():
     assert mlp <= planned([0])
     assert not mlp & planned("dense")
     assert "layers.*.self_attn.q_proj" in planned("dense")
+
+
+def test_a_parts_config_read_from_a_checkpoint_is_the_one_within(tmp_path):
+    config = make_config()
+    config.save_pretrained(tmp_path)
+    for own_class, within in ((LlamaConfig, config.text_config), (CLIPVisionConfig, config.vision_config)):
+        read = own_class.from_pretrained(tmp_path).to_dict()
+        read.pop("transformers_version")
+        key = "text_config" if own_class is LlamaConfig else "vision_config"
+        assert read == config.to_dict()[key]
+        assert type(within) is own_class
+    assert "_name_or_path" not in (tmp_path / "config.json").read_text()
