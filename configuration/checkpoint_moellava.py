@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Writing a checkpoint: the code that travels in it, and the move of a finished folder into place.
+"""What goes into a checkpoint beside its weights: the code that travels in it, and what is called before it is there.
 
 A saved folder holds flat copies of the source files of `configuration/`, `modeling/` and `processing/`, so that
 `from_pretrained(folder, trust_remote_code=True)` works where the package is not installed. transformers' own copier
@@ -19,23 +19,13 @@ cannot do this from a layout of several folders, so this file does; it travels t
 the package must be able to save itself again.
 """
 
-import ctypes
-import errno
 import os
 import re
-import shutil
-import sys
-import uuid
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
-
-from transformers.utils import logging
 
 from .custom_code_moellava import CUSTOM_MODULE, custom_sources
 
-
-logger = logging.get_logger(__name__)
 
 ENTRY_MODULE = "moellava_entry"
 ROOMS = ("configuration", "modeling", "processing")
@@ -150,49 +140,6 @@ def export_code(
     return [folder / name for name in sources]
 
 
-@contextmanager
-def staged_folder(save_directory: str | os.PathLike, replaces_weights: bool = False) -> Iterator[Path]:
-    """Yields an empty folder to save into, and moves it to `save_directory` in one step when the block ends well.
-
-    Whatever else lies in `save_directory` is kept. When the block raises, or the process dies, `save_directory` is what
-    it was before.
-
-    Args:
-        save_directory (`str` or `os.PathLike`): Where the checkpoint goes; made if it is not there.
-        replaces_weights (`bool`, *optional*, defaults to `False`): Whether the block writes weights, so that the weight
-            files of an earlier checkpoint must not stay.
-
-    Raises:
-        NotADirectoryError: `save_directory` is a file.
-    """
-    target = Path(os.path.realpath(save_directory))
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(
-            f"{save_directory} is a file; a checkpoint is saved into a folder. Give a folder's path."
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    inside = target.is_dir() and (os.path.ismount(target) or not os.access(target.parent, os.W_OK))
-    staging = (target if inside else target.parent) / f".{target.name}.{uuid.uuid4().hex[:12]}.saving"
-    staging.mkdir()
-    try:
-        yield staging
-        if inside:
-            # A mount point or a folder in a read-only place cannot be swapped as a whole: file by file, config last.
-            logger.warning("%s cannot be replaced in one step; its files are replaced one by one.", target)
-            for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
-                _replace(path, target / path.name)
-        elif not target.exists():
-            staging.rename(target)
-        else:
-            left_behind = _carry_over(target, staging, replaces_weights)
-            _exchange(staging, target)
-            for name in left_behind:
-                (staging / name).rename(target / name)
-    finally:
-        if staging.exists():
-            shutil.rmtree(staging)
-
-
 def run_save_hooks(folder: str | os.PathLike, target: str | os.PathLike, repo_id: str | None = None) -> None:
     """Calls every one of `SAVE_HOOKS`, once a checkpoint's own files are written.
 
@@ -205,58 +152,6 @@ def run_save_hooks(folder: str | os.PathLike, target: str | os.PathLike, repo_id
         hook(Path(folder), Path(target), repo_id)
 
 
-def _replace(source: Path, target: Path) -> None:
-    if target.is_dir() and not target.is_symlink():
-        shutil.rmtree(target)
-    os.replace(source, target)
-
-
-def _carry_over(earlier: Path, staging: Path, replaces_weights: bool) -> list[str]:
-    """Links what the earlier folder holds and the new one does not; returns what has to be moved afterwards instead."""
-    shutil.copymode(earlier, staging)
-    left_behind = []
-    for path in earlier.iterdir():
-        if (staging / path.name).exists() or path.name.endswith(".saving"):
-            continue
-        if replaces_weights and path.is_file() and is_weight_file(path.name):
-            continue
-        try:
-            if path.is_symlink():
-                os.symlink(os.readlink(path), staging / path.name)
-            elif path.is_dir():
-                shutil.copytree(path, staging / path.name, symlinks=True, copy_function=os.link)
-            else:
-                os.link(path, staging / path.name)
-        except (OSError, shutil.Error):  # a file system without hard links
-            if (staging / path.name).is_dir():
-                shutil.rmtree(staging / path.name)
-            left_behind.append(path.name)
-    return left_behind
-
-
-def _exchange(staging: Path, target: Path) -> None:
-    """Swaps two folders, atomically where the system can (Linux's `renameat2`), else by two renames."""
-    if sys.platform == "linux":
-        at_fdcwd, rename_exchange = -100, 2
-        libc = ctypes.CDLL(None, use_errno=True)
-        renameat2 = getattr(libc, "renameat2", None)
-        if renameat2 is not None:
-            done = renameat2(at_fdcwd, os.fsencode(staging), at_fdcwd, os.fsencode(target), rename_exchange)
-            if done == 0:
-                return
-            code = ctypes.get_errno()
-            if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-                raise OSError(code, os.strerror(code), str(target))
-    aside = staging.with_name(f"{staging.name}.earlier")
-    target.rename(aside)
-    try:
-        staging.rename(target)
-    except OSError:
-        aside.rename(target)
-        raise
-    aside.rename(staging)
-
-
 __all__ = [
     "AUTO_MAP",
     "ENTRY_MODULE",
@@ -265,6 +160,5 @@ __all__ = [
     "is_flat",
     "is_weight_file",
     "run_save_hooks",
-    "staged_folder",
     "travelling_files",
 ]

@@ -46,6 +46,7 @@ from .names_moellava import (
     translate_fields,
 )
 from .registry_moellava import ENCODERS, FOREIGN_KEYS, PROJECTORS, known_names, plain_value
+from .staging_moellava import staged_folder
 
 
 logger = logging.get_logger(__name__)
@@ -562,8 +563,9 @@ class MoellavaConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """Saves `config.json` and the code that loads it; arguments as in transformers."""
-        super().save_pretrained(save_directory, push_to_hub=False)
-        export_code(save_directory, parts=self.part_classes())
+        with staged_folder(save_directory) as staging:
+            super().save_pretrained(staging, push_to_hub=False)
+            export_code(staging, parts=self.part_classes())
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory))), **kwargs)
 

@@ -35,11 +35,12 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
-from ..configuration.checkpoint_moellava import run_save_hooks, staged_folder
+from ..configuration.checkpoint_moellava import run_save_hooks
 from ..configuration.configuration_moellava import MoellavaConfig
 from ..configuration.custom_code_moellava import is_own_class
 from ..configuration.hub_moellava import commit_saved
 from ..configuration.registry_moellava import PROJECTORS
+from ..configuration.staging_moellava import staged_folder
 from .encoders_moellava import encoder_for
 from .language_moellava import apply_head, build_head
 from .own_encoders_moellava import CustomEncoder

@@ -22,8 +22,9 @@ from transformers import AutoImageProcessor
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils import logging
 
-from ..configuration.checkpoint_moellava import AUTO_MAP, export_code, staged_folder
+from ..configuration.checkpoint_moellava import AUTO_MAP, export_code
 from ..configuration.hub_moellava import commit_saved
+from ..configuration.staging_moellava import staged_folder
 from .images_moellava import (
     is_float_array,
     is_picture_source,
