@@ -27,10 +27,14 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch.utils.data import DataLoader
 
 from moellava import load_pretrained_model, quantization_coverage, resident_bytes
+from moellava.asking import user_turn
 from moellava.demo.scans import draw, load_examples
-from moellava.demo.training import AnswerCollator, conversation
+from moellava.training.data import Collator, Examples
+from moellava.training.encoding import Encoder
+from moellava.training.rows import open_data
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,11 +70,16 @@ class Row:
 @torch.no_grad()
 def logits_of(model, examples, batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Returns, for every batch, the logits of all tokens and which of them predict an answer."""
-    collate = AnswerCollator(model.processor)
+    rows = [
+        {
+            "messages": [{"role": "user", "content": r.question}, {"role": "assistant", "content": r.answer}],
+            "images": [draw(r.scan)],
+        }
+        for r in examples
+    ]
+    lessons = Examples(open_data(rows), Encoder(model.processor), check_pictures=False)
     batches = []
-    for start in range(0, len(examples), batch_size):
-        rows = examples[start : start + batch_size]
-        batch = collate([{"question": r.question, "answer": r.answer, "picture": draw(r.scan)} for r in rows])
+    for batch in DataLoader(lessons, batch_size, collate_fn=Collator(model.processor)):
         labels = batch.pop("labels")
         kept = batch["attention_mask"].bool()
         predicts = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100) != -100
@@ -83,13 +92,10 @@ def accuracy_of(model, examples, batch_size: int) -> float:
     processor, right = model.processor, 0
     for start in range(0, len(examples), batch_size):
         rows = examples[start : start + batch_size]
-        inputs = processor(
-            text=[processor.apply_chat_template(conversation(r.question), add_generation_prompt=True) for r in rows],
-            images=[draw(r.scan) for r in rows],
-            add_special_tokens=False,
-            padding=True,
-            return_tensors="pt",
-        )
+        inputs = processor.apply_chat_template(
+            [[user_turn([draw(r.scan)], r.question)] for r in rows],
+            add_generation_prompt=True, tokenize=True, return_dict=True, padding=True, return_tensors="pt",
+        )  # fmt: skip
         output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
         answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right += sum(answer.strip() == row.answer for answer, row in zip(answers, rows, strict=True))

@@ -30,10 +30,14 @@ from transformers import set_seed
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from moellava import upcycle
-from moellava.demo import running, scans, training
+from moellava import load_pretrained_model, upcycle
+from moellava.demo import lessons, running, scans
 from moellava.demo.picture_grid import draw_grid
 from moellava.demo.specialisation import ROWS, ExpertLoad, draw_expert_load, expert_load
+from moellava.training import check_data, read_recipe
+from moellava.training.data import Collator, Examples
+from moellava.training.encoding import Encoder
+from moellava.training.rows import open_data
 
 
 DEMO = Path(running.__file__).parent
@@ -44,7 +48,9 @@ def model(tmp_path_factory):
     run = running.Demo(tmp_path_factory.mktemp("demo"), epochs=1)
     set_seed(0)
     running.make_parts(run)
-    return running.assemble(run)
+    return load_pretrained_model(
+        run.parts / "language-model", mm_vision_tower=run.parts / "vision-tower", device="cpu"
+    ).model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,50 +93,55 @@ def test_pictures_show_the_scan_and_wobble_only_when_asked():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The labels
+# The lessons
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def taught(model, tmp_path_factory):
+    """The lessons of a few scans, in LLaVA's JSON."""
+    return lessons.write_lessons(scans.load_examples()[0][:24], tmp_path_factory.mktemp("taught") / "lessons", 3)
+
+
+def test_lessons_are_rows_that_training_can_use(model, taught):
+    report = check_data(taught, processor=model.processor)
+    assert report.rows == report.usable == report.pictures == 72
+    rows = json.loads(taught.read_text(encoding="utf-8"))
+    drawn = {(taught.parent / row["image"]).read_bytes() for row in rows if row["image"] != "blank.png"}
+    assert len(drawn) == sum(row["image"] != "blank.png" for row in rows) < len(rows)  # no two drawings are alike
+    digit = {example.number: example.digit for example in scans.load_examples()[0]}
+    for row in rows:
+        asked, said = (turn["value"] for turn in row["conversations"])
+        assert said == scans.answer_to(asked.removeprefix("<image>\n"), digit[int(row["id"].partition("-")[0])])
+
+
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_labels_are_the_answers_and_nothing_else(model, padding_side, monkeypatch):
+def test_labels_are_the_answers_and_nothing_else(model, taught, padding_side, monkeypatch):
     tokenizer = model.processor.tokenizer
     monkeypatch.setattr(tokenizer, "padding_side", padding_side)
-    lessons = [
-        {"picture": scans.blank_picture(), "question": question, "answer": scans.answer_to(question, digit)}
-        for question, digit in zip(scans.PHRASINGS, (1, 8, 3, 8, 5, 6), strict=True)
-    ]
-    batch = training.AnswerCollator(model.processor)(lessons)
-    assert batch["pixel_values"].shape == (len(lessons), 3, scans.IMAGE_SIZE, scans.IMAGE_SIZE)
+    examples = Examples(open_data(taught), Encoder(model.processor))
+    rows = json.loads(taught.read_text(encoding="utf-8"))[:12]
+    batch = Collator(model.processor)([examples[index] for index in range(12)])
+    assert batch["pixel_values"].shape == (12, 3, scans.IMAGE_SIZE, scans.IMAGE_SIZE)
     assert not batch["attention_mask"].all()  # the rows differ in length, so that padding is tested
-    for row, lesson in enumerate(lessons):
+    for row, lesson in enumerate(rows):
+        question, answer = (turn["value"].removeprefix("<image>\n") for turn in lesson["conversations"])
         labels = batch["labels"][row]
         learnt = labels != -100
-        assert tokenizer.decode(labels[learnt]).strip() == lesson["answer"] + tokenizer.eos_token
+        assert tokenizer.decode(labels[learnt]).strip() == answer + tokenizer.eos_token
         assert torch.equal(labels[learnt], batch["input_ids"][row][learnt])
         assert batch["attention_mask"][row][learnt].all()
         asked = tokenizer.decode(batch["input_ids"][row][~learnt & batch["attention_mask"][row].bool()])
-        assert asked.endswith(f"{lesson['question']} ASSISTANT:")
+        assert asked.endswith(f"{question} ASSISTANT:")
         assert (batch["input_ids"][row] == model.config.image_token_id).sum() == model.config.image_seq_length
 
 
-def test_a_chat_template_whose_prompt_is_not_the_beginning_is_refused(model, monkeypatch):
-    monkeypatch.setattr(
-        model.processor,
-        "chat_template",
-        "{% if add_generation_prompt %}Q: {% endif %}{% for message in messages %}{{ message['content'] }}{% endfor %}",
-    )
-    with pytest.raises(ValueError, match="not where the conversation with 'zero' begins"):
-        training.AnswerCollator(model.processor).write("Name the digit.", "zero")
-
-
-def test_training_changes_every_part(model, tmp_path):
-    train, _ = scans.load_examples()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    trainer = training.train(model, train[:64], tmp_path, epochs=1)
-    assert trainer.state.global_step >= 2
-    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    for part in ("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.", "lm_head."):
-        assert any(name.startswith(part) for name in changed), part
+def test_the_recipe_is_of_three_stages(taught, tmp_path):
+    file = lessons.write_recipe(tmp_path / "recipe.yaml", tmp_path / "parts", taught, tmp_path / "out", 2, 1.5)
+    recipe = read_recipe(file)
+    assert [stage.stage for stage in recipe.stages] == ["align", "instruct", "moe"]
+    assert [stage.arguments.get("num_train_epochs") for stage in recipe.stages] == [None, 2, 1.5]
+    assert recipe.stages[2].moe == lessons.MOE
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,7 +209,7 @@ def test_the_demo_fails_when_it_does_not_keep_its_promises(dense, sparse, messag
 @pytest.fixture(scope="module")
 def sparse_model(model):
     set_seed(0)
-    return upcycle(model, **running.MOE, router_bias=True)
+    return upcycle(model, **lessons.MOE, router_bias=True)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +220,7 @@ def some_held_out():
 def test_the_load_counts_every_choice_once(sparse_model, some_held_out):
     load = expert_load(sparse_model, some_held_out)
     assert load.layers == [0, 1]
-    assert load.counts.shape == (2, len(ROWS), running.MOE["num_experts"]) == (2, 11, 4)
+    assert load.counts.shape == (2, len(ROWS), lessons.MOE["num_experts"]) == (2, 11, 4)
     of_digits = [sum(example.digit == digit for example in some_held_out) for digit in range(10)]
     patches = sparse_model.config.image_seq_length
     choices = load.counts.sum(dim=-1)
@@ -229,7 +240,7 @@ def test_an_untouched_mixture_is_not_collapsed(sparse_model, some_held_out):
 
 @pytest.mark.parametrize("layers", [[0, 1], [1]])
 def test_a_mixture_whose_routers_always_choose_alike_is_collapsed(layers, model, some_held_out, capsys):
-    collapsed = upcycle(model, **running.MOE, router_bias=True)
+    collapsed = upcycle(model, **lessons.MOE, router_bias=True)
     for layer in layers:
         gate = collapsed.model.language_model.layers[layer].mlp.gate
         with torch.no_grad():
@@ -349,6 +360,18 @@ def test_a_short_run_writes_everything_and_fails_for_lack_of_training(tmp_path):
     assert len(sparse["specialisation"]) == 2 and sparse["collapsed_layers"] == []
     with Image.open(output / "experts.png") as drawing:
         assert drawing.format == "PNG"
+
+    # The recipe can be typed, and begins anew.
+    assert not (output / "training").exists()
+    again = subprocess.run(
+        [Path(sys.executable).with_name("moellava"), "train", output / "recipe.yaml", "--set", "max_steps=1"],
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+        check=False,
+    )
+    assert again.stdout.strip() == str(output / "training" / "moe" / "model"), again.stderr
 
     # What is printed at the end can be typed.
     command = done.stdout.split("Ask it yourself:")[1].strip().splitlines()[0]

@@ -13,13 +13,15 @@
 # limitations under the License.
 """The whole way in a minute or two: from small parts to answers about scans of handwritten digits.
 
-Run by `moellava demo`. Parts in their published formats are assembled, trained with transformers' Trainer and saved; a
-process without this package then loads the checkpoint and answers questions about scans that no training has seen.
+Run by `moellava demo`. Parts in their published formats, lessons and a recipe are written; `train` takes the model
+through the recipe's three stages; a process without this package then loads the checkpoints of the last two and answers
+questions about scans that no training has seen.
 """
 
 import importlib.util
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -35,10 +37,8 @@ import typer
 
 HERE = Path(__file__).resolve().parent
 SEED = 0
-EPOCHS = 14
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "layers": "dense"}
+EPOCHS = 14  # rounds through the scans
 MOE_EPOCHS = 8
-MOE_LEARNING_RATE = 8e-4
 
 # What the demo promises, and fails without.
 LEAST_ACCURACY = 0.95
@@ -53,6 +53,9 @@ class Demo:
         self.folder = folder
         self.epochs = epochs
         self.parts = folder / "parts"
+        self.lessons = folder / "lessons"
+        self.recipe = folder / "recipe.yaml"
+        self.training = folder / "training"
         self.checkpoint = folder / "checkpoint"
         self.sparse_checkpoint = folder / "sparse-checkpoint"
         self.questions = folder / "questions.json"
@@ -75,10 +78,10 @@ class Demo:
 def clear(demo: Demo) -> None:
     """Removes what an earlier run has made, and nothing else."""
     demo.folder.mkdir(parents=True, exist_ok=True)
-    folders = (demo.parts, demo.checkpoint, demo.sparse_checkpoint, demo.folder / "pictures", demo.folder / "trainer")
-    for path in folders:
+    trained = (demo.training, demo.checkpoint, demo.sparse_checkpoint)
+    for path in (demo.parts, demo.lessons, *trained, demo.folder / "pictures"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in (demo.questions, demo.results, demo.sparse_results, demo.grid, demo.experts):
+    for path in (demo.recipe, demo.questions, demo.results, demo.sparse_results, demo.grid, demo.experts):
         path.unlink(missing_ok=True)
 
 
@@ -93,21 +96,18 @@ def make_parts(demo: Demo) -> None:
     _say("tokenizer", f"{type(tokenizer).__name__}, {len(tokenizer)} tokens, trained on the demo's sentences")
 
 
-def assemble(demo: Demo):
-    """Assembles the parts to one model with a new projector between them."""
-    from ..loading import load_pretrained_model
+def teach(demo: Demo) -> None:
+    """Trains by the recipe, and keeps what its last two stages have made; the recipe can then be typed again."""
+    from ..training import train
 
-    model, _, _, context_len = load_pretrained_model(
-        {
-            "model_name_or_path": demo.parts / "language-model",
-            "mm_vision_tower": demo.parts / "vision-tower",
-            "projector_type": "mlp",
-        },
-        device="cpu",
-    )
-    _say("model", f"{type(model).__name__}, {_parameters(model)}")
-    _say("a picture", f"{model.config.image_seq_length} of at most {context_len} tokens")
-    return model
+    report = train(demo.recipe)
+    for stage, checkpoint in zip(report.stages[1:], (demo.checkpoint, demo.sparse_checkpoint), strict=True):
+        Path(stage.checkpoint).rename(checkpoint)
+    shutil.rmtree(demo.training)
+    for stage in report.stages:
+        parts = ", ".join(part for part, counts in stage.trained.items() if counts["trained"])
+        loss = stage.log[-1]["train_loss"]
+        _say(stage.stage, f"{stage.steps} steps in {stage.seconds:.0f} s, loss {loss:.3f}: {parts}")
 
 
 def write_questions(demo: Demo, examples: list) -> None:
@@ -137,26 +137,6 @@ def answer_elsewhere(checkpoint: Path, questions: Path, results: Path) -> dict:
         command = [sys.executable, HERE / "answer.py", checkpoint, questions, results]
         subprocess.run(command, cwd=elsewhere, env=environment, check=True)
     return json.loads(results.read_text(encoding="utf-8"))
-
-
-def make_sparse(model):
-    """Upcycles every MLP of the language model to a mixture of experts."""
-    from ..upcycling import upcycle
-
-    sparse = upcycle(model, **MOE)
-    moe = sparse.config.moe_config
-    _say("model", f"{type(sparse).__name__}, {_parameters(sparse)}")
-    _say("experts", f"{moe.num_experts} in each of {len(moe.layers)} layers, {moe.num_experts_per_tok} for a token")
-    return sparse
-
-
-def save(model, checkpoint: Path) -> None:
-    """Saves a model with its processor and its code."""
-    model.eval()
-    model.save_pretrained(checkpoint)
-    files = list(checkpoint.iterdir())
-    size = sum(file.stat().st_size for file in files)
-    _say("checkpoint", f"{_shown(checkpoint)}: {len(files)} files, {size / 1e6:.1f} MB, its code among them")
 
 
 def say_results(results: dict) -> None:
@@ -193,7 +173,11 @@ def run(demo: Demo) -> bool:
     import torch  # late, as all that is slow to import: the title comes first
     import transformers
 
-    from .training import train
+    from ..loading import load_pretrained_model
+    from .lessons import DRAWINGS, write_lessons, write_recipe
+    from .picture_grid import draw_grid
+    from .scans import PHRASINGS, load_examples
+    from .specialisation import draw_expert_load, expert_load
 
     transformers.logging.set_verbosity_error()
     transformers.set_seed(SEED)
@@ -201,44 +185,28 @@ def run(demo: Demo) -> bool:
 
     with demo.stage("parts", "Parts in their published formats"):
         make_parts(demo)
-    with demo.stage("assembling", "Assembled by load_pretrained_model"):
-        model = assemble(demo)
-    with demo.stage("training", "Trained by transformers.Trainer"):
-        from .scans import PHRASINGS, load_examples
-
-        lessons, held_out = load_examples()
-        _say("scans", f"{len(lessons)} to learn from, {len(held_out)} held out, {len(PHRASINGS)} ways to ask")
-        train(model, lessons, demo.folder / "trainer", epochs=demo.epochs, seed=SEED)
-    with demo.stage("saving", "Saved"):
-        save(model, demo.checkpoint)
+    with demo.stage("lessons", "Lessons in LLaVA's format, and a recipe"):
+        examples, held_out = load_examples()
+        _say("scans", f"{len(examples)} to learn from, {len(held_out)} held out, {len(PHRASINGS)} ways to ask")
+        drawings = min(DRAWINGS, math.ceil(demo.epochs))
+        lessons = write_lessons(examples, demo.lessons, drawings, SEED)
+        _say("lessons", _shown(lessons))
+        epochs = (demo.epochs / drawings, min(demo.epochs, MOE_EPOCHS) / drawings)
+        _say("recipe", _shown(write_recipe(demo.recipe, demo.parts, lessons, demo.training, *epochs, SEED)))
         write_questions(demo, held_out)
+    with demo.stage("training", f"Trained in three stages: {_command()} train {_shown(demo.recipe)}"):
+        teach(demo)
     with demo.stage("answering", "Asked in a new process, without moellava"):
         results = answer_elsewhere(demo.checkpoint, demo.questions, demo.results)
         say_results(results)
     with demo.stage("drawing", "Drawn"):
-        from .picture_grid import draw_grid
-
         draw_grid(results, demo.folder, demo.grid)
         _say("answers", _shown(demo.grid))
-
-    with demo.stage("upcycling", "Made sparse by moellava.upcycle, and trained on"):
-        sparse = make_sparse(model)
-        train(
-            sparse,
-            lessons,
-            demo.folder / "trainer",
-            epochs=min(demo.epochs, MOE_EPOCHS),
-            seed=SEED,
-            learning_rate=MOE_LEARNING_RATE,
-        )
-        save(sparse, demo.sparse_checkpoint)
     with demo.stage("sparse_answering", "The sparse model asked in a new process, without moellava"):
         sparse_results = answer_elsewhere(demo.sparse_checkpoint, demo.questions, demo.sparse_results)
         say_results(sparse_results)
     with demo.stage("experts", "What its experts have come to do"):
-        from .specialisation import draw_expert_load, expert_load
-
-        load = expert_load(sparse, held_out)
+        load = expert_load(load_pretrained_model(demo.sparse_checkpoint, device="cpu").model, held_out)
         draw_expert_load(load, demo.experts)
         say_load(load)
         _say("experts", _shown(demo.experts))
