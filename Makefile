@@ -41,7 +41,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup chromium demo screenshot test test-matrix test-versions bench docs lint style clean
+.PHONY: help setup chromium demo screenshot test test-matrix test-versions fixture bench docs lint style clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-22s%s\n", $$1, $$2}'
@@ -94,6 +94,9 @@ $(OLD)/.done: $(STAMP)
 	@rm -rf $(OLD)
 	@$(PIP) install --no-deps --target $(OLD) transformers==$(OLD_VERSION)
 	@touch $@
+
+fixture: $(STAMP) ## the checkpoints of this version that every later one has to load (tests/fixtures), once for a version
+	@$(BIN)/python tests/kept_checkpoints.py
 
 bench: $(STAMP) ## time and memory against transformers' LLaVA and against floors (build/bench), a quarter of an hour
 	@$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
