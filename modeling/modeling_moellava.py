@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -477,6 +478,12 @@ class MoellavaModel(MoellavaPreTrainedModel):
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+        elif self.training and in_several_processes():
+            # Another process may have pictures, and each waits for the gradients, or the shards, of the others.
+            size = self.encoder.image_size
+            blank = self.get_image_features(inputs_embeds.new_zeros(1, 3, size, size), return_dict=True)
+            unseen = torch.cat(blank.pooler_output).sum() * 0
+            inputs_embeds = inputs_embeds + unseen.to(inputs_embeds.device, inputs_embeds.dtype)
 
         inputs = {
             "attention_mask": attention_mask,
@@ -718,6 +725,11 @@ def token_mask(
     if seen.is_floating_point():
         seen = seen > torch.finfo(seen.dtype).min / 2
     return seen.expand(shape).reshape(-1)
+
+
+def in_several_processes() -> bool:
+    """Whether this is one of several processes that train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _floating_dtype(module: nn.Module) -> torch.dtype:

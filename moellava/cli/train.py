@@ -58,11 +58,15 @@ def train(
     ```
     """
     overrides = named_values(changes, "--set", _yaml) | ({"resume": True} if resume else {})
+    from accelerate import PartialState
+
     from ..training import train as train_by_recipe
 
     # The Trainer prints its log to standard output, which is for the result.
     with logging_shown(verbose), contextlib.redirect_stdout(sys.stderr):
         report = train_by_recipe(recipe, **overrides)
+    if not PartialState().is_main_process:
+        return
     if as_json:
         print_json(report.to_dict())
     else:

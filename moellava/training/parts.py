@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from ..modeling.sparse_moellava import Router
+from ..modeling.sparse_moellava import ModularExperts, Router
 
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,17 @@ def set_trained(model: nn.Module, stage: str, freeze: list[str], unfreeze: list[
         raise ValueError(f"Nothing is left to train in the stage {stage!r}: freeze is {freeze}.")
 
 
+def may_be_unused(model: nn.Module) -> bool:
+    """Whether a batch may leave a trained parameter without a gradient, for which data-parallel training has to look.
+
+    That are layers of the vision tower behind those in use, and experts that are modules of their own. Without a
+    picture, several processes run tower and projector on a blank one.
+    """
+    names = [part for part, _, parameter in PartNames(model) if parameter.requires_grad]
+    apart = any(isinstance(module, ModularExperts) for module in model.modules())
+    return "vision_tower" in names or (apart and "experts" in names)
+
+
 def trained_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
     """Returns how many parameters every part has, and how many of them are trained."""
     counts = {part: {"parameters": 0, "trained": 0} for part in PARTS}
@@ -124,4 +135,4 @@ def trained_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
     return {part: count for part, count in counts.items() if count["parameters"]}
 
 
-__all__ = ["EXPERTS", "PARTS", "TRAINED", "PartNames", "by_part", "set_trained", "trained_parameters"]
+__all__ = ["EXPERTS", "PARTS", "TRAINED", "PartNames", "by_part", "may_be_unused", "set_trained", "trained_parameters"]

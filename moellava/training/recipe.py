@@ -58,6 +58,9 @@ _DEFAULTS: dict[str, Any] = {
     "save_steps": 1000,
     "save_total_limit": 2,
     "report_to": "tensorboard",
+    # Each process makes batches of its own from streamed rows: the library would cut up a large one by rows, pictures
+    # among them, of which a row may have several or none.
+    "accelerator_config": {"dispatch_batches": False},
 }
 # and by stage:
 _INSTRUCT = {

@@ -13,16 +13,18 @@
 # limitations under the License.
 """`train`: takes a model through the stages of a recipe."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -33,7 +35,7 @@ from ..sources import Source
 from .adapters import put_adapters
 from .data import Collator, Examples, StreamedExamples, log_problems, processor_and_context
 from .encoding import Encoder
-from .parts import set_trained, trained_parameters
+from .parts import may_be_unused, set_trained, trained_parameters
 from .recipe import Recipe, Stage, merges, read_recipe
 from .rows import Rows, open_data
 from .trainer import MoellavaTrainer
@@ -130,9 +132,15 @@ def train(recipe: Mapping[str, Any] | str | os.PathLike, **overrides) -> Trainin
     >>> report.checkpoint
     ```"""
     plan = read_recipe(recipe, **overrides)
+    with _logging_once():
+        return _train(plan)
+
+
+def _train(plan: Recipe) -> TrainingReport:
     if not plan.resume:
         _refuse_other_runs(plan)
     pending = [stage for stage in plan.stages if not (plan.resume and _done(plan, stage).is_file())]
+    PartialState().wait_for_everyone()  # all have looked before one of them writes
     opened = {stage.name: _open(stage) for stage in pending}
     source, data = plan.model, None
     if pending and _is_own(source):
@@ -150,6 +158,19 @@ def train(recipe: Mapping[str, Any] | str | os.PathLike, **overrides) -> Trainin
             del model
         source = reports[-1].checkpoint
     return TrainingReport(reports)
+
+
+@contextlib.contextmanager
+def _logging_once() -> Iterator[None]:
+    """Of several processes, which all do the same, lets only the main one say what it does."""
+    package = logging.getLogger(__package__.partition(".")[0])
+    level = package.level
+    if not PartialState().is_main_process:
+        package.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
 
 
 def _done(plan: Recipe, stage: Stage) -> Path:
@@ -208,8 +229,9 @@ def _refuse_other_runs(plan: Recipe) -> None:
 
 def _run(stage: Stage, model: Any, train_data: Any, eval_data: Any, folder: Path, resume: bool) -> StageReport:
     arguments = stage.training_arguments(folder)
+    writes = PartialState().is_main_process
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(train_data, Examples):
+    if writes and isinstance(train_data, Examples):
         train_data.report.save(folder / _DATA_REPORT)
     reach: dict[str, Any] = {}
     base = model
@@ -221,6 +243,8 @@ def _run(stage: Stage, model: Any, train_data: Any, eval_data: Any, folder: Path
     trained = trained_parameters(model)
     for part, counts in trained.items():
         logger.info("%s: %s of %s parameters are trained", part, f"{counts['trained']:,}", f"{counts['parameters']:,}")
+    if arguments.ddp_find_unused_parameters is None:
+        arguments.ddp_find_unused_parameters = may_be_unused(model)
     callbacks = []
     if stage.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(stage.early_stopping_patience))
@@ -234,7 +258,8 @@ def _run(stage: Stage, model: Any, train_data: Any, eval_data: Any, folder: Path
         learning_rates=stage.learning_rates,
         callbacks=callbacks,
     )
-    checkpoint = last_checkpoint(folder) if resume else None
+    with PartialState().main_process_first():  # which clears away what is of no use
+        checkpoint = last_checkpoint(folder) if resume else None
     if checkpoint is not None:
         logger.info("stage %s goes on from %s", stage.name, checkpoint)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -244,7 +269,8 @@ def _run(stage: Stage, model: Any, train_data: Any, eval_data: Any, folder: Path
         base.config.parts, steps=trainer.state.global_step, epochs=round(trainer.state.epoch, 2), data=data
     )
     if isinstance(train_data, StreamedExamples):
-        train_data.report.save(folder / _DATA_REPORT)
+        if writes:
+            train_data.report.save(folder / _DATA_REPORT)
         log_problems(train_data.report, f"the stage {stage.name}")
     report = StageReport(
         stage=stage.stage,
@@ -257,9 +283,11 @@ def _run(stage: Stage, model: Any, train_data: Any, eval_data: Any, folder: Path
         data=train_data.report.to_dict(),
         adapters={part: dataclasses.asdict(found) for part, found in reach.items()},
     )
-    partial = folder / f".{_STAGE_REPORT}"
-    partial.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / _STAGE_REPORT)
+    if writes:
+        partial = folder / f".{_STAGE_REPORT}"
+        partial.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n", encoding="utf-8")
+        partial.replace(folder / _STAGE_REPORT)
+    PartialState().wait_for_everyone()  # the next stage reads what this one has made
     return report
 
 
@@ -304,6 +332,8 @@ def _save(trainer: MoellavaTrainer, stage: Stage, folder: Path) -> Path:
     trainer.save_model(str(folder / _ADAPTER))
     if not merges(stage):
         return folder / _ADAPTER
+    if not PartialState().is_main_process:
+        return folder / _MODEL
     processor = trainer.model.processor
     merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
     merged.processor = processor

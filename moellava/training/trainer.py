@@ -13,7 +13,7 @@
 # limitations under the License.
 """`transformers.Trainer` with learning rates by part, batches grouped by length, and the routers in its logs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -75,13 +75,20 @@ class RouterStatistics:
         self._loss = self._loss + outputs["aux_loss"].detach().float() * tokens
         self._weight += tokens
 
-    def pop(self) -> dict[str, float]:
-        """Returns what is to be logged, and begins anew: the router loss, unweighted, and each expert's share of all
-        choices of its layer."""
+    def pop(self, total: Callable[[torch.Tensor], torch.Tensor] = lambda own: own) -> dict[str, float]:
+        """Returns what is to be logged, and begins anew.
+
+        Args:
+            total (callable, *optional*): Adds up a tensor over the processes, each of which has seen its own batches.
+
+        Returns:
+            `dict[str, float]`: The router loss, unweighted, and each expert's share of all choices of its layer.
+        """
         if not self._weight:
             return {}
-        logs = {"router_loss": float(self._loss / self._weight)}
-        for layer, counts in zip(self.layers, self._counts, strict=True):
+        loss, weight = total(torch.stack([self._loss, torch.full_like(self._loss, self._weight)])).tolist()
+        logs = {"router_loss": loss / weight}
+        for layer, counts in zip(self.layers, total(torch.stack(self._counts)), strict=True):
             shares = (counts.double() / counts.sum()).tolist()
             logs |= {f"expert_load/layer_{layer}/expert_{expert}": share for expert, share in enumerate(shares)}
         self._clear()
@@ -126,7 +133,8 @@ class MoellavaTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "lengths"):
             return super()._get_train_sampler(train_dataset)
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        # Of all processes together, so that the order is that of one process with the same batch.
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return SeededLengthSampler(batch_size, dataset.lengths, seed)
 
@@ -147,7 +155,7 @@ class MoellavaTrainer(Trainer):
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As the library does, with the router loss and the experts' loads beside the loss."""
         if self._routers is not None and "loss" in logs:
-            logs = {**logs, **self._routers.pop()}
+            logs = {**logs, **self._routers.pop(self.accelerator.reduce)}
         super().log(logs, *args, **kwargs)
 
 
