@@ -100,12 +100,12 @@ def test_pictures_show_the_scan_and_wobble_only_when_asked():
 @pytest.fixture(scope="module")
 def taught(model, tmp_path_factory):
     """The lessons of a few scans, in LLaVA's JSON."""
-    return lessons.write_lessons(scans.load_examples()[0][:24], tmp_path_factory.mktemp("taught") / "lessons", 3)
+    return lessons.write_lessons(scans.load_examples()[0][:60], tmp_path_factory.mktemp("taught") / "lessons", 3)
 
 
 def test_lessons_are_rows_that_training_can_use(model, taught):
     report = check_data(taught, processor=model.processor)
-    assert report.rows == report.usable == report.pictures == 72
+    assert report.rows == report.usable == report.pictures == 180
     rows = json.loads(taught.read_text(encoding="utf-8"))
     drawn = {(taught.parent / row["image"]).read_bytes() for row in rows if row["image"] != "blank.png"}
     assert len(drawn) == sum(row["image"] != "blank.png" for row in rows) < len(rows)  # no two drawings are alike

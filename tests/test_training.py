@@ -33,11 +33,11 @@ from transformers import Trainer, TrainingArguments
 from moellava import load_pretrained_model, train, train_router
 from moellava.training import LoraRecipe, read_recipe
 from moellava.training.adapters import put_adapters
+from moellava.training.checkpoints import last_checkpoint
 from moellava.training.data import Collator, Examples
 from moellava.training.encoding import Encoder
 from moellava.training.parts import PARTS, PartNames, set_trained, trained_parameters
 from moellava.training.rows import open_data
-from moellava.training.running import last_checkpoint
 from moellava.training.trainer import MoellavaTrainer
 
 
@@ -382,33 +382,126 @@ train({recipe!r})
 """
 
 
-def test_a_killed_run_goes_on_exactly(sparse, data, tmp_path):
-    """In the second epoch, with noise before the routers: order, noise, schedule and optimizer are those of one run."""
+@pytest.fixture(scope="module")
+def uninterrupted(sparse, data, tmp_path_factory):
+    """A recipe of four epochs, with noise before the routers, and what it makes when nothing happens."""
     recipe = {
         "model": str(sparse), "data": str(data), "stage": "moe", "num_train_epochs": 4, "save_steps": 4,
         "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "use_cpu": True,
         "moe": {"router_jitter_noise": 0.1}, "report_to": "none", "disable_tqdm": True,
     }  # fmt: skip
-    whole = train(recipe, output_dir=tmp_path / "whole").stages[0]
-    script = KILLED.format(root=str(ROOT), recipe=recipe | {"output_dir": str(tmp_path / "killed")})
-    killed = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, timeout=300)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    folder = tmp_path / "killed" / "moe"
-    assert last_checkpoint(folder).name == "checkpoint-8" and not (folder / "model").exists()
-    shutil.copytree(folder / "checkpoint-8", folder / "checkpoint-12")  # killed while it was written
-    (folder / "checkpoint-12" / "trainer_state.json").unlink()
+    return recipe, train(recipe, output_dir=tmp_path_factory.mktemp("uninterrupted")).stages[0]
 
-    resumed = train(recipe, output_dir=tmp_path / "killed", resume=True).stages[0]
+
+def check_nothing_was_lost(resumed, whole):
     assert resumed.steps == whole.steps == 16
     assert resumed.losses == whole.losses  # not nearly: the very same
     kept = ("loss", "router_loss", "grad_norm", "learning_rate", "step")
     assert [{name: entry.get(name) for name in kept} for entry in resumed.log[:-1]] == [
         {name: entry.get(name) for name in kept} for entry in whole.log[:-1]
     ]
-    state = json.loads((folder / "checkpoint-16" / "trainer_state.json").read_text(encoding="utf-8"))
-    assert [entry["loss"] for entry in state["log_history"]] == whole.losses
     first, second = tensors_of(whole.checkpoint), tensors_of(resumed.checkpoint)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_killed_run_goes_on_exactly(uninterrupted, tmp_path):
+    """In the second epoch: order, noise, schedule and optimizer are those of one run."""
+    recipe, whole = uninterrupted
+    script = KILLED.format(root=str(ROOT), recipe=recipe | {"output_dir": str(tmp_path)})
+    killed = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    folder = tmp_path / "moe"
+    assert last_checkpoint(folder).name == "checkpoint-8" and not (folder / "model").exists()
+    resumed = train(recipe, output_dir=tmp_path, resume=True).stages[0]
+    check_nothing_was_lost(resumed, whole)
+    state = json.loads((folder / "checkpoint-16" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert [entry["loss"] for entry in state["log_history"]] == whole.losses
+
+
+# Every child goes on where the last was killed. The kernel kills it when a file gets larger than it may: in the middle
+# of a write, in whatever language that is done.
+KILLED_IN_SAVES = """
+import json, os, resource, signal, sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from moellava.training import running, train
+from moellava.training.checkpoints import last_checkpoint
+
+def nothing_larger_than(size):
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+class Killed(running.MoellavaTrainer):
+    moment = None
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if self.moment == ("weights" if _internal_call else "model"):
+            nothing_larger_than(50_000)
+        super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if self.moment == "optimizer":
+            nothing_larger_than(50_000)
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        if self.moment == "state":
+            nothing_larger_than(100)
+
+rotates = False
+
+def hook(event, arguments):
+    global rotates
+    if event == "shutil.rmtree":
+        rotates = Path(arguments[0]).name.startswith("checkpoint-")
+    if Killed.moment == "rotation" and rotates and event == "os.remove" and arguments[0] == "optimizer.pt":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if Killed.moment == "report" and event == "open" and str(arguments[0]).endswith(".stage.json"):
+        nothing_larger_than(100)
+
+running.MoellavaTrainer = Killed
+sys.addaudithook(hook)
+for moment in {moments!r}:
+    child = os.fork()
+    if not child:
+        Killed.moment = moment
+        train({recipe!r}, resume=True)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    left = Path({folder!r}).glob("*checkpoint-*")
+    files = {{path.name: sorted(file.name for file in path.iterdir()) for path in left}}
+    last = last_checkpoint({folder!r})
+    print(json.dumps([os.WIFSIGNALED(status) and os.WTERMSIG(status), files, last and last.name]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked, and killed by a limit on files, as on Linux")
+def test_a_run_killed_in_its_saves_goes_on_exactly(uninterrupted, tmp_path):
+    """With one checkpoint kept: in its weights, optimizer and state, while the older one is deleted, and at the end."""
+    recipe, whole = uninterrupted
+    recipe = recipe | {"output_dir": str(tmp_path), "save_total_limit": 1}
+    moments = ["weights", "optimizer", "state", "rotation", "model", "report"]
+    script = KILLED_IN_SAVES.format(root=str(ROOT), recipe=recipe, folder=str(tmp_path / "moe"), moments=moments)
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    said = dict(zip(moments, said, strict=True))
+    killed = dict.fromkeys(moments, int(signal.SIGXFSZ)) | {"rotation": int(signal.SIGKILL)}
+    assert {moment: by for moment, (by, _, _) in said.items()} == killed
+    # What each left, and what the next one went on from.
+    left = {moment: files for moment, (_, files, _) in said.items()}
+    staged = next(files for name, files in left["weights"].items() if name.endswith(".saving"))
+    assert "config.json" in staged and "model.safetensors" not in staged
+    assert "optimizer.pt" in left["optimizer"]["checkpoint-4"]
+    assert "scheduler.pt" not in left["optimizer"]["checkpoint-4"]
+    assert "trainer_state.json" in left["state"]["checkpoint-4"]
+    assert "optimizer.pt" in left["rotation"]["checkpoint-4"]
+    assert len(left["rotation"]["checkpoint-4"]) < len(left["rotation"]["checkpoint-8"])
+    assert [last for _, _, last in said.values()] == [None] * 3 + ["checkpoint-8"] + ["checkpoint-16"] * 2
+    check_nothing_was_lost(train(recipe, resume=True).stages[0], whole)
+    assert not list((tmp_path / "moe").glob(".*"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from .scans import PHRASINGS, Example, answer_to, blank_picture, draw
 
 
 # How often a scan is drawn at most, a little differently and asked about in another way each time.
-DRAWINGS = 7
+DRAWINGS = 14
 # The share of the lessons that show a blank page. Nobody can read those; they teach to guess in whole sentences, so
 # that an answer about a blank page is worth as much as a guess, and no nonsense for want of ever having seen one.
 BLANK_SHARE = 0.03
@@ -77,7 +77,7 @@ def write_recipe(
         "use_cpu": True,
         "seed": seed,
         "stages": [
-            {"stage": "align", "max_steps": 50},
+            {"stage": "align", "max_steps": 20},
             # The tower starts from random weights too.
             {
                 "stage": "instruct",

@@ -13,8 +13,10 @@
 # limitations under the License.
 """A conversation as tokens, with the places of the answers: what is learnt, and nothing else."""
 
+import json
 import logging
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from ..asking import chat_tokens
@@ -23,6 +25,8 @@ from .rows import Row, RowError
 
 logger = logging.getLogger(__name__)
 
+# How many chats a template's tokens are remembered of: prompts recur, such as the one of all captions.
+_REMEMBERED = 1024
 # The value of labels that count for nothing.
 IGNORED = -100
 
@@ -67,6 +71,10 @@ class Encoder:
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         self._end_tokens = (special | set(tokenizer.all_special_ids)) - set(processor.image_token_ids)
         self._has_warned = False
+        # Of an encoder, since it goes by the processor; by text, since messages cannot be hashed.
+        self._tokens_of = lru_cache(_REMEMBERED)(
+            lambda messages, asks: tuple(chat_tokens(processor, json.loads(messages), add_generation_prompt=asks))
+        )
 
     def encode(self, row: Row) -> Encoded:
         """Encodes a conversation.
@@ -75,16 +83,16 @@ class Encoder:
             RowError: It is too long, or the template does not write it as the continuation of its prompts.
         """
         messages = row.messages
-        input_ids = chat_tokens(self.processor, messages)
+        input_ids = self._tokens(messages)
         if self.max_length is not None and len(input_ids) > self.max_length:
             raise RowError("too long", f"has {len(input_ids)} tokens, of which {self.max_length} fit")
         answers = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = chat_tokens(self.processor, messages[:index], add_generation_prompt=True)
+            prompt = self._tokens(messages[:index], asks=True)
             is_last = index == len(messages) - 1
-            upto = input_ids if is_last else chat_tokens(self.processor, messages[: index + 1])
+            upto = input_ids if is_last else self._tokens(messages[: index + 1])
             end = self._end_of(upto, len(prompt))
             if input_ids[: len(prompt)] != prompt or input_ids[:end] != upto[:end] or end <= len(prompt):
                 raise RowError(
@@ -98,7 +106,11 @@ class Encoder:
     def prompt(self, row: Row) -> list[int]:
         """Returns the tokens of a conversation's first question, up to where its answer begins."""
         first = next(index for index, message in enumerate(row.messages) if message["role"] == "assistant")
-        return chat_tokens(self.processor, row.messages[:first], add_generation_prompt=True)
+        return self._tokens(row.messages[:first], asks=True)
+
+    def _tokens(self, messages: list[dict[str, Any]], asks: bool = False) -> list[int]:
+        """Returns the tokens of a chat, up to where its next answer begins if it `asks` for one."""
+        return list(self._tokens_of(json.dumps(messages), asks))
 
     def _end_of(self, input_ids: list[int], start: int) -> int:
         """Returns where an answer ends that begins at `start`: behind the last special token."""

@@ -26,13 +26,13 @@ from typing import Any
 
 from accelerate import PartialState
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..configuration import MoellavaConfig
 from ..loading import context_length, load_pretrained_model
 from ..origins import with_training
 from ..sources import Source
 from .adapters import put_adapters
+from .checkpoints import last_checkpoint
 from .data import Collator, Examples, StreamedExamples, log_problems, processor_and_context
 from .encoding import Encoder
 from .parts import may_be_unused, set_trained, trained_parameters
@@ -48,8 +48,6 @@ _STAGE_REPORT = "stage.json"
 _DATA_REPORT = "data.json"
 _MODEL = "model"
 _ADAPTER = "adapter"
-# What the Trainer writes last into a checkpoint.
-_TRAINER_STATE = "trainer_state.json"
 
 
 @dataclass
@@ -341,21 +339,4 @@ def _save(trainer: MoellavaTrainer, stage: Stage, folder: Path) -> Path:
     return folder / _MODEL
 
 
-def last_checkpoint(folder: str | os.PathLike) -> Path | None:
-    """Returns the last complete `checkpoint-N` of a run; those that a killed run left half written are removed."""
-    found = []
-    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = path.name.rpartition("-")[2]
-        if not number.isdecimal() or not path.is_dir():
-            continue
-        try:
-            json.loads((path / _TRAINER_STATE).read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
-            logger.warning("%s was not written to its end, and is removed", path)
-            shutil.rmtree(path)
-            continue
-        found.append((int(number), path))
-    return max(found)[1] if found else None
-
-
-__all__ = ["StageReport", "TrainingReport", "last_checkpoint", "train"]
+__all__ = ["StageReport", "TrainingReport", "train"]
