@@ -32,13 +32,20 @@ import generation
 import loading
 import moe
 import torch
+import training
 import vision
 from measuring import THREADS, draw, in_words, machine, print_progress, show, write
 from transformers import logging
 
 
 # moe comes last: it changes how this process gets its memory.
-BENCHMARKS = {"vision": vision.rows, "generation": generation.rows, "loading": loading.rows, "moe": moe.rows}
+BENCHMARKS = {
+    "vision": vision.rows,
+    "generation": generation.rows,
+    "loading": loading.rows,
+    "training": training.rows,
+    "moe": moe.rows,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

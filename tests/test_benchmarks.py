@@ -24,7 +24,7 @@ from transformers import logging
 
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-MODULES = ("bench", "generation", "loading", "measuring", "moe", "vision")
+MODULES = ("bench", "generation", "loading", "measuring", "moe", "training", "vision")
 
 
 @pytest.fixture(autouse=True)
@@ -43,14 +43,14 @@ def benchmarks(monkeypatch):
 def test_all_run_and_write_a_table_and_a_picture(tmp_path, capsys):
     import bench
 
-    only = ["--only", "vision", "--only", "generation", "--only", "moe"]
+    only = ["--only", "vision", "--only", "generation", "--only", "training", "--only", "moe"]
     bench.main(["--quick", "--threads", "1", "--out", str(tmp_path / "out"), *only])
     written = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert written["command"].startswith("python benchmarks/bench.py --quick")
     assert {"cpu", "cores", "threads", "torch", "transformers"} <= written["machine"].keys()
     assert written["machine"]["threads"] == 1
     rows = written["rows"]
-    assert {row["benchmark"] for row in rows} == {"vision", "generation", "moe"}
+    assert {row["benchmark"] for row in rows} == {"vision", "generation", "training", "moe"}
     for row in rows:
         assert row["ratio"] > 0, row
         assert row["name"] and row["peer"], row

@@ -246,7 +246,7 @@ def test_shared_and_frozen_weights(parts, sparse):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def trainer_for(model, data, folder, learning_rates=None, rows=None, **arguments):
+def trainer_for(model, data, folder, learning_rates=None, rows=None, exact_router_loss=True, **arguments):
     fixed = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1}
     examples = Examples(open_data(rows or data, data.parent), Encoder(model.processor))
     return MoellavaTrainer(
@@ -255,6 +255,7 @@ def trainer_for(model, data, folder, learning_rates=None, rows=None, **arguments
         train_dataset=examples,
         data_collator=Collator(model.processor),
         learning_rates=learning_rates,
+        exact_router_loss=exact_router_loss,
     )
 
 
@@ -284,18 +285,20 @@ def test_learning_rates_of_parts(sparse, data, tmp_path):
     assert moved["lm_head.weight"] == pytest.approx(1e-3, rel=0.2)
 
 
-def test_gradient_accumulation_is_the_large_batch(sparse, data, tmp_path):
-    """Router loss included: the parts of the batch are alike in it, since it is no mean over rows."""
+@pytest.mark.parametrize("exact", [True, False])
+def test_gradient_accumulation_is_the_large_batch(sparse, data, tmp_path, exact):
+    """Router loss included, which is no mean over rows: with parts that are unlike, in length and in what is learnt."""
     rows = json.loads(data.read_text(encoding="utf-8"))
-    rows = [rows[0], rows[1], rows[0], rows[1]]
+    rows = [rows[number] for number in ((0, 12, 1, 3) if exact else (0, 1, 0, 1))]
     updated = []
     for size, parts_of_batch in ((4, 1), (2, 2)):
         model = load_pretrained_model(sparse, device="cpu").model
+        model.config.moe_config.router_aux_loss_coef = 1.0
         trainer = trainer_for(
             model, data, tmp_path, rows=rows, per_device_train_batch_size=size,
             gradient_accumulation_steps=parts_of_batch, max_steps=1, optim="sgd", learning_rate=0.1,
             lr_scheduler_type="constant", max_grad_norm=0,
-            train_sampling_strategy="sequential",
+            train_sampling_strategy="sequential", exact_router_loss=exact,
         )  # fmt: skip
         trainer.train()
         updated.append((trainer.state.log_history[0], model.state_dict()))

@@ -140,6 +140,8 @@ class Stage:
         dtype (`str`, *optional*): What the weights are held in; float32 by default, and as the checkpoint has it when
             quantised.
         image_aspect_ratio (`str`, *optional*): `"pad"` or `"square"`; by default as the checkpoint has it.
+        exact_router_loss (`bool`): Whether the load-balancing loss of a batch in parts is that of the whole, at the
+            price of one more forward pass; otherwise every part is balanced by itself.
         early_stopping_patience (`int`, *optional*): Stop after so many evaluations without a better loss, and keep the
             best.
         arguments (`dict`): Arguments of `TrainingArguments`.
@@ -162,6 +164,7 @@ class Stage:
     load_8bit: bool = False
     dtype: str | None = None
     image_aspect_ratio: str | None = None
+    exact_router_loss: bool = True
     early_stopping_patience: int | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     name: str = ""
@@ -245,12 +248,14 @@ class Recipe:
         output_dir (`Path`): Where each stage gets a folder.
         stages (`list[Stage]`): In their order; each starts from what the last has made.
         resume (`bool`): Whether to go on where an earlier run of the recipe was stopped.
+        allow_changes (`bool`): Whether it may go on with another recipe than it was begun with.
     """
 
     model: Any
     output_dir: Path
     stages: list[Stage]
     resume: bool = False
+    allow_changes: bool = False
 
     def __post_init__(self):
         unmerged = [stage.name for stage in self.stages if stage.lora is not None and not merges(stage)]
@@ -276,7 +281,7 @@ def merges(stage: Stage) -> bool:
     return stage.lora.merge if stage.lora.merge is not None else not quantised
 
 
-_RECIPE_KEYS = ("model", "output_dir", "stages", "resume")
+_RECIPE_KEYS = ("model", "output_dir", "stages", "resume", "allow_changes")
 _STAGE_KEYS = tuple(f.name for f in fields(Stage) if f.name not in ("arguments", "name"))
 _KNOWN = {*_RECIPE_KEYS, *_STAGE_KEYS, *(_ARGUMENTS - _OWN_ARGUMENTS), *_OLDER_NAMES, "group_by_length"}
 
@@ -327,7 +332,7 @@ def read_recipe(recipe: Mapping[str, Any] | str | os.PathLike, **overrides) -> R
         model=overrides.get("model", given.get("model")),
         output_dir=Path(overrides.get("output_dir", given.get("output_dir"))).expanduser(),
         stages=stages,
-        resume=bool(overrides.get("resume", given.get("resume", False))),
+        **{key: bool(overrides.get(key, given.get(key, False))) for key in ("resume", "allow_changes")},
     )
 
 

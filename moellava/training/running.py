@@ -18,7 +18,6 @@ import dataclasses
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +36,7 @@ from .data import Collator, Examples, StreamedExamples, log_problems, processor_
 from .encoding import Encoder
 from .parts import may_be_unused, set_trained, trained_parameters
 from .recipe import Recipe, Stage, merges, read_recipe
+from .records import check_records, write_record
 from .rows import Rows, open_data
 from .trainer import MoellavaTrainer
 
@@ -118,8 +118,8 @@ def train(recipe: Mapping[str, Any] | str | os.PathLike, **overrides) -> Trainin
         FileNotFoundError: The recipe, the model or the data is not there.
         ImportError: An extra is not installed.
         TypeError: The recipe is something else.
-        ValueError: An unknown key or value, data of which no row can be used, or a folder that holds another run. No
-            weights have been read by then.
+        ValueError: An unknown key or value, data of which no row can be used, or a folder that holds another run or
+            one of another recipe. No weights have been read by then.
 
     Example:
 
@@ -135,7 +135,10 @@ def train(recipe: Mapping[str, Any] | str | os.PathLike, **overrides) -> Trainin
 
 
 def _train(plan: Recipe) -> TrainingReport:
-    if not plan.resume:
+    if plan.resume:
+        with PartialState().main_process_first():  # which clears away what a killed run has left
+            check_records(plan)
+    else:
         _refuse_other_runs(plan)
     pending = [stage for stage in plan.stages if not (plan.resume and _done(plan, stage).is_file())]
     PartialState().wait_for_everyone()  # all have looked before one of them writes
@@ -152,6 +155,8 @@ def _train(plan: Recipe) -> TrainingReport:
             model = _load(stage, source, stage.training_arguments(plan.output_dir))
             if data is None:  # parts, or an older checkpoint, which have no processor before they are loaded
                 data = _prepared(pending, opened, model.processor, context_length(model.config.text_config))
+            if PartialState().is_main_process:
+                write_record(plan, stage, plan.output_dir / stage.name)
             reports.append(_run(stage, model, *data.pop(stage.name), plan.output_dir / stage.name, plan.resume))
             del model
         source = reports[-1].checkpoint
@@ -254,6 +259,7 @@ def _run(stage: Stage, model: Any, train_data: Any, eval_data: Any, folder: Path
         data_collator=Collator(base.processor),
         processing_class=base.processor,
         learning_rates=stage.learning_rates,
+        exact_router_loss=stage.exact_router_loss,
         callbacks=callbacks,
     )
     with PartialState().main_process_first():  # which clears away what is of no use

@@ -95,14 +95,62 @@ class RouterStatistics:
         return logs
 
 
+class FirstChoices:
+    """Counts, layer by layer, for how many tokens of a whole batch each expert is the first choice.
+
+    The load-balancing loss is the product of two means over the batch: of the experts' shares of the first choices, and
+    of their probabilities. Only the second has a gradient, and it is a sum over tokens. So with the shares of the whole
+    batch the losses of its parts add up to the loss of the whole, and so do their gradients.
+    """
+
+    def __init__(self):
+        self.counts: list[torch.Tensor] = []
+        self.tokens: torch.Tensor | int = 0
+
+    @torch.no_grad()
+    def add(self, router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None) -> None:
+        """Takes the router logits, `(tokens, experts)` of every layer, of a part of the batch."""
+        kept = _kept(router_logits[0], attention_mask)
+        counts = [
+            torch.bincount(logits.argmax(dim=-1)[kept.to(logits.device)], minlength=logits.shape[-1])
+            for logits in router_logits
+        ]
+        self.counts = [mine + new for mine, new in zip(self.counts, counts, strict=True)] if self.counts else counts
+        self.tokens = self.tokens + kept.sum()
+
+    def loss(self, router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Returns what a part of the batch has of the load-balancing loss of the whole."""
+        kept = _kept(router_logits[0], attention_mask)
+        total = router_logits[0].new_zeros((), dtype=torch.float)
+        for logits, counts in zip(router_logits, self.counts, strict=True):
+            probabilities = torch.softmax(logits[kept.to(logits.device)], dim=-1, dtype=torch.float).sum(dim=0)
+            shares = counts.to(probabilities) / self.tokens
+            total = total + (logits.shape[-1] * (probabilities * shares).sum() / self.tokens).to(
+                router_logits[0].device
+            )
+        return total
+
+
+def _kept(logits: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Tells which tokens are no padding, `(tokens,)`."""
+    if attention_mask is None:
+        return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    return attention_mask.flatten().bool()
+
+
 class MoellavaTrainer(Trainer):
     """The library's trainer; the arguments beside those of `Trainer` are:
 
     Args:
         learning_rates (`Mapping[str, float]`, *optional*): Learning rates of parts, by their names in recipes.
+        exact_router_loss (`bool`, *optional*, defaults to `True`): Whether the load-balancing loss of a batch that is
+            computed in parts is that of the whole. Every part then goes through the model once more beforehand, without
+            gradients. Otherwise each part is balanced by itself.
     """
 
-    def __init__(self, *args, learning_rates: Mapping[str, float] | None = None, **kwargs):
+    def __init__(
+        self, *args, learning_rates: Mapping[str, float] | None = None, exact_router_loss: bool = True, **kwargs
+    ):
         super().__init__(*args, **kwargs)
         self.learning_rates = dict(learning_rates or {})
         config = self.model.config
@@ -111,6 +159,11 @@ class MoellavaTrainer(Trainer):
         self._routers = None
         if config.moe_config is not None:
             self._routers = RouterStatistics(config.moe_config.num_experts_per_tok, list(config.moe_config.layers))
+        self._exact_router_loss = (
+            exact_router_loss and self._routers is not None and config.moe_config.router_aux_loss_coef > 0
+        )
+        self._first_choices: FirstChoices | None = None
+        self._uncounted: list[dict[str, torch.Tensor]] = []
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Splits the groups that the library makes, by weight decay, into those of each learning rate."""
@@ -143,14 +196,63 @@ class MoellavaTrainer(Trainer):
             return super()._get_eval_sampler(eval_dataset)
         return SeededLengthSampler(self.args.eval_batch_size, eval_dataset.lengths, self.args.seed)
 
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """As the library does; keeps the parts of a batch until the routers' choices in it are counted."""
+        parts, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._first_choices = None
+        in_parts = len(parts) > 1 or self.accelerator.num_processes > 1
+        self._uncounted = parts if self._exact_router_loss and in_parts and num_items_in_batch is not None else []
+        return parts, num_items_in_batch
+
+    def training_step(self, model: nn.Module, *args, **kwargs) -> torch.Tensor:
+        """As the library does; before the first part of a batch, counts what the routers choose in all of them."""
+        if self._uncounted:  # only here has a resumed run the state of the generators again
+            self._first_choices, self._uncounted = self._count_first_choices(model, self._uncounted), []
+        return super().training_step(model, *args, **kwargs)
+
+    @torch.no_grad()
+    def _count_first_choices(self, model: nn.Module, parts: list[dict[str, torch.Tensor]]) -> FirstChoices:
+        found = FirstChoices()
+        model.train()
+        device = self.args.device
+        # With the noise that the parts are going to have: nothing else draws between them.
+        with (
+            torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type),
+            self.compute_loss_context_manager(),
+        ):
+            for part in parts:
+                inputs = {name: value for name, value in self._prepare_inputs(part).items() if name != "labels"}
+                outputs = model(**inputs, output_router_logits=True, logits_to_keep=1)
+                found.add(outputs["router_logits"], inputs.get("attention_mask"))
+        found.counts = [self.accelerator.reduce(counts) for counts in found.counts]
+        found.tokens = self.accelerator.reduce(found.tokens)
+        return found
+
     def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
         """As the library does; notes what the routers of a sparse model did in training."""
         if self._routers is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         inputs = {**inputs, "output_router_logits": True}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        self._routers.add(outputs, inputs.get("attention_mask"))
+        mask = inputs.get("attention_mask")
+        if self._first_choices is not None:
+            loss = loss + self._rest_of_router_loss(outputs, inputs["labels"], mask, **kwargs)
+        self._routers.add(outputs, mask)
         return (loss, outputs) if return_outputs else loss
+
+    def _rest_of_router_loss(
+        self, outputs: Any, labels: torch.Tensor, mask: torch.Tensor | None, num_items_in_batch: torch.Tensor | int
+    ) -> torch.Tensor:
+        """Returns what is missing from the loss of a part of a batch, for the whole to have its own router loss; notes
+        that in `outputs`."""
+        part = self._first_choices.loss(outputs["router_logits"], mask)
+        has = (labels[..., 1:] != -100).sum() / num_items_in_batch * outputs["aux_loss"]
+        # Averaged over all tokens by `RouterStatistics`, this is the loss of the whole.
+        outputs["aux_loss"] = (
+            part.detach() * self._first_choices.tokens / _kept(outputs["router_logits"][0], mask).sum()
+        )
+        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return self.model.config.moe_config.router_aux_loss_coef * scale * (part - has)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As the library does, with the router loss and the experts' loads beside the loss."""
@@ -159,4 +261,4 @@ class MoellavaTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-__all__ = ["MoellavaTrainer", "RouterStatistics", "SeededLengthSampler"]
+__all__ = ["FirstChoices", "MoellavaTrainer", "RouterStatistics", "SeededLengthSampler"]
