@@ -16,7 +16,6 @@ other. What transformers and accelerate cannot do so is at the end."""
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -170,4 +169,3 @@ model, info = AutoModelForImageTextToText.from_pretrained(
 print(model.config.moe_config.num_experts, [len(found) for found in info.values()])
 """
     assert run_python(code).split() == ["4", "[0,", "0,", "0,", "0]"]
-
