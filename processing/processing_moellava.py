@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoImageProcessor
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers import AutoImageProcessor, BatchFeature
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.tokenization_utils_base import TextInput
 from transformers.utils import logging
 
 from ..configuration.checkpoint_moellava import AUTO_MAP, export_code
@@ -117,7 +119,12 @@ class MoellavaProcessor(ProcessorMixin):
         """What tokenizers may return that the model does not take."""
         return ["token_type_ids"]
 
-    def __call__(self, images=None, text=None, **kwargs):
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | list[TextInput] | None = None,
+        **kwargs: Unpack[MoellavaProcessorKwargs],
+    ) -> BatchFeature:
         """Prepares pictures, text or both.
 
         Args:

@@ -13,11 +13,13 @@
 # limitations under the License.
 """What transformers expects of any model of its own, as its common tests have found it missing (`tests/referee`)."""
 
+import inspect
+
 import pytest
 import torch
 from transformers import AutoModel, CLIPVisionConfig, LlamaConfig
 
-from moellava import MoellavaConfig, MoellavaForCausalLM
+from moellava import MoellavaConfig, MoellavaForCausalLM, MoellavaProcessor
 
 
 TEXT = {
@@ -133,3 +135,8 @@ def test_a_parts_config_read_from_a_checkpoint_is_the_one_within(tmp_path):
         assert read == config.to_dict()[key]
         assert type(within) is own_class
     assert "_name_or_path" not in (tmp_path / "config.json").read_text()
+
+
+def test_a_processor_tells_the_types_that_it_takes():
+    parameters = inspect.signature(MoellavaProcessor.__call__).parameters
+    assert all(parameters[name].annotation is not inspect.Parameter.empty for name in ("images", "text", "kwargs"))
