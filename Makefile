@@ -35,13 +35,15 @@ STAMP := $(VENV)/.setup-done
 OLD_VERSION := 5.19.0
 OLD := build/transformers-$(OLD_VERSION)
 
+REFEREE := build/referee
+
 # One thread per test process: together they fill the cores.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup chromium demo screenshot test test-matrix test-versions fixture bench docs lint style clean
+.PHONY: help setup chromium demo screenshot test test-matrix test-versions test-referee fixture bench docs lint style clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-22s%s\n", $$1, $$2}'
@@ -97,6 +99,22 @@ $(OLD)/.done: $(STAMP)
 
 fixture: $(STAMP) ## the checkpoints of this version that every later one has to load (tests/fixtures), once for a version
 	@$(BIN)/python tests/kept_checkpoints.py
+
+# transformers' source distribution has the tests that all of its models share; the wheel has not. They run against the
+# installed transformers, and what they need besides lies beside them.
+test-referee: $(REFEREE)/.done ## the tests that all models of transformers share, over ours; ten minutes
+	@MOELLAVA_REFEREE=$(CURDIR)/$(REFEREE)/source PYTHONPATH=$(CURDIR)/$(REFEREE)/site \
+		$(PYTEST) -n $(WORKERS) --dist worksteal -q tests/referee $(PYTEST_ARGS)
+
+$(REFEREE)/.done: $(STAMP)
+	@rm -rf $(REFEREE) && mkdir -p $(REFEREE)/source/src
+	@version=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("transformers"))') && \
+		$(PIP) download --no-deps --no-binary transformers --dest $(REFEREE) transformers==$$version && \
+		tar -xzf $(REFEREE)/transformers-$$version.tar.gz -C $(REFEREE)/source --strip-components=1 transformers-$$version/tests
+	@touch $(REFEREE)/source/tests/__init__.py
+	@ln -s $$($(BIN)/python -c 'import transformers; print(transformers.__path__[0])') $(REFEREE)/source/src/transformers
+	@$(PIP) install --no-deps --target $(REFEREE)/site parameterized==0.9.0
+	@touch $@
 
 bench: $(STAMP) ## time and memory against transformers' LLaVA and against floors (build/bench), a quarter of an hour
 	@$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)

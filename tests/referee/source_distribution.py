@@ -1,0 +1,99 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Makes the tests in transformers' source distribution importable, and stands in for what they import and it lacks.
+
+The distribution holds the files `tests/test_*.py`, and nothing of the folders beside them, which some of these files
+import. Where the folder that `MOELLAVA_REFEREE` names has those too, as a clone of transformers does, they are used.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from parts import picture
+from transformers import pipeline
+
+
+class ExportTesterMixin:
+    """In the place of the tests of exporting, which the distribution lacks."""
+
+
+class GenerationTesterMixin:
+    """In the place of the tests of `generate`, which the distribution lacks."""
+
+
+class ImageTextToTextPipelineTests:
+    """What the pipeline mixin runs for this task, which lies in a file of the task's own."""
+
+    def get_test_pipeline(self, model, tokenizer=None, image_processor=None, processor=None, dtype="float32"):
+        model = model.to(getattr(torch, dtype))
+        asking = pipeline("image-text-to-text", model=model, processor=processor, max_new_tokens=3)
+        images = [picture(0), picture(1)]
+        return asking, [{"images": image, "text": f"{processor.image_token} What is shown?"} for image in images]
+
+    def run_pipeline_test(self, asking, examples):
+        for example in examples:
+            (answer,) = asking(**example)
+            assert set(answer) == {"input_text", "generated_text"}
+            assert answer["input_text"] == example["text"]
+            assert answer["generated_text"].startswith(example["text"])
+
+
+def _local_picture(url: str) -> str:
+    """The file to use in the place of one of the suite's on the Hub."""
+    file = Path(os.environ["HF_HOME"]) / url.rsplit("/", 1)[-1]
+    if file.suffix == ".png" and not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture(0, (64, 48)).save(file)
+    return str(file)
+
+
+_STAND_INS = {
+    "tests.exporters.test_export": {"ExportTesterMixin": ExportTesterMixin},
+    "tests.generation.test_utils": {"GenerationTesterMixin": GenerationTesterMixin},
+    "tests.pipelines.test_pipelines_image_text_to_text": {"ImageTextToTextPipelineTests": ImageTextToTextPipelineTests},
+    "tests.utils.test_configuration_utils": {"config_common_kwargs": {}},
+    "fetch_hub_objects_for_ci": {"url_to_local_path": _local_picture},
+}
+
+
+def make_importable(source: str | os.PathLike, tiny_models: Path) -> None:
+    """Puts the tests of a folder of transformers on the path, as its package `tests`.
+
+    Args:
+        source (`str` or `os.PathLike`): The unpacked source distribution, or a clone.
+        tiny_models (`Path`): Where the pipeline mixin, which reads this when it is imported, is to look for models
+            instead of the Hub: `<model_type>/<class>`.
+    """
+    summary = tiny_models / "reports" / "tiny_model_summary.json"
+    summary.parent.mkdir(parents=True)
+    summary.write_text(
+        json.dumps({"MoellavaForCausalLM": {"tokenizer_classes": ["AutoTokenizer"], "processor_classes": []}})
+    )
+    os.environ["TRANSFORMERS_TINY_MODEL_PATH"] = str(tiny_models)
+    source = Path(source).resolve()
+    sys.path.insert(0, str(source))
+    sys.path.append(str(source / "utils"))
+    for name, contents in _STAND_INS.items():
+        package = name.rpartition(".")[0]
+        if package not in ("", "tests") and not (source / package.replace(".", "/")).is_dir():
+            sys.modules[package] = ModuleType(package)
+            sys.modules[package].__path__ = []
+        if importlib.util.find_spec(name) is None:
+            sys.modules[name] = ModuleType(name)
+            vars(sys.modules[name]).update(contents)
