@@ -201,6 +201,8 @@ def _clear_up(home: Path, target: Path) -> None:
     for path in left:
         if path.name.endswith(".earlier") and not target.exists():
             path.rename(target)  # killed between two renames
+            left.remove(path)
+            break
     if not any((target / name).exists() for name in _HEADS):
         return  # one of them may be all that there is
     for path in left:

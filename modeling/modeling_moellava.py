@@ -26,6 +26,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -271,7 +272,13 @@ class MoellavaPreTrainedModel(PreTrainedModel):
             # Packed weights are saved as they are; what reads them while loading has no way back.
             self._weight_conversions = [kept for kept in self._weight_conversions if not reads_packed_weights(kept)]
         with staged_folder(save_directory, replaces_weights=True) as staging:
-            super().save_pretrained(staging, state_dict=state_dict, **kwargs)
+            try:
+                super().save_pretrained(staging, state_dict=state_dict, **kwargs)
+            except SafetensorError as error:  # which is no OSError, though it tells of one
+                raise OSError(
+                    f"The weights cannot be written to {save_directory}: {error}. Nothing there has changed; a save "
+                    "needs room for the new checkpoint beside the earlier one."
+                ) from error
             if self.processor is not None:
                 self.processor.save_pretrained(staging)
             run_save_hooks(staging, save_directory)

@@ -423,7 +423,7 @@ print(type(AutoTokenizer.from_pretrained(folder)).__name__, type(AutoImageProces
 # What travels, and what an import costs
 # ---------------------------------------------------------------------------------------------------------------------
 
-TRAVELLING_IMPORTS = {"huggingface_hub", "numpy", "packaging", "PIL", "torch", "transformers"}
+TRAVELLING_IMPORTS = {"huggingface_hub", "numpy", "packaging", "PIL", "safetensors", "torch", "transformers"}
 
 
 def test_travelling_files_import_only_what_transformers_brings():
