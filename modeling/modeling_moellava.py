@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import load_state_dict
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
@@ -43,6 +43,7 @@ from ..configuration.custom_code_moellava import is_own_class
 from ..configuration.hub_moellava import commit_saved
 from ..configuration.registry_moellava import PROJECTORS
 from ..configuration.staging_moellava import staged_folder
+from ..configuration.versions_moellava import CACHE
 from .encoders_moellava import encoder_for
 from .language_moellava import apply_head, build_head
 from .own_encoders_moellava import CustomEncoder
@@ -86,14 +87,14 @@ class MoellavaModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class MoellavaCausalLMOutputWithPast(ModelOutput):
+class MoellavaCausalLMOutputWithPast(CausalLMOutputWithPast):
     r"""
     loss (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is given):
         The next-token loss.
     logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
         The scores of every token of the vocabulary.
     past_key_values (`Cache`, *optional*, returned with `use_cache=True`):
-        The keys and values of the language model's attention.
+        The keys and values of the language model's attention; from transformers 5.24 on, `cache`.
     hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
         The language model's hidden states, each of shape `(batch_size, sequence_length, hidden_size)`.
     attentions (`tuple[torch.Tensor]`, *optional*, returned with `output_attentions=True`):
@@ -106,11 +107,6 @@ class MoellavaCausalLMOutputWithPast(ModelOutput):
         The logits of every sparse layer's router, of shape `(batch_size * sequence_length, num_experts)`.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
@@ -124,7 +120,7 @@ class MoellavaPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
 
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -442,6 +438,7 @@ class MoellavaModel(MoellavaPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         output_router_logits: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoellavaModelOutputWithPast:
         r"""
@@ -463,16 +460,20 @@ class MoellavaModel(MoellavaPreTrainedModel):
                 about pictures that are encoded once.
             output_router_logits (`bool`, *optional*):
                 Whether to return the logits of the routers of a sparse model.
+            cache (`Cache`, *optional*):
+                The name of `past_key_values` from transformers 5.24 on. Either is taken on every version.
 
         Raises:
             ValueError: Both or neither of `input_ids` and `inputs_embeds`, both of `pixel_values` and
-                `mm_encoder_outputs`, or numbers of placeholders and of features that differ.
+                `mm_encoder_outputs`, both of `past_key_values` and `cache`, or numbers of placeholders and of features
+                that differ.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         encoded = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and encoded is not None:
             raise ValueError("Give only one of pixel_values and mm_encoder_outputs.")
+        cache = one_cache(past_key_values, cache)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
@@ -495,7 +496,7 @@ class MoellavaModel(MoellavaPreTrainedModel):
         inputs = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            CACHE: cache,
             "inputs_embeds": inputs_embeds,
             "return_dict": True,
             **kwargs,
@@ -511,11 +512,11 @@ class MoellavaModel(MoellavaPreTrainedModel):
             outputs, router_logits = self._run_sparse(inputs, output_router_logits)
         return MoellavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             image_hidden_states=image_features,
             router_logits=router_logits,
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def _run_sparse(
@@ -525,7 +526,7 @@ class MoellavaModel(MoellavaPreTrainedModel):
         moe = self.config.moe_config
         mask = None
         if moe.capacity_factor is not None or moe.eval_capacity_factor is not None:
-            mask = token_mask(inputs["attention_mask"], inputs["inputs_embeds"].shape[:2], inputs["past_key_values"])
+            mask = token_mask(inputs["attention_mask"], inputs["inputs_embeds"].shape[:2], inputs[CACHE])
         with TokenMask(mask):
             if not (moe.output_router_logits if output_router_logits is None else output_router_logits):
                 return self.language_model(**inputs), None
@@ -612,6 +613,7 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoellavaCausalLMOutputWithPast:
         r"""
@@ -630,15 +632,16 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
         is_upcycled = self.config.moe_config is not None
         balances = is_upcycled and labels is not None and self.config.moe_config.router_aux_loss_coef > 0
         tokens = input_ids if inputs_embeds is None else inputs_embeds
+        cache = one_cache(past_key_values, cache)
         mask = None
         if is_upcycled and tokens is not None and (balances or wants_router_logits):
-            mask = token_mask(attention_mask, tokens.shape[:2], past_key_values)
+            mask = token_mask(attention_mask, tokens.shape[:2], cache)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             output_router_logits=wants_router_logits or balances or output_router_logits,
@@ -662,12 +665,12 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
         return MoellavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
             aux_loss=aux_loss if wants_router_logits else None,
             router_logits=outputs.router_logits if wants_router_logits else None,
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def _wants_router_logits(self, output_router_logits: bool | None) -> bool:
@@ -702,8 +705,19 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
         return owner.router_aux_loss_coef * (labels[:, 1:] != -100).sum() / num_items_in_batch
 
 
+def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache of a pass, by whichever of its names it was given.
+
+    Raises:
+        ValueError: By both.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("Give only one of past_key_values and cache: they are two names of one argument.")
+    return past_key_values if cache is None else cache
+
+
 def token_mask(
-    attention_mask: torch.Tensor | dict | None, shape: tuple[int, int], past_key_values: Cache | None
+    attention_mask: torch.Tensor | dict | None, shape: tuple[int, int], cache: Cache | None
 ) -> torch.Tensor | None:
     """Tells which tokens of a pass are padding.
 
@@ -711,7 +725,7 @@ def token_mask(
         attention_mask (`torch.Tensor` or `dict`, *optional*): Of shape `(batch_size, all tokens so far)`; or, as
             `generate` makes it for a static cache, `(batch_size or 1, 1, sequence_length, keys)`: what each token sees.
         shape (`tuple[int, int]`): `(batch_size, sequence_length)` of this pass.
-        past_key_values (`Cache`, *optional*): What there was before them.
+        cache (`Cache`, *optional*): What there was before them.
 
     Returns:
         `torch.Tensor` of shape `(batch_size * sequence_length)`: 0 for padding; `None` where there is none.
@@ -721,7 +735,7 @@ def token_mask(
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() not in (2, 4):
         return None
     width, sequence_length = attention_mask.shape[-1], shape[1]
-    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    past = 0 if cache is None else cache.get_seq_length()
     first = width - sequence_length  # where a sliding window has dropped older ones
     first = past.clamp_max(first) if isinstance(past, torch.Tensor) else min(past, first)
     own = first + torch.arange(sequence_length, device=attention_mask.device)

@@ -21,6 +21,7 @@ from parts import MAIN_FAMILIES, pictures
 from transformers import DynamicCache, TextIteratorStreamer
 
 from moellava import load_pretrained_model
+from moellava.configuration.versions_moellava import CACHE
 
 
 FAMILIES = (*MAIN_FAMILIES, "gemma2", "mixtral")
@@ -301,18 +302,43 @@ def test_a_conversation_goes_on_from_its_cache(assembled):
     first, second = pictures(2)
     cache = DynamicCache(config=model.config.text_config)
     one = processor(text="<image> What is it?", images=first, return_tensors="pt")
-    said = model.generate(**one, past_key_values=cache, **GREEDY)
+    said = model.generate(**one, **{CACHE: cache}, **GREEDY)
 
     more = processor(text="And this: <image> ?", images=second, add_special_tokens=False, return_tensors="pt")
     ids = torch.cat([said, more["input_ids"]], dim=1)
     mask = torch.ones_like(ids)
     # The cache holds the first picture already, so only the new one is given.
     with_cache = model.generate(
-        input_ids=ids, attention_mask=mask, pixel_values=more["pixel_values"], past_key_values=cache, **GREEDY
+        input_ids=ids, attention_mask=mask, pixel_values=more["pixel_values"], **{CACHE: cache}, **GREEDY
     )
     both = torch.cat([one["pixel_values"], more["pixel_values"]])
     anew = model.generate(input_ids=ids, attention_mask=mask, pixel_values=both, **GREEDY)
     assert torch.equal(with_cache, anew)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_cache_goes_by_either_name(assembled, name):
+    """transformers 5.24 calls `cache` what was `past_key_values`: a checkpoint's code has to know both."""
+    model = assembled()
+    ids = model.processor(text="The sky is blue today", return_tensors="pt")["input_ids"]
+    whole = model(input_ids=ids)
+    cache = DynamicCache(config=model.config.text_config)
+    first = model(input_ids=ids[:, :-1], **{name: cache})
+    assert first.get(CACHE) is cache
+    assert cache.get_seq_length() == ids.shape[1] - 1
+    last = model(input_ids=ids[:, -1:], **{name: cache})
+    torch.testing.assert_close(last.logits[:, -1], whole.logits[:, -1])
+    states = model.model(input_ids=ids[:, -1:], **{name: DynamicCache(config=model.config.text_config)})
+    assert states.get(CACHE).get_seq_length() == 1
+
+
+def test_the_cache_goes_by_one_name(assembled):
+    model = assembled()
+    cache = DynamicCache(config=model.config.text_config)
+    for part in (model, model.model):
+        with pytest.raises(ValueError, match="Give only one of past_key_values and cache"):
+            part(input_ids=torch.tensor([[1]]), past_key_values=cache, cache=cache)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
