@@ -387,6 +387,8 @@ class MoellavaConfig(PreTrainedConfig):
         "projector_config": MoellavaProjectorConfig,
         "moe_config": MoellavaMoeConfig,
     }
+    # The names that transformers has here are a language model's; its own config brings them.
+    base_model_fsdp_plan = {}
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None

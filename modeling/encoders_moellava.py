@@ -24,7 +24,7 @@ import functools
 import inspect
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -77,6 +77,8 @@ class VisionEncoder:
     ends_early = False
     # Beginnings of the names of weights that checkpoints of such towers hold and that are not built here.
     unused_weights: tuple[str, ...] = ()
+    # How processes divide the tower, by kind of plan and names within it; without, each holds it whole.
+    plans: Mapping[str, Mapping[str, str]] = {}
 
     def __init__(self, config):
         self.vision_config = config.vision_config
@@ -393,6 +395,17 @@ class PatchTransformer(VisionEncoder):
 
     ends_early = True
     num_class_tokens = 1
+    # Where the blocks are in the tower.
+    layers_name = "encoder.layers"
+
+    @property
+    def plans(self) -> dict[str, dict[str, str]]:
+        """How processes divide the tower; its attention, of whatever number of heads, each of them holds whole."""
+        block = f"{self.layers_name}.*"
+        return {
+            "_tp_plan": {f"{block}.mlp.fc1": "colwise", f"{block}.mlp.fc2": "rowwise"},
+            "_fsdp_plan": {block: "free_full_weight"},
+        }
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -470,6 +483,7 @@ class VitEncoder(PatchTransformer):
 
     encoder_type = "vit"
     model_types = detected_model_types = ("vit",)
+    layers_name = "layers"
     unused_weights = ("pooler.",)
 
     @property
@@ -491,6 +505,7 @@ class Dinov2Encoder(PatchTransformer):
 
     encoder_type = "dinov2"
     model_types = detected_model_types = ("dinov2", "dinov2_with_registers")
+    layers_name = "encoder.layer"
 
     @property
     def _can_interpolate(self) -> bool:

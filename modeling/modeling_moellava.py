@@ -48,6 +48,7 @@ from .encoders_moellava import encoder_for
 from .language_moellava import apply_head, build_head
 from .own_encoders_moellava import CustomEncoder
 from .own_parts_moellava import build_projector, initialize_part, make_projector
+from .parallel_moellava import add_plans, sparse_plans
 from .quantized_moellava import (
     check_quantized,
     mend_4bit_layers,
@@ -253,8 +254,9 @@ class MoellavaPreTrainedModel(PreTrainedModel):
         The folder is written beside `save_directory` and moved into place, so that an interrupted save leaves an
         earlier checkpoint as it was.
         """
-        if not is_main_process:
+        if not is_main_process or (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0):
             super().save_pretrained(save_directory, is_main_process=False, state_dict=state_dict, **kwargs)
+            _wait_for_the_save(self.config)
             return
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
         hub_names = ("commit_message", "private", "create_pr", "revision", "commit_description", "tags", "token")
@@ -278,6 +280,7 @@ class MoellavaPreTrainedModel(PreTrainedModel):
             if self.processor is not None:
                 self.processor.save_pretrained(staging)
             run_save_hooks(staging, save_directory)
+        _wait_for_the_save(self.config)
         if push_to_hub:
             self.push_to_hub(repo_id, **hub_kwargs)
 
@@ -331,6 +334,9 @@ class MoellavaModel(MoellavaPreTrainedModel):
             self._keep_in_fp32_modules_strict = {
                 weight for weight in ROUTER_WEIGHTS if any(name.endswith(weight) for name in names)
             }
+        add_plans(self.language_model, sparse_plans(self.language_model))
+        if isinstance(self.vision_tower, PreTrainedModel):
+            add_plans(self.vision_tower, self.encoder.plans)
         # transformers adds the blocks of the tower and the language model; a projector stays on one device as a whole,
         # and so does a tower whose blocks it does not know.
         self._no_split_modules = [type(self.multi_modal_projector).__name__]
@@ -557,6 +563,7 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
     ```"""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MoellavaConfig):
         super().__init__(config)
@@ -746,6 +753,12 @@ def token_mask(
     if seen.is_floating_point():
         seen = seen > torch.finfo(seen.dtype).min / 2
     return seen.expand(shape).reshape(-1)
+
+
+def _wait_for_the_save(config: MoellavaConfig) -> None:
+    """Of a model that is divided among processes, which all save it, lets each go on when the folder is in place."""
+    if getattr(config, "distributed_config", None) is not None and in_several_processes():
+        dist.barrier()
 
 
 def in_several_processes() -> bool:

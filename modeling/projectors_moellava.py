@@ -134,6 +134,11 @@ class MlpProjector(nn.Module):
         for index in range(num_hidden_layers):
             # One attribute per layer instead of a list, for the parameter names of transformers' LLaVA.
             setattr(self, f"linear_{index + 1}", nn.Linear(widths[index], widths[index + 1], bias=bias))
+        # Processes divide the layers two by two.
+        self._tp_plan = {
+            f"linear_{index}": "colwise" if index % 2 else "rowwise"
+            for index in range(1, num_hidden_layers - num_hidden_layers % 2 + 1)
+        }
 
     @classmethod
     def num_output_tokens(cls, num_tokens: int, **fields) -> int:
@@ -216,6 +221,12 @@ class QFormerProjector(nn.Module):
             `num_attention_heads`, `hidden_act` is unknown or has weights of its own, or `layer_norm_eps` is not
             above 0.
     """
+
+    # How processes divide it; attention they hold whole.
+    _tp_plan = {
+        "qformer.encoder.layer.*.intermediate_query.dense": "colwise",
+        "qformer.encoder.layer.*.output_query.dense": "rowwise",
+    }
 
     def __init__(
         self,
@@ -323,6 +334,13 @@ class PerceiverProjector(nn.Module):
             by `num_key_value_heads`, `hidden_act` is unknown or has weights of its own, or `rms_norm_eps` is not
             above 0.
     """
+
+    # How processes divide it; attention they hold whole.
+    _tp_plan = {
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
 
     def __init__(
         self,

@@ -195,6 +195,16 @@ class _Experts(nn.Module):
 
     gated: bool
     biased: bool
+    # How processes divide them: every expert by its width, or (`_ep_plan`) by experts; "" is the module itself.
+    _tp_plan: dict[str, str] = {}
+    _ep_plan = {
+        "": "ep_dispatch_experts",
+        **{
+            f"{name}{suffix}": "grouped_gemm"
+            for name in ("gate_up_proj", "up_proj", "down_proj")
+            for suffix in ("", "_bias")
+        },
+    }
 
     # trf-ignore: TRF029  the sizes are those of the dense MLP, whatever its family's config calls them
     def __init__(self, config, num_experts: int, hidden_size: int, intermediate_size: int, act_fn: nn.Module):
@@ -248,6 +258,10 @@ class GatedExperts(_Experts):
     """Experts of the form `down(act(gate(x)) * up(x))`: LLaMA, Mistral, Qwen, StableLM, Granite."""
 
     gated, biased = True, False
+    _tp_plan = {"": "moe_tp_experts", "gate_up_proj": "packed_colwise", "down_proj": "rowwise"}
+
+
+# Divided by their width, experts with biases would add that of the down projection once per process.
 
 
 @use_experts_implementation(has_bias=True)
@@ -262,6 +276,7 @@ class PlainExperts(_Experts):
     """Experts of the form `fc2(act(fc1(x)))` without biases."""
 
     gated, biased = False, False
+    _tp_plan = {"": "moe_tp_experts", "up_proj": "colwise", "down_proj": "rowwise"}
 
 
 @use_experts_implementation(has_gate=False, has_bias=True)
@@ -493,6 +508,8 @@ class SparseMoeBlock(nn.Module):
         config (`MoellavaConfig`): The model's config, with `moe_config`.
         mlp (`nn.Module`): The dense MLP whose form the experts take; kept as the residual MLP where there is one.
     """
+
+    _tp_plan = {"gate": "replicate", "coefficient": "replicate"}
 
     def __init__(self, config, mlp: nn.Module):
         super().__init__()

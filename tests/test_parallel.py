@@ -169,3 +169,146 @@ model, info = AutoModelForImageTextToText.from_pretrained(
 print(model.config.moe_config.num_experts, [len(found) for found in info.values()])
 """
     assert run_python(code).split() == ["4", "[0,", "0,", "0,", "0]"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A model divided among processes: tensor and expert parallelism, FSDP2
+# ---------------------------------------------------------------------------------------------------------------------
+
+DIVIDED = """
+import json, sys
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForImageTextToText
+from transformers.distributed import DistributedConfig
+
+cases, inputs, out = json.loads(sys.argv[1]), torch.load(sys.argv[2]), sys.argv[3]
+for name, (folder, settings) in cases.items():
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, trust_remote_code=True, distributed_config=DistributedConfig(**settings)
+    )
+    found = {"divided": [name for name, parameter in model.named_parameters() if hasattr(parameter, "placements")
+        and not all(placement.is_replicate() for placement in parameter.placements)]}
+    found["tokens"] = model.generate(**inputs[folder], max_new_tokens=5, do_sample=False)
+    output = model(**inputs[folder], labels=inputs[folder]["input_ids"])
+    output.loss.backward()
+    found |= {"logits": output.logits.detach(), "loss": output.loss.detach()}
+    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    found["grads"] = {n: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for n, grad in grads.items()}
+    model.save_pretrained(f"{out}/{name}")
+    if dist.get_rank() == 0:
+        torch.save(found, f"{out}/{name}.pt")
+dist.destroy_process_group()
+"""
+TENSOR, EXPERT, SHARDED = {"tp_plan": "auto"}, {"tp_size": 2, "ep_size": 2}, {"fsdp_size": 2}
+
+
+@pytest.fixture(scope="module")
+def others(parts, tmp_path_factory):
+    """Sparse models of other families: experts with biases, a residual MLP and a meta expert; a body without a plan."""
+    folder = tmp_path_factory.mktemp("others")
+    beside = {
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "layers": "all",
+        "use_residual": True,
+        "use_meta_expert": True,
+    }
+    settings = {
+        "phi": {"projector_type": "qformer", "vision_tower": parts.vision_tower("siglip"), "moe_config": beside},
+        "stablelm": {"projector_type": "perceiver", "vision_tower": parts.vision_tower("dinov2"), "moe_config": MOE},
+    }
+    for family, given in settings.items():
+        model_path = parts.language_model(family, overrides={"num_hidden_layers": 2})
+        torch.manual_seed(0)
+        load_pretrained_model({"model_path": model_path} | given, device="cpu").model.save_pretrained(folder / family)
+    return {family: folder / family for family in settings}
+
+
+@pytest.fixture(scope="module")
+def divided(dense, sparse, others, tmp_path_factory):
+    """What two processes have found and saved of each case, and what one finds, by the folder of the model."""
+    out = tmp_path_factory.mktemp("divided")
+    cases = {
+        "dense-tensor": (dense, TENSOR),
+        "dense-sharded": (dense, SHARDED),
+        "sparse-tensor": (sparse, TENSOR),
+        "sparse-expert": (sparse, EXPERT),
+        "sparse-sharded": (sparse, SHARDED),
+        "phi-tensor": (others["phi"], TENSOR),
+        "phi-expert": (others["phi"], EXPERT),
+        "stablelm-tensor": (others["stablelm"], TENSOR),
+    }
+    cases = {name: (str(folder), settings) for name, (folder, settings) in cases.items()}
+    inputs, expected = {}, {}
+    for folder, _ in cases.values():
+        if folder in expected:
+            continue
+        model, _, _, _ = load_pretrained_model(folder, device="cpu")
+        text = ["<image> Which one?", "<image> What does it show?"]
+        batch = model.processor(text=text, images=[picture(0), picture(1)], padding=True, return_tensors="pt")
+        inputs[folder] = dict(batch)
+        tokens = model.generate(**batch, max_new_tokens=5, do_sample=False)
+        output = model(**batch, labels=batch["input_ids"])
+        output.loss.backward()
+        grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        expected[folder] = {"tokens": tokens, "logits": output.logits, "loss": output.loss, "grads": grads}
+    (out / "divided.py").write_text(DIVIDED, encoding="utf-8")
+    torch.save(inputs, out / "inputs.pt")
+    launch(TORCHRUN, out / "divided.py", json.dumps(cases), out / "inputs.pt", out)
+    return {
+        name: (torch.load(out / f"{name}.pt"), expected[folder], Path(folder), out / name)
+        for name, (folder, _) in cases.items()
+    }
+
+
+EXPERTS = {
+    "model.language_model.layers.1.mlp.experts.gate_up_proj",
+    "model.language_model.layers.1.mlp.experts.down_proj",
+}
+HALVED = {
+    "dense-tensor": {
+        "lm_head.weight",
+        "model.multi_modal_projector.linear_1.weight",
+        "model.vision_tower.encoder.layers.0.mlp.fc2.weight",
+        "model.language_model.layers.1.mlp.gate_proj.weight",
+    },
+    "dense-sharded": {
+        "model.language_model.layers.0.self_attn.q_proj.weight",
+        "model.vision_tower.post_layernorm.bias",
+    },
+    "sparse-tensor": EXPERTS | {"model.language_model.layers.0.mlp.down_proj.weight"},
+    "sparse-expert": EXPERTS | {"model.language_model.layers.0.mlp.down_proj.weight"},
+    "sparse-sharded": EXPERTS | {"model.language_model.layers.1.mlp.gate.weight"},
+    "phi-tensor": {
+        "model.language_model.layers.0.mlp.mlp.fc1.weight",
+        "model.language_model.layers.0.mlp.meta_expert.fc2.weight",
+        "model.multi_modal_projector.qformer.encoder.layer.0.intermediate_query.dense.weight",
+    },
+    "phi-expert": {
+        "model.language_model.layers.1.mlp.experts.up_proj",
+        "model.language_model.layers.1.mlp.experts.down_proj_bias",
+    },
+    "stablelm-tensor": EXPERTS | {"model.multi_modal_projector.layers.0.mlp.up_proj.weight"},
+}
+
+
+@pytest.mark.parametrize("case", HALVED)
+def test_divided_models_compute_the_same(divided, case):
+    found, expected, _, _ = divided[case]
+    assert HALVED[case] <= set(found["divided"])
+    assert torch.equal(found["tokens"], expected["tokens"])
+    torch.testing.assert_close(found["logits"], expected["logits"].detach(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(found["loss"], expected["loss"].detach(), rtol=0, atol=1e-4)
+    for name, grad in expected["grads"].items():
+        torch.testing.assert_close(found["grads"][name], grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("case", HALVED)
+def test_divided_models_save_what_they_have_loaded(divided, case):
+    """The same files, bit by bit; those of the processor, which the model has not been given, are not among them."""
+    _, _, original, saved = divided[case]
+    files = files_in(saved)
+    assert {"config.json", "generation_config.json", "model.safetensors", "modeling_moellava.py"} <= set(files)
+    for name in files:
+        assert (saved / name).read_bytes() == (original / name).read_bytes(), name
