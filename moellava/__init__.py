@@ -41,6 +41,7 @@ _HOMES = {
     "inspect_checkpoint": "inspecting",
     "load_pretrained_model": "loading",
     "LoadedModel": "loading",
+    "plan": "planning",
     "push": "hub",
     "quantization_coverage": "quantizing",
     "resident_bytes": "quantizing",

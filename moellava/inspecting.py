@@ -275,8 +275,8 @@ def inspect_checkpoint(
             f"{source} is a model of type {fields.get('model_type')!r}, not a checkpoint of this package (type "
             f"{MoellavaConfig.model_type!r}). A language model becomes one by `moellava assemble`."
         )
-    own_code = _own_code(fields)
-    config = MoellavaConfig.from_dict(dict(fields)) if not own_code else _config_without_code(source, fields)
+    own_parts = own_code(fields)
+    config = MoellavaConfig.from_dict(dict(fields)) if not own_parts else _config_without_code(source, fields)
     headers, disk = _read_headers(source)
     sparse = _sparse_facts(config, headers)
     dtype, quantization = _dtype_name(config.dtype), fields.get("quantization_config")
@@ -298,7 +298,7 @@ def inspect_checkpoint(
         parameters=Parameters(*map(sum, zip(*(part.parameters for part in parts), strict=True))),
         bytes=Bytes(disk, sum(part.bytes.memory for part in parts)),
         parts=parts,
-        own_code=own_code,
+        own_code=own_parts,
         transformers_version=fields.get("transformers_version"),
     )
 
@@ -306,7 +306,8 @@ def inspect_checkpoint(
 # The config
 
 
-def _own_code(fields: Mapping[str, Any]) -> list[str]:
+def own_code(fields: Mapping[str, Any]) -> list[str]:
+    """Returns which parts of a config are of its author's own, and not registered here."""
     encoder, projector = fields.get("encoder_type"), fields.get("projector_config")
     projector = projector.get("type") if isinstance(projector, Mapping) else None
     own = [] if encoder is None or encoder in ENCODERS else [f"encoder {encoder!r}"]
@@ -618,4 +619,5 @@ __all__ = [
     "SparseFacts",
     "WeightGroup",
     "inspect_checkpoint",
+    "own_code",
 ]

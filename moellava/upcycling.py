@@ -182,16 +182,25 @@ def upcycled(
     Raises:
         ValueError: The dense model or the router does not allow it.
     """
-    if config.moe_config is not None:
-        _refuse_sparse(config.moe_config.to_dict())
     moe = dict(moe)
     router_path = moe.pop("router_path", None)
     router = None if router_path is None else read_router(router_path)
     if router is not None:
         moe.setdefault("router_bias", "bias" in router)
-    parts = with_origin(config.parts, "experts", UPCYCLED)
-    sparse_config = MoellavaConfig.from_dict(config.to_dict() | {"moe_config": moe, "parts": parts})
+    sparse_config = upcycled_config(config, moe)
     return sparse_config, _sparse_tensors(sparse_config, tensors, router, router_path)
+
+
+def upcycled_config(config: MoellavaConfig, moe: Mapping[str, Any]) -> MoellavaConfig:
+    """Returns the config of the sparse model that `moe`, fields of `MoellavaMoeConfig`, makes of a dense one.
+
+    Raises:
+        ValueError: The model is sparse already, or a field is wrong.
+    """
+    if config.moe_config is not None:
+        _refuse_sparse(config.moe_config.to_dict())
+    parts = with_origin(config.parts, "experts", UPCYCLED)
+    return MoellavaConfig.from_dict(config.to_dict() | {"moe_config": dict(moe), "parts": parts})
 
 
 def _sparse_tensors(
@@ -330,4 +339,4 @@ def with_moe_changes(config: MoellavaConfig, moe: dict[str, Any]) -> dict[str, A
     return {name: getattr(asked, name) for name in own}
 
 
-__all__ = ["is_new_weight", "read_router", "upcycle", "upcycled", "with_moe_changes"]
+__all__ = ["is_new_weight", "read_router", "upcycle", "upcycled", "upcycled_config", "with_moe_changes"]

@@ -34,6 +34,7 @@ from .errors import is_the_users, sentence
 from .evaluate import evaluate
 from .inspect import inspect
 from .options import DEBUG, grouped, note_debug
+from .plan import plan
 from .push import push
 from .routing import routing
 from .space import space
@@ -89,7 +90,7 @@ _PANELS = {
     "See it work": (demo,),
     "Make a model": (assemble, train, upcycle, convert),
     "Ask it": (ask, chat, web),
-    "Look into it": (inspect, routing, evaluate),
+    "Look into it": (inspect, plan, routing, evaluate),
     "Share it": (card, push, space),
 }
 

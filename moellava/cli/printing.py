@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..inspecting import CheckpointSummary
+    from ..planning import Plan
     from ..quantizing import QuantizationCoverage
 
 
@@ -117,6 +118,34 @@ def _coverage_table(coverage: "QuantizationCoverage") -> "Table":
     return table
 
 
+def print_plan(plan: "Plan") -> None:
+    """Prints what a stage of training takes, as tables."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    total = sum(part["parameters"] for part in plan.parts.values())
+    trained = sum(part["trained"] for part in plan.parts.values())
+    console.print(Text(f"{plan.checkpoint}, stage {plan.stage}", style="bold"))
+    console.print(
+        f"{number_text(total)} parameters, {number_text(trained)} trained; {plan.batch_size} rows of {plan.length} "
+        f"tokens a device, {plan.accumulation} of these a step; devices: {plan.devices}, {plan.strategy}"
+    )
+    table = Table(box=None, header_style="cyan", padding=(0, 2, 0, 0))
+    table.add_column("Memory of one device")
+    table.add_column("", justify="right")
+    for name, size in [*vars(plan.memory).items(), ("total", plan.memory.total)]:
+        table.add_row(name, size_text(size), style="bold" if name == "total" else None)
+    console.print(table)
+    hours = "" if plan.hours is None else f"; {plan.hours:.1f} hours for all rows"
+    console.print(f"{plan.flops:.3g} operations and about {plan.seconds_per_step:.2f} seconds a step{hours}")
+    if plan.fits is not None:
+        console.print(f"{'Fits' if plan.fits else 'Does not fit'} in {size_text(plan.available)} with a tenth left free")
+    for change in plan.advice:
+        console.print(f"  {change}")
+
+
 def _overview(summary: "CheckpointSummary") -> Iterator[tuple[str, str]]:
     encoder, projector, language = summary.encoder, summary.projector, summary.language_model
     origins = {part.name: part.source for part in summary.parts if part.source}
@@ -172,4 +201,4 @@ def _overview(summary: "CheckpointSummary") -> Iterator[tuple[str, str]]:
         yield "Own code", f"{', '.join(summary.own_code)}: loading it runs code and needs --trust-remote-code"
 
 
-__all__ = ["describe_assembled", "print_json", "print_summary"]
+__all__ = ["describe_assembled", "print_json", "print_plan", "print_summary"]

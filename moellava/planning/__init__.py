@@ -11,4 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What training a model would take."""
+"""What training a model would take, in memory and time, told by its config."""
+
+from .planner import GPUS, Memory, Plan, plan
+
+
+__all__ = ["GPUS", "Memory", "Plan", "plan"]

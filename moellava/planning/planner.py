@@ -1,0 +1,372 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How a stage of training spreads over devices, what each of them needs, and how long a step takes."""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..configuration import MoellavaConfig
+from ..configuration.registry_moellava import known_names
+from ..inspecting import own_code
+from ..loading import context_length
+from ..sources import Source
+from ..training.recipe import LoraRecipe, Stage
+from ..upcycling import upcycled_config
+from .rehearsal import Batch, Rehearsal, rehearse
+
+
+# The peak in bf16 without sparsity, in operations per second, by NVIDIA's data sheets (the SXM modules).
+GPUS = {"A100": 312e12, "H100": 989e12}
+# What is left for the CUDA context, the communication's buffers and what the allocator wastes.
+HEADROOM = 0.1
+# Bytes per parameter of what is gathered from the other devices to compute with.
+_GATHERED = 2
+
+STRATEGIES = {
+    "replicated": "every device holds the whole model (DDP)",
+    "zero2": "gradients and the optimiser's state are shared out (FSDP's SHARD_GRAD_OP)",
+    "zero3": "parameters too are shared out (FSDP's FULL_SHARD)",
+}
+
+_MEMORY = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]i?)?B?", re.IGNORECASE)
+_POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one device needs, in bytes.
+
+    Attributes:
+        parameters (`int`): The parameters and buffers that it holds all the time.
+        gradients (`int`): The gradients of what is trained.
+        optimizer (`int`): AdamW's state.
+        activations (`int`): What the forward pass keeps for the backward pass.
+        copies (`int`): Weights in the dtype that is computed in, kept meanwhile.
+        working (`int`): What else there is at the highest point of a step: logits, a layer that is computed anew, the
+            gradient that is being made.
+        communication (`int`): The buckets in which replicas exchange gradients; or the parameters that are gathered.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    copies: int
+    working: int
+    communication: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage takes; [`plan`] returns it.
+
+    Attributes:
+        checkpoint (`str`): What is trained.
+        stage (`str`): The stage.
+        devices (`int`): How many devices there are.
+        strategy (`str`): How the model is spread over them.
+        batch_size (`int`): The rows that one device gets at once.
+        accumulation (`int`): After how many of these the optimizer takes a step.
+        length (`int`): The tokens of a row, those of its pictures among them.
+        images (`int`): The pictures of a row.
+        gradient_checkpointing (`bool`): Whether activations are computed anew in the backward pass.
+        dtype (`str`): What the weights are held in.
+        mixed_precision (`str`, *optional*): What is computed in, where it is something else.
+        parts (`dict`): Of every part, how many parameters it has and how many are trained.
+        memory (`Memory`): What one device needs.
+        available (`int`, *optional*): What one device has, in bytes.
+        flops (`int`): Floating-point operations of one step of the optimizer, on all devices.
+        seconds_per_step (`float`): How long that takes.
+        hours (`float`, *optional*): How long all the rows take, once.
+        advice (`list[str]`): What to change where it does not fit.
+    """
+
+    checkpoint: str
+    stage: str
+    devices: int
+    strategy: str
+    batch_size: int
+    accumulation: int
+    length: int
+    images: int
+    gradient_checkpointing: bool
+    dtype: str
+    mixed_precision: str | None
+    parts: dict[str, dict[str, int]]
+    memory: Memory
+    available: int | None
+    flops: int
+    seconds_per_step: float
+    hours: float | None
+    advice: list[str]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it fits, with a tenth of the memory left free; `None` where it is not known what there is."""
+        return None if self.available is None else self.memory.total <= self.available * (1 - HEADROOM)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as dictionaries, lists, texts and numbers, ready for `json.dumps`."""
+        told = dataclasses.asdict(self) | {"fits": self.fits}
+        told["memory"]["total"] = self.memory.total
+        return told
+
+
+def plan(
+    checkpoint: MoellavaConfig | str | os.PathLike,
+    *,
+    stage: str = "instruct",
+    devices: int = 1,
+    memory: int | str | None = None,
+    strategy: str = "replicated",
+    batch_size: int | None = None,
+    accumulation: int | None = None,
+    max_length: int | None = None,
+    text_tokens: int | None = None,
+    images: int = 1,
+    gradient_checkpointing: bool = True,
+    dtype: str = "float32",
+    mixed_precision: bool = True,
+    lora_rank: int | None = None,
+    moe: Mapping[str, Any] | None = None,
+    rows: int | None = None,
+    gpu: str = "A100",
+    utilization: float = 0.4,
+    **hub_options,
+) -> Plan:
+    """Tells what a stage of training takes: memory per device, by kind, and time.
+
+    One step is rehearsed on tensors without storage; no weight is read. What is not given is as `train` has it.
+
+    Args:
+        checkpoint (`MoellavaConfig`, `str` or `os.PathLike`): A checkpoint, a folder or a Hub id, or a config.
+        stage (`str`, *optional*, defaults to `"instruct"`): `"align"`, `"instruct"`, or `"moe"`, for which a dense
+            model is upcycled.
+        devices (`int`, *optional*, defaults to 1): How many devices train together.
+        memory (`int` or `str`, *optional*): What one of them has, in bytes, or such as `"80GB"` or `"80GiB"`.
+        strategy (`str`, *optional*, defaults to `"replicated"`): How they share the model: `"replicated"`, `"zero2"`
+            (gradients and the optimiser's state are shared out) or `"zero3"` (parameters too).
+        batch_size (`int`, *optional*): The rows that one device gets at once.
+        accumulation (`int`, *optional*): After how many of these the optimizer takes a step.
+        max_length (`int`, *optional*): The tokens that a row has at most.
+        text_tokens (`int`, *optional*): The tokens of a row beside those of its pictures; by default a row is as long
+            as it may be.
+        images (`int`, *optional*, defaults to 1): The pictures of a row.
+        gradient_checkpointing (`bool`, *optional*, defaults to `True`): Whether activations are computed anew.
+        dtype (`str`, *optional*, defaults to `"float32"`): What the weights are held in.
+        mixed_precision (`bool`, *optional*, defaults to `True`): Whether float32 weights are computed with in bfloat16.
+        lora_rank (`int`, *optional*): Train adapters of this rank instead of the weights.
+        moe (`Mapping`, *optional*): Fields of the mixture that a dense model becomes in the stage `"moe"`.
+        rows (`int`, *optional*): How many rows the data has.
+        gpu (`str`, *optional*, defaults to `"A100"`): Whose peak the time is reckoned by: `"A100"` or `"H100"`.
+        utilization (`float`, *optional*, defaults to 0.4): Which share of the peak is reached. It is an assumption.
+        hub_options: `revision`, `token`, ... as in transformers' `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: A path that does not exist.
+        ImportError: `lora_rank` is given, and PEFT is not installed.
+        OSError: A Hub repository that cannot be read.
+        ValueError: A model of another kind, one with code of its own or with quantised weights, or a value that is
+            wrong.
+
+    Example:
+
+    ```python
+    >>> from moellava import plan
+
+    >>> needed = plan("my-model", stage="instruct", devices=8, memory="80GB", strategy="zero3")
+    >>> needed.memory.total, needed.fits
+    ```"""
+    available = None if memory is None else read_memory(memory)
+    _check_choice("strategy", strategy, STRATEGIES)
+    _check_choice("gpu", gpu, GPUS)
+    _check_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
+    counts = {"devices": devices, "batch_size": batch_size, "accumulation": accumulation, "rows": rows}
+    for name, value in (counts | {"max_length": max_length, "lora_rank": lora_rank}).items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; expected at least 1.")
+    if images < 0 or (text_tokens is not None and text_tokens < 0):
+        raise ValueError(f"images is {images} and text_tokens {text_tokens}; expected no negative number.")
+    if not 0 < utilization <= 1:
+        raise ValueError(f"utilization is {utilization}; expected a share above 0, and at most 1.")
+    name, config = _config(checkpoint, hub_options)
+    given = {"moe": moe and dict(moe), "dtype": dtype, "lora": lora_rank and LoraRecipe(r=lora_rank)}
+    quiet = {"report_to": "none", "use_cpu": True}  # what is here says nothing about where training will be
+    recipe = Stage(stage=stage, data=name, **given, max_length=max_length or Stage.max_length, arguments=quiet)
+    if stage == "moe" and config.moe_config is None:
+        config = upcycled_config(config, recipe.moe or {})
+    elif recipe.moe:
+        raise ValueError("moe is given, but the model is sparse already. Leave it out, or give the dense model.")
+    arguments = recipe.training_arguments(Path())
+    batch_size = batch_size or arguments.per_device_train_batch_size
+    accumulation = accumulation or arguments.gradient_accumulation_steps
+    length = _length(config, recipe.max_length, text_tokens, images)
+    mixed = mixed_precision and dtype == "float32"
+    rehearsal = functools.partial(_rehearsed, json.dumps(config.to_dict(), sort_keys=True), stage, dtype, lora_rank)
+
+    def planned(strategy: str, batch_size: int, accumulation: int, checkpoints: bool) -> Plan:
+        one = rehearsal(Batch(batch_size, length, images), checkpoints, mixed)
+        flops = one.flops * accumulation * devices
+        seconds = one.flops * accumulation / (GPUS[gpu] * utilization)
+        return Plan(
+            checkpoint=name,
+            stage=stage,
+            devices=devices,
+            strategy=strategy,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            length=length,
+            images=images,
+            gradient_checkpointing=checkpoints,
+            dtype=dtype,
+            mixed_precision="bfloat16" if mixed else None,
+            parts=one.parts,
+            memory=_spread(one, strategy, devices),
+            available=available,
+            flops=flops,
+            seconds_per_step=seconds,
+            hours=None if rows is None else rows / (batch_size * accumulation * devices) * seconds / 3600,
+            advice=[],
+        )
+
+    wanted = planned(strategy, batch_size, accumulation, gradient_checkpointing)
+    if wanted.fits is not False:
+        return wanted
+    return dataclasses.replace(wanted, advice=_advice(wanted, planned, lora_rank))
+
+
+def _advice(wanted: Plan, planned: Any, lora_rank: int | None) -> list[str]:
+    """Looks for what fits, from what costs least to what costs most."""
+    strategy, rows, steps = wanted.strategy, wanted.batch_size, wanted.accumulation
+    changes: list[str] = []
+    if not wanted.gradient_checkpointing:
+        changes.append("compute activations anew (gradient_checkpointing: true)")
+        if planned(strategy, rows, steps, True).fits:
+            return changes
+    while rows > 1:
+        rows, steps = rows // 2, steps * 2
+        if planned(strategy, rows, steps, True).fits:
+            return [*changes, f"per_device_train_batch_size: {rows}, gradient_accumulation_steps: {steps}"]
+    if wanted.devices > 1 and strategy != "zero3":
+        changes.append("share the parameters out (strategy zero3)")
+        rows, steps = wanted.batch_size, wanted.accumulation
+        while not planned("zero3", rows, steps, True).fits and rows > 1:
+            rows, steps = rows // 2, steps * 2
+        if planned("zero3", rows, steps, True).fits:
+            if rows != wanted.batch_size:
+                changes.append(f"per_device_train_batch_size: {rows}, gradient_accumulation_steps: {steps}")
+            return changes
+    more = ["use more devices with strategy zero3, or devices with more memory", "give rows fewer tokens (max_length)"]
+    return more if lora_rank else ["train adapters instead of the weights (lora)", *more]
+
+
+def _spread(one: Rehearsal, strategy: str, devices: int) -> Memory:
+    """Returns what one of several devices needs, from what a single one does."""
+    copies, shared = one.copies, devices
+    if devices == 1:
+        communication, shared = 0, 1
+    elif strategy == "replicated":
+        communication, shared = one.gradients, 1  # DDP's buckets are beside the gradients
+    else:
+        # What is gathered takes the place of the copies that mixed precision makes.
+        copies, total = 0, sum(part["parameters"] for part in one.parts.values())
+        gathered = total if strategy == "zero2" else min(total, one.outside_layers + 2 * one.layer)
+        communication = gathered * _GATHERED
+    return Memory(
+        parameters=-(-one.parameters // shared),
+        gradients=-(-one.gradients // shared),
+        optimizer=-(-one.optimizer // shared),
+        activations=one.activations,
+        copies=copies,
+        working=one.working,
+        communication=communication,
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _rehearsed(
+    config: str, stage: str, dtype: str, lora_rank: int | None, batch: Batch, checkpoints: bool, mixed: bool
+) -> Rehearsal:
+    """Rehearses each step once: plans that differ in devices alone have it in common."""
+    lora = lora_rank and LoraRecipe(r=lora_rank)
+    recipe = Stage(stage=stage, data="", dtype=dtype, lora=lora)
+    return rehearse(MoellavaConfig.from_dict(json.loads(config)), recipe, batch, checkpoints, mixed)
+
+
+def _config(checkpoint: MoellavaConfig | str | os.PathLike, hub_options: dict[str, Any]) -> tuple[str, MoellavaConfig]:
+    if isinstance(checkpoint, MoellavaConfig):
+        return checkpoint.name_or_path or "a config", checkpoint
+    source = Source(checkpoint, hub_options)
+    fields = source.config_dict()
+    if fields.get("model_type") != MoellavaConfig.model_type:
+        raise ValueError(
+            f"{source} is a model of type {fields.get('model_type')!r}, not a checkpoint of this package (type "
+            f"{MoellavaConfig.model_type!r}). A language model becomes one by `moellava assemble`."
+        )
+    if own := own_code(fields):
+        raise ValueError(
+            f"{source} has an {' and a '.join(own)} of its author's own, which a rehearsal would have to run. Import "
+            "the code that registers it, and give the config in Python."
+        )
+    if fields.get("quantization_config") is not None:
+        raise ValueError(f"The weights of {source} are quantised, which is not planned for. Give the model that it is of.")
+    return source.name, MoellavaConfig.from_dict(dict(fields))
+
+
+def _length(config: MoellavaConfig, max_length: int, text_tokens: int | None, images: int) -> int:
+    longest, pictures = min(max_length, context_length(config.text_config)), images * config.image_seq_length
+    length = longest if text_tokens is None else pictures + text_tokens
+    if not max(pictures, 1) <= length <= longest:
+        raise ValueError(
+            f"A row of {images} pictures of {config.image_seq_length} tokens and {text_tokens or 0} tokens of text does "
+            f"not go with at most {longest} tokens. Give fewer of them, or another max_length."
+        )
+    return length
+
+
+def read_memory(memory: int | float | str) -> int:
+    """Returns a size in bytes: a number, or a text such as `"80GB"` (80 * 10^9) or `"80GiB"` (80 * 2^30).
+
+    Raises:
+        ValueError: It is something else.
+    """
+    match = _MEMORY.fullmatch(str(memory).strip())
+    size = 0
+    if match:
+        unit = match[2] or ""
+        base = 1024 if unit.endswith("i") else 1000
+        size = int(float(match[1]) * base ** _POWERS.get(unit[:1].upper(), 0))
+    if size < 1:
+        raise ValueError(f"memory is {memory!r}; expected a size such as 80GB, 80GiB or a number of bytes.")
+    return size
+
+
+def _check_choice(name: str, value: str, known: Any) -> None:
+    if value not in known:
+        raise ValueError(f"Unknown {name} {value!r}{known_names(value, known)}")
+
+
+__all__ = ["GPUS", "STRATEGIES", "Memory", "Plan", "plan", "read_memory"]
