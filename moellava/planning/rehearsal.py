@@ -90,13 +90,14 @@ class _Ledger(TorchDispatchMode):
     """Counts the bytes of every storage that is made while it is active, as long as it lives, and the operations.
 
     Args:
-        weights (`Iterable[torch.Tensor]`): The parameters; copies of them in another dtype are counted apart.
+        weights (`list[nn.Parameter]`): The parameters; copies of them in another dtype are counted apart.
     """
 
-    def __init__(self, weights):
+    def __init__(self, weights: list[nn.Parameter]):
         super().__init__()
         self._weights = {weight.untyped_storage()._cdata for weight in weights}
-        self._known = set(self._weights)
+        gradients = {weight.grad.untyped_storage()._cdata for weight in weights if weight.grad is not None}
+        self._known = self._weights | gradients
         self.live = self.peak = self.copies = self.flops = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
