@@ -68,12 +68,12 @@ def plan(
     ] = None,
     text_tokens: Annotated[
         int | None,
-        typer.Option(min=0, help="Tokens of a row beside its pictures'; by default as many as may be.", show_default=False),
+        typer.Option(
+            min=0, help="Tokens of a row beside its pictures'; by default as many as may be.", show_default=False
+        ),
     ] = None,
     images: Annotated[int, typer.Option(min=0, help="Pictures of a row.")] = 1,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option(help="Compute activations anew in the backward pass.")
-    ] = True,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations anew in the backward pass.")] = True,
     dtype: Annotated[Weights, typer.Option(help="What the weights are held in.")] = Weights.FLOAT32,
     mixed_precision: Annotated[bool, typer.Option(help="Compute in bfloat16 with weights in float32.")] = True,
     lora_rank: Annotated[

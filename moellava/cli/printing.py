@@ -141,7 +141,9 @@ def print_plan(plan: "Plan") -> None:
     hours = "" if plan.hours is None else f"; {plan.hours:.1f} hours for all rows"
     console.print(f"{plan.flops:.3g} operations and about {plan.seconds_per_step:.2f} seconds a step{hours}")
     if plan.fits is not None:
-        console.print(f"{'Fits' if plan.fits else 'Does not fit'} in {size_text(plan.available)} with a tenth left free")
+        console.print(
+            f"{'Fits' if plan.fits else 'Does not fit'} in {size_text(plan.available)} with a tenth left free"
+        )
     for change in plan.advice:
         console.print(f"  {change}")
 

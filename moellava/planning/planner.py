@@ -332,7 +332,9 @@ def _config(checkpoint: MoellavaConfig | str | os.PathLike, hub_options: dict[st
             "the code that registers it, and give the config in Python."
         )
     if fields.get("quantization_config") is not None:
-        raise ValueError(f"The weights of {source} are quantised, which is not planned for. Give the model that it is of.")
+        raise ValueError(
+            f"The weights of {source} are quantised, which is not planned for. Give the model that it is of."
+        )
     return source.name, MoellavaConfig.from_dict(dict(fields))
 
 

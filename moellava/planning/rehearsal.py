@@ -151,7 +151,9 @@ def rehearse(config: MoellavaConfig, stage: Stage, batch: Batch, checkpoints: bo
     dtype = getattr(torch, stage.dtype or "float32")
     with FakeTensorMode():
         # On accelerators experts run by `grouped_mm`, whose shapes do not depend on which tokens they get.
-        model = MoellavaForCausalLM._from_config(config, dtype=dtype, experts_implementation="grouped_mm", attn_implementation=_ATTENTION)
+        model = MoellavaForCausalLM._from_config(
+            config, dtype=dtype, experts_implementation="grouped_mm", attn_implementation=_ATTENTION
+        )
         if checkpoints:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         trained = _with_trained_parts(model, stage).train()
@@ -242,6 +244,7 @@ def _grouped_product(left: torch.Tensor, right: torch.Tensor, offs: torch.Tensor
     if right.dim() == 3:  # (tokens, in) with (experts, in, out)
         return left.new_empty(left.shape[0], right.shape[2])
     return left.new_empty(offs.shape[0], left.shape[0], right.shape[1])  # a gradient: (in, tokens) with (tokens, out)
+
 
 def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs) -> int:
     return sdpa_flop_count(query.shape, key.shape, value.shape)

@@ -1,0 +1,167 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What `plan` says against what real training steps take: every size within 10 %, mostly to the byte.
+
+The real steps run on the CPU; PyTorch's profiler counts every allocation of its allocator.
+"""
+
+import gc
+import json
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import CLIPVisionConfig, LlamaConfig, PhiConfig
+
+from moellava import MoellavaConfig, MoellavaForCausalLM, plan
+from moellava.planning.planner import read_memory
+from moellava.training.parts import set_trained
+
+
+TEXT = {
+    "llama": LlamaConfig(
+        hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8, vocab_size=1000
+    ),
+    "phi": PhiConfig(
+        hidden_size=192, intermediate_size=768, num_hidden_layers=3, num_attention_heads=6, vocab_size=1500
+    ),
+}
+VISION = CLIPVisionConfig(
+    hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=56, patch_size=14
+)
+
+
+def config_of(family, **fields):
+    return MoellavaConfig(
+        text_config=TEXT[family].to_dict(),
+        vision_config=VISION.to_dict(),
+        projector_config={"type": "mlp"},
+        encoder_type="clip",
+        image_token_id=TEXT[family].vocab_size - 1,
+        **fields,
+    )
+
+
+def allocated(profiled):
+    """What was allocated and not freed, and the highest point between."""
+    live = peak = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return live, peak
+
+
+def measured(config, stage, rows, length, checkpoints, mixed):
+    """Takes a real step, and returns the bytes of what it needs."""
+    model = MoellavaForCausalLM._from_config(config, experts_implementation="grouped_mm")
+    if checkpoints:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    set_trained(model, stage, [], [])
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    ids[:, : config.image_seq_length] = config.image_token_id
+    inputs = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+    inputs["pixel_values"] = torch.randn(rows, 3, 56, 56)
+    gc.collect()
+    gc.disable()  # what earlier steps left is not to be counted as freed by this one
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as forward:
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                outputs = model(**inputs)
+            if mixed:
+                outputs.logits.float()
+            loss = outputs.loss
+            del outputs
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as backward:
+            loss.backward()
+    finally:
+        gc.enable()
+    optimizer.step()
+    kept, highest = allocated(forward)
+    state = [value for states in optimizer.state.values() for value in states.values()]
+    return {
+        "parameters": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        "gradients": sum(parameter.grad.nbytes for parameter in trained),
+        "optimizer": sum(tensor.nbytes for tensor in state),
+        "kept": kept,
+        "peak": max(highest, kept + allocated(backward)[1]),
+    }
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed"])
+@pytest.mark.parametrize("checkpoints", [False, True], ids=["kept", "anew"])
+@pytest.mark.parametrize(
+    "family, stage, rows, length",
+    [("llama", "align", 3, 300), ("llama", "instruct", 2, 500), ("llama", "moe", 3, 300), ("phi", "instruct", 3, 200),
+     ("phi", "moe", 2, 400)],
+)  # fmt: skip
+def test_a_real_step(family, stage, rows, length, checkpoints, mixed):
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "layers": "sparse"}
+    needed = plan(
+        config_of(family), stage=stage, moe=moe if stage == "moe" else None, batch_size=rows, max_length=length,
+        gradient_checkpointing=checkpoints, mixed_precision=mixed,
+    ).memory  # fmt: skip
+    sparse = config_of(family, moe_config=moe) if stage == "moe" else config_of(family)
+    real = measured(sparse, stage, rows, length, checkpoints, mixed)
+    kept = needed.activations + needed.copies
+    planned = {name: getattr(needed, name) for name in ("parameters", "gradients", "optimizer")}
+    planned |= {"kept": kept, "peak": kept + needed.working}
+    assert planned == {name: pytest.approx(size, rel=0.1) for name, size in real.items()}
+
+
+def test_devices_share():
+    one = plan(config_of("llama"), batch_size=1, max_length=64)
+    replicated, zero2, zero3 = (
+        plan(config_of("llama"), batch_size=1, max_length=64, devices=4, strategy=strategy).memory
+        for strategy in ("replicated", "zero2", "zero3")
+    )
+    assert replicated.communication == one.memory.gradients
+    assert zero2.gradients == -(-one.memory.gradients // 4)
+    assert zero3.parameters == -(-one.memory.parameters // 4)
+    assert zero3.total < zero2.total < replicated.total
+
+
+def test_what_does_not_fit_is_told_what_to_change():
+    assert plan(config_of("llama"), batch_size=2, max_length=256, memory="1GB").fits
+    tight = plan(config_of("llama"), batch_size=8, max_length=256, gradient_checkpointing=False, memory="130MB")
+    assert not tight.fits
+    assert "activations anew" in tight.advice[0]
+    json.dumps(tight.to_dict())
+
+
+@pytest.mark.parametrize("text, size", [("80GB", 80 * 10**9), ("80GiB", 80 * 2**30), ("1.5 MB", 1500000), (7, 7)])
+def test_sizes(text, size):
+    assert read_memory(text) == size
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"memory": "much"}, "memory is 'much'; expected a size such as 80GB"),
+        ({"strategy": "zero4"}, "Unknown strategy 'zero4'; did you mean"),
+        ({"gpu": "H10"}, "Unknown gpu 'H10'; did you mean 'H100'"),
+        ({"devices": 0}, "devices is 0; expected at least 1"),
+        ({"images": -1}, "expected no negative number"),
+        ({"utilization": 2.0}, "utilization is 2.0; expected a share"),
+        ({"text_tokens": 5000}, "does not go with at most 2048 tokens"),
+    ],
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        plan(config_of("llama"), **options)
