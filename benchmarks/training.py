@@ -36,6 +36,7 @@ from PIL import Image
 from tokenizers import pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPImageProcessor, LlavaForConditionalGeneration, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 from vision import PEER, Sizes, llava_config, ours_like
 
 from moellava.processing import MoellavaProcessor
@@ -48,8 +49,9 @@ from moellava.training.trainer import MoellavaTrainer
 
 AIM = 1.05
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<s> ' + message['content'] }}"
-    "{% else %}{{ ' ' + message['content'] + ' </s>' }}{% endif %}{% endfor %}"
+    "<s>{% for message in messages %}{% for part in message['content'] %}"
+    "{{ ' <image>' if part['type'] == 'image' else ' ' + part['text'] }}{% endfor %}"
+    "{{ ' </s>' if message['role'] == 'assistant' }}{% endfor %}"
 )
 
 
@@ -145,7 +147,7 @@ def rows(quick: bool = False, tell: Callable[[str], None] = lambda what: None, r
         ours, peer = make_models(run)
         arguments = TrainingArguments(
             output_dir=folder, per_device_train_batch_size=run.batch, max_steps=run.steps, learning_rate=1e-4,
-            logging_steps=1, logging_strategy="steps", save_strategy="no", report_to="none", disable_tqdm=True,
+            logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
             use_cpu=True, remove_unused_columns=False,
         )  # fmt: skip
         encoded = list(Examples(open_data(data), Encoder(ours.processor)))
@@ -165,8 +167,9 @@ def rows(quick: bool = False, tell: Callable[[str], None] = lambda what: None, r
             take("peer", Trainer(peer, arguments, train_dataset=encoded, data_collator=collate))
 
         def take(name: str, trainer: Trainer) -> None:
-            trainer.log = lambda logs, *_, **__: losses[name].append(logs["loss"]) if "loss" in logs else None
+            trainer.remove_callback(PrinterCallback)
             trainer.train()
+            losses[name] += [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
         tell(f"{run.steps} steps of {run.batch} pictures")
         times = alternating({"ours": train_ours, "peer": train_peer}, run.repeats, seconds=run.seconds)

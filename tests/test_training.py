@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from moellava import load_pretrained_model, train, train_router
-from moellava.training import LoraRecipe, read_recipe
+from moellava.training import LoraRecipe, check_data, read_recipe
 from moellava.training.adapters import put_adapters
 from moellava.training.checkpoints import last_checkpoint
 from moellava.training.data import Collator, Examples
@@ -421,6 +421,66 @@ def test_a_killed_run_goes_on_exactly(uninterrupted, tmp_path):
     assert [entry["loss"] for entry in state["log_history"]] == whole.losses
 
 
+def test_streamed_data_goes_on_exactly(sparse, data, tmp_path):
+    """In the second round through the stream, which is read from its beginning up to where the run was."""
+    pytest.importorskip("datasets", reason="streams a dataset of its")
+    rows = json.loads(data.read_text(encoding="utf-8"))[:7]
+    (tmp_path / "rows").mkdir()
+    lines = [json.dumps({**row, "id": str(row["id"]), "image": str(data.parent / row["image"])}) for row in rows]
+    (tmp_path / "rows" / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    recipe = {
+        "model": sparse, "data": {"path": str(tmp_path / "rows"), "streaming": True}, "stage": "moe", "max_steps": 6,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "save_steps": 2, "learning_rate": 1e-3,
+        "moe": {"router_jitter_noise": 0.1}, "output_dir": tmp_path / "out", **QUIET, "save_strategy": "steps",
+    }  # fmt: skip
+    whole = train(recipe, save_total_limit=3).stages[0]
+    stop_at(tmp_path / "out" / "moe", 4)
+    resumed = train(recipe, save_total_limit=3, resume=True).stages[0]
+    assert len(whole.losses) == 6 and resumed.losses == whole.losses
+
+
+def stop_at(folder, step):
+    """Takes away what a stage has written after a step, as if it had been stopped there."""
+    for path in folder.iterdir():
+        number = path.name.rpartition("-")[2]
+        if path.name in ("stage.json", "model", "adapter") or (number.isdecimal() and int(number) > step):
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+
+
+def test_another_recipe_does_not_go_on(dense, data, tmp_path, caplog):
+    recipe = {"model": str(dense), "data": str(data), "output_dir": tmp_path, "stage": "align", "max_steps": 2} | QUIET
+    recipe |= {"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3}
+    first = train(recipe).stages[0].losses
+    other = recipe | {"learning_rate": 1e-2, "max_steps": 3, "freeze": ["lm_head"], "resume": True}
+    message = (
+        rf"The run in {tmp_path} was begun with another recipe \(align: freeze is \['lm_head'\] and was \[\]; align: "
+        r"learning_rate is 0.01 and was 0.001; align: max_steps is 3 and was 2\). Take the changes back, give another"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(other)
+    # What has no part in the losses may change, also while a stage is not complete.
+    stop_at(tmp_path / "align", 1)
+    assert train(recipe, resume=True, save_steps=5, logging_steps=1, disable_tqdm=True).stages[0].losses == first
+    stop_at(tmp_path / "align", 1)
+    caplog.clear()
+    changed = train(other, allow_changes=True, freeze=[]).stages[0]
+    assert changed.steps == 3 and changed.losses[0] == first[0]
+    assert "Going on with another recipe: align: learning_rate is 0.01 and was 0.001" in caplog.text
+    # From then on it is the run's.
+    train(other, freeze=[])
+
+
+def test_weights_alone_are_nothing_to_go_on_from(dense, data, tmp_path):
+    recipe = {"model": str(dense), "data": str(data), "output_dir": tmp_path, "stage": "align", "max_steps": 2} | QUIET
+    recipe |= {"save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    train(recipe)
+    stop_at(tmp_path / "align", 1)
+    message = r"checkpoint-1 holds weights alone \(save_only_model\), so that no run can go on from it. Give it as the"
+    with pytest.raises(ValueError, match=message):
+        train(recipe, resume=True)
+    assert train(recipe, model=tmp_path / "align" / "checkpoint-1", output_dir=tmp_path / "new").stages[0].steps == 2
+
+
 # Every child goes on where the last was killed. The kernel kills it when a file gets larger than it may: in the middle
 # of a write, in whatever language that is done.
 KILLED_IN_SAVES = """
@@ -543,10 +603,21 @@ def test_lora_goes_on_exactly(sparse, data, tmp_path):
     recipe = {"model": sparse, "data": data, "output_dir": tmp_path, "stage": "moe", "max_steps": 4, **QUIET}
     recipe |= {"lora": {"r": 4, "alpha": 8}, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
     whole = train(recipe).stages[0].losses
-    for name in ("stage.json", "model", "adapter", "checkpoint-4"):
-        path = tmp_path / "moe" / name
-        path.unlink() if path.is_file() else shutil.rmtree(path)
+    stop_at(tmp_path / "moe", 2)
     assert train(recipe, resume=True).stages[0].losses == whole and len(whole) == 4
+
+
+def test_a_stage_follows_adapters(dense, data, tmp_path):
+    """They are merged, and the next stage begins with the model that they have made."""
+    stages = [{"stage": "instruct", "lora": {"r": 4, "alpha": 8}}, {"stage": "moe", "moe": MOE, "max_steps": 2}]
+    recipe = {"model": dense, "data": data, "output_dir": tmp_path, "max_steps": 3, "stages": stages, **QUIET}
+    adapted, sparse = train(recipe, learning_rate=1e-2).stages
+    assert Path(adapted.checkpoint) == tmp_path / "instruct" / "model"
+    before, between, after = (tensors_of(folder) for folder in (dense, adapted.checkpoint, sparse.checkpoint))
+    assert "language_model" in changed_parts(before, between)
+    # The attention, which the second stage leaves alone, is the one that the adapter has made.
+    attention = [name for name in after if "self_attn" in name and "language_model" in name]
+    assert attention and all(torch.equal(after[name], between[name]) for name in attention)
 
 
 def test_lora_on_some_parts(sparse):
@@ -709,6 +780,20 @@ def test_recipe_files_that_are_wrong(tmp_path):
     (tmp_path / "list.yaml").write_text("- a", encoding="utf-8")
     with pytest.raises(TypeError, match="list.yaml is a list; expected keys with values, such as model and data"):
         train(tmp_path / "list.yaml")
+
+
+def test_extras_that_are_not_installed(sparse, tmp_path, monkeypatch):
+    for module in ("datasets", "peft", "tensorboard", "tensorboardX"):
+        monkeypatch.setitem(sys.modules, module, None)  # as Python has it of what cannot be imported
+    with pytest.raises(
+        ImportError, match=r"Reading me/rows needs the datasets library: pip install 'moellava\[train\]'"
+    ):
+        check_data("me/rows")
+    with pytest.raises(ImportError, match=r"LoRA needs PEFT: pip install 'moellava\[peft\]'"):
+        put_adapters(load_pretrained_model(sparse, device="cpu").model, LoraRecipe(), False, False)
+    message = r"Logging to TensorBoard needs tensorboard: pip install 'moellava\[train\]', or set report_to: none."
+    with pytest.raises(ImportError, match=message):
+        read_recipe({"model": "m", "data": "d", "output_dir": tmp_path, "stage": "align"})
 
 
 def test_rows_that_may_not_be_left_out(dense, data, tmp_path):

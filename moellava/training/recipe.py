@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import TrainingArguments
 
 from ..configuration.names_moellava import canonical_moe
@@ -295,7 +296,7 @@ def read_recipe(recipe: Mapping[str, Any] | str | os.PathLike, **overrides) -> R
 
     Raises:
         FileNotFoundError: There is no such file.
-        ImportError: PyYAML, or a logger that it asks for, is not installed.
+        ImportError: A logger that it asks for is not installed.
         TypeError: It is something else.
         ValueError: An unknown key or value, or a key that is missing; the message says which.
     """
@@ -381,10 +382,6 @@ def _numbers(value: Any) -> Any:
 def _read_yaml(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"There is no recipe {path}. Give the path of a YAML file.")
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError(f"Reading {path} needs PyYAML: pip install 'moellava[train]'.") from error
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
