@@ -31,7 +31,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -44,8 +44,11 @@ from moellava import (
     MoellavaForCausalLM,
     MoellavaMoeConfig,
     MoellavaProjectorConfig,
+    check_data,
+    evaluate,
     load_pretrained_model,
     register_projector,
+    train,
     upcycle,
 )
 from moellava.assembling import DEFAULT_VISION_TOWER
@@ -570,6 +573,26 @@ def cut_prompt(model: MoellavaForCausalLM) -> None:
     model(input_ids=inputs["input_ids"][:, :-1], pixel_values=inputs["pixel_values"])
 
 
+ROWS = [{"id": "a", "conversations": [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "One."}]}]
+BROKEN_ROWS = [ROWS[0] | {"image": "a.png"}]
+
+
+def training(model: MoellavaForCausalLM | None = None, **changes) -> None:
+    """Trains a saved model, or what is no model if none is given, for a step."""
+    if model is not None:
+        model.save_pretrained("my-model")
+    recipe = {"model": "my-model", "data": ROWS, "output_dir": "out", "stage": "align", "max_steps": 1}
+    recipe |= {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_steps": 1, "learning_rate": 1e-3}
+    train({key: value for key, value in (recipe | changes).items() if value is not ...})
+
+
+def training_again(model: MoellavaForCausalLM, first: dict[str, Any], then: dict[str, Any]) -> None:
+    """Trains, and once more into the same folder, as if the first run had been stopped at its end."""
+    training(model, **first)
+    Path("out/align/stage.json").unlink()
+    training(**first | then)
+
+
 # Each gets a model and a monkeypatch, and raises an error that the document has; in its order.
 ERRORS: dict[str, Callable] = {
     "encoder": lambda model, _: load(encoder_type="clp"),
@@ -614,6 +637,19 @@ ERRORS: dict[str, Callable] = {
     "no such picture": lambda model, _: model.processor(text="<image>", images="no-such-picture.png"),
     "no picture": lambda model, _: model.processor(text="<image>", images={}),
     "range": lambda model, _: model.processor(text="<image>", images=np.linspace(0.0, 255.0, 64).reshape(8, 8)),
+    "key of a recipe": lambda model, _: training(lerning_rate=1),
+    "adapter apart": lambda model, _: training(
+        stage=..., stages=[{"stage": "instruct", "lora": {"merge": False}}, {"stage": "moe"}]
+    ),
+    "streamed": lambda model, _: training(data=iter(ROWS), max_steps=...),
+    "earlier run": lambda model, _: training_again(model, {}, {}),
+    "other recipe": lambda model, _: training_again(model, {}, {"resume": True, "learning_rate": 1e-2}),
+    "weights alone": lambda model, _: training_again(model, {"save_only_model": True}, {"resume": True}),
+    "no row": lambda model, _: training(model, data=BROKEN_ROWS),
+    "broken row": lambda model, _: training(model, data=BROKEN_ROWS, unusable_rows="error"),
+    "no question": lambda model, _: evaluate(model, [{"question": "Which?"}]),
+    "data for no checkpoint": lambda model, _: check_data(ROWS, model=LANGUAGE_MODEL),
+    "evaluated language model": lambda model, _: evaluate(LANGUAGE_MODEL, []),
 }
 
 
