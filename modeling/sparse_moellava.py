@@ -740,13 +740,6 @@ def make_sparse(language_model: nn.Module, config) -> None:
     for index in config.moe_config.layers:
         name, mlp = mlps[index]
         language_model.set_submodule(name, SparseMoeBlock(config, mlp))
-    # The family's plan of tensor parallelism names the MLPs; where no layer has kept its own, that is no plan.
-    names = [name for name, _ in language_model.named_modules()]
-    language_model._tp_plan = {
-        pattern: style
-        for pattern, style in (language_model._tp_plan or {}).items()
-        if any(re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name) for name in names)
-    }
 
 
 __all__ = [
