@@ -45,6 +45,7 @@ from .names_moellava import (
     stacked_projector,
     translate_fields,
 )
+from .part_checks_moellava import check_dtype, check_part
 from .registry_moellava import ENCODERS, FOREIGN_KEYS, PROJECTORS, known_names, plain_value
 from .staging_moellava import staged_folder
 
@@ -546,7 +547,26 @@ class MoellavaConfig(PreTrainedConfig):
         return output
 
     @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        try:
+            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except RecursionError as error:
+            raise ValueError(
+                f"The config.json of {pretrained_model_name_or_path} is nested too deeply to be read. Save or download "
+                "the model again."
+            ) from error
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        for name in ("projector_config", "moe_config"):
+            if isinstance(config_dict.get(name), dict):
+                check_part(name, config_dict[name])
+        if isinstance(config_dict.get("dtype"), str):
+            check_dtype("dtype", config_dict["dtype"])
+        if not isinstance(config_dict.get("quantization_config"), dict | None):
+            raise ValueError(
+                f"quantization_config is a {type(config_dict['quantization_config']).__name__}; expected an object."
+            )
         # A file may carry what a trainer wrote on the config, or a field of a later version: kept where it can do no
         # harm, and said. A field that a caller misspells is an error, in `__post_init__`.
         declared = {*cls.__dataclass_fields__, *_LIBRARY_FIELDS, *FIELD_NAMES, *FOREIGN_KEYS}
@@ -604,6 +624,7 @@ def _part_config(key: str, given: dict | PreTrainedConfig | None, default: dict[
         config._name_or_path = ""
         return config
     fields = dict(default if given is None else given)
+    check_part(key, fields)
     for foreign in FOREIGN_KEYS:
         fields.pop(foreign, None)
     model_type = fields.pop("model_type", default["model_type"])

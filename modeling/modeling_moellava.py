@@ -69,6 +69,7 @@ from .sparse_moellava import (
     make_sparse,
     modular_experts,
 )
+from .weight_files_moellava import check_indices, check_size
 
 
 logger = logging.get_logger(__name__)
@@ -204,7 +205,8 @@ class MoellavaPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: `modules_to_quantize` names something else, is given without a way to quantise, or names a part
-                without weights of its own: a new projector, a head that is tied to the embedding.
+                without weights of its own: a new projector, a head that is tied to the embedding. An index names files
+                elsewhere, or the config describes a model that is far larger than the weight files.
         """
         if quantization_config is None and modules_to_quantize is not None:
             raise ValueError(
@@ -213,6 +215,8 @@ class MoellavaPreTrainedModel(PreTrainedModel):
             )
         if quantization_config is not None:
             kwargs["quantization_config"] = with_unquantised_parts(quantization_config, modules_to_quantize)
+        if pretrained_model_name_or_path is not None:
+            check_indices(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         if quantization_config is not None:
             check_quantized(loaded[0] if isinstance(loaded, tuple) else loaded)
@@ -225,6 +229,8 @@ class MoellavaPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        if checkpoint_files is not None and state_dict is None:
+            check_size(model, checkpoint_files)
         if any(isinstance(module, ModularExperts) for module in model.modules()):
             if state_dict is None:
                 state_dict = {}

@@ -56,10 +56,16 @@ def build(
     """
     options = {name: value for name, value in options.items() if value is not None}
     name, state_dict = (None, tensors) if isinstance(tensors, dict) else (tensors, None)
-    # A weight of another shape is ignored only to be told of below: transformers' own error does not name it.
-    model, report = MoellavaForCausalLM.from_pretrained(
-        name, config=config, state_dict=state_dict, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+    try:
+        # A weight of another shape is ignored only to be told of below: transformers' own error does not name it.
+        model, report = MoellavaForCausalLM.from_pretrained(
+            name, config=config, state_dict=state_dict, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (ArithmeticError, AttributeError, LookupError, RecursionError) as error:
+        raise ValueError(
+            f"The config does not describe a model that can be built ({type(error).__name__}: {error}). Expected names "
+            "and sizes that transformers knows: save or download the model again."
+        ) from error
     origin = "the parts' files" if name is None else f"the files of {name}"
     if name is None:
         model.name_or_path = model.config.name_or_path = ""  # transformers writes the string "None"

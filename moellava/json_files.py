@@ -33,7 +33,7 @@ def read_json_object(path: str | os.PathLike, advice: str = "") -> dict[str, Any
     advice = f" {advice}" if advice else ""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of numbers with thousands of digits
         raise ValueError(f"{path} is no valid JSON ({error}).{advice}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected a JSON object.{advice}")

@@ -204,6 +204,11 @@ def _load_checkpoint(source: Source, fields: dict[str, Any], request: LoadReques
         )
     config = MoellavaConfig.from_dict(dict(fields))
     processor = read_processor(source)
+    if processor.num_image_tokens != config.image_seq_length:
+        raise ValueError(
+            f"The processor of {source} makes {processor.num_image_tokens} tokens of a picture, its model "
+            f"{config.image_seq_length}. Save the processor and the model together again."
+        )
     changed = {name: value for name, value in request.model_fields.items() if getattr(config, name) != value}
     if request.moe is not None and config.moe_config is not None:
         changed["moe_config"] = with_moe_changes(config, request.moe)
@@ -231,7 +236,7 @@ def read_processor(source: Source) -> Any:
         return MoellavaProcessor.from_pretrained(
             source.name, trust_remote_code=source.trust_remote_code, **source.hub_options
         )
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"The processor of {source} cannot be loaded ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
             "Expected processor_config.json and the tokenizer's files beside the model, as save_pretrained writes them."

@@ -304,6 +304,21 @@ class MoellavaProcessor(ProcessorMixin):
         return output
 
     @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """Reads what the files say of a processor; arguments as in transformers.
+
+        Raises:
+            ValueError: They ask for an audio tokenizer, or are nested too deeply to be read.
+        """
+        try:
+            return _ProcessorFiles.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        except RecursionError as error:
+            raise ValueError(
+                f"A file of the processor of {pretrained_model_name_or_path} is nested too deeply to be read. Save or "
+                "download it again."
+            ) from error
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
         """Loads a processor; arguments as in transformers.
 
@@ -330,6 +345,18 @@ class MoellavaProcessor(ProcessorMixin):
         It would make transformers copy this class's source file on the next save, and that copier cannot follow the
         imports between the folders of this package. [`save_pretrained`] writes the code and the `auto_map` itself.
         """
+
+
+class _ProcessorFiles(ProcessorMixin):
+    """Reads the files of a processor. While it does so, transformers would load an audio tokenizer, by a class that
+    they name and from a folder or repository that they name: nothing is opened because of what a file says."""
+
+    @staticmethod
+    def get_possibly_dynamic_module(module_name: str):
+        raise ValueError(
+            f"A file of the processor asks for an audio tokenizer, {module_name!r}, from elsewhere. A MoELLaVA model has "
+            "none: take 'audio_tokenizer' out of processor_config.json, and audio_tokenizer_config.json away."
+        )
 
 
 def _backend_of(image_processor: Any) -> str | None:

@@ -29,6 +29,7 @@ import signal
 import sys
 import sysconfig
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -41,12 +42,12 @@ class Watch:
     """What a process does beside computing, from the moment it is installed."""
 
     # Where Python, its packages and this package lie; and what the system offers to every process.
-    own = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    own = [*(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")), *sys.path[1:]]
     system = ["/proc", "/sys", "/dev", "/usr/lib", "/lib"]
 
     def __init__(self, allowed: list[str]):
         package = Path(__file__).resolve().parent.parent
-        self.code = [os.path.realpath(folder) for folder in (*self.own, sys.prefix, sys.base_prefix, package)]
+        self.code = [os.path.realpath(folder) for folder in (*filter(None, self.own), sys.prefix, sys.base_prefix, package)]
         self.allowed = [*map(os.path.realpath, allowed), *self.code, *self.system]
         self.opened, self.denied, self.ran = [], [], []
         self.is_on = True
@@ -171,7 +172,7 @@ def _run(job: dict, door, scratch: str) -> dict:
     modules = set(sys.modules)
     sys.addaudithook(watch)
     outcome = {"error": None, "text": None, "value": None, "trace": None, "said": ""}
-    said = io.StringIO()
+    said, began = io.StringIO(), time.monotonic()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         try:
@@ -182,6 +183,7 @@ def _run(job: dict, door, scratch: str) -> dict:
             outcome["kinds"] = [cls.__name__ for cls in type(error).__mro__]
             outcome["trace"] = "".join(traceback.format_exception(error)[-12:])[-3000:]
     watch.is_on = False
+    outcome["secs"] = round(time.monotonic() - began, 2)
     outcome["said"] = said.getvalue()[-2000:]
     outcome["grew"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 1024  # MiB
     new = {name: getattr(sys.modules[name], "__file__", None) for name in set(sys.modules) - modules}

@@ -1,0 +1,72 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the weight files of a checkpoint are held against before they are opened, and before memory is taken for them."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import nn
+
+
+# No format stores a weight in less than half a byte, and a weight that is tied to another may be counted twice.
+_MOST_WEIGHTS_PER_BYTE = 4
+_ALWAYS_ALLOWED = 2**24
+
+
+def check_indices(folder: str | os.PathLike) -> None:
+    """Checks that the indices of a checkpoint name files beside them alone; transformers opens whatever they name.
+
+    Args:
+        folder (`str` or `os.PathLike`): Where the weights are. Of what is no folder nothing is checked: of a repository
+            on the Hub, transformers asks by name for what an index lists.
+
+    Raises:
+        ValueError: An index is damaged, or names a file outside of the folder.
+    """
+    for path in sorted(Path(folder).glob("*.index.json")):
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no valid JSON ({error}). Save or download the model again.") from error
+        shards = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(shards, dict) or not shards:
+            raise ValueError(
+                f"{path} has no weight_map from weights to files. Save or download the model again."
+            )
+        for shard in shards.values():
+            if not isinstance(shard, str) or shard != os.path.basename(shard) or shard in ("", ".", ".."):
+                raise ValueError(
+                    f"{path} names {shard!r}; expected the plain name of a file beside it. Nothing outside the folder "
+                    "is read."
+                )
+
+
+def check_size(model: nn.Module, files: Iterable[str | os.PathLike]) -> None:
+    """Checks that a model, which has no memory yet, is not far larger than the files that it is filled from.
+
+    Raises:
+        ValueError: It is; the config would have memory taken for weights that nobody has.
+    """
+    stored = sum(os.path.getsize(file) for file in files)
+    described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    if described > _MOST_WEIGHTS_PER_BYTE * stored + _ALWAYS_ALLOWED:
+        raise ValueError(
+            f"The config describes a model of {described:,} weights, but the weight files have {stored:,} bytes. They do "
+            "not belong together: save or download them again."
+        )
+
+
+__all__ = ["check_indices", "check_size"]
