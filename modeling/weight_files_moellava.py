@@ -43,9 +43,7 @@ def check_indices(folder: str | os.PathLike) -> None:
             raise ValueError(f"{path} is no valid JSON ({error}). Save or download the model again.") from error
         shards = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(shards, dict) or not shards:
-            raise ValueError(
-                f"{path} has no weight_map from weights to files. Save or download the model again."
-            )
+            raise ValueError(f"{path} has no weight_map from weights to files. Save or download the model again.")
         for shard in shards.values():
             if not isinstance(shard, str) or shard != os.path.basename(shard) or shard in ("", ".", ".."):
                 raise ValueError(

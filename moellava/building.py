@@ -59,7 +59,12 @@ def build(
     try:
         # A weight of another shape is ignored only to be told of below: transformers' own error does not name it.
         model, report = MoellavaForCausalLM.from_pretrained(
-            name, config=config, state_dict=state_dict, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            name,
+            config=config,
+            state_dict=state_dict,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
         )
     except (ArithmeticError, AttributeError, LookupError, RecursionError) as error:
         raise ValueError(

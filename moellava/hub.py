@@ -205,7 +205,22 @@ def checkpoint_files(source: Source) -> list[str]:
     names = {*_weight_names(source), *_code_names(source), *_pictures_in_card(folder)}
     for pattern in _OTHER_FILES:
         names |= {path.relative_to(folder).as_posix() for path in folder.glob(pattern) if path.is_file()}
+    _check_links(folder, names)
     return sorted(names)
+
+
+def _check_links(folder: Path, names: set[str]) -> None:
+    """Raises a ValueError where a file of a checkpoint is a link to a file elsewhere, which a push would publish."""
+    home = folder.resolve()
+    # In the Hub's cache the files of a snapshot are links to those that its repository has.
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    for name in sorted(names):
+        target = (folder / name).resolve()
+        if not any(target.is_relative_to(place) for place in homes):
+            raise ValueError(
+                f"{folder / name} is a link to {target}, outside of the checkpoint. Nothing was sent. Put the file itself "
+                "there where it is to be public."
+            )
 
 
 def _weight_names(source: Source) -> set[str]:

@@ -35,6 +35,7 @@ import torch
 
 
 _WHITE = 255
+_MOST_ELONGATED = 200
 _FETCH_TIMEOUT_S = 60
 _LONGEST_PATH = 4096
 # Interpolation and half precision leave values a little outside 0..1.
@@ -134,6 +135,33 @@ def to_rgb(image: Any, name: str = "The picture", input_data_format: str | None 
     if isinstance(image, PIL.Image.Image):
         return _pil_to_rgb(image, name)
     return _array_to_rgb(_as_array(image, name), name, input_data_format)
+
+
+def check_shape(width: int, height: int, aspect_ratio: str, name: str = "The picture") -> None:
+    """Checks that a picture of such a shape takes no far larger one on its way to the vision tower.
+
+    Args:
+        width, height (`int`): In pixels.
+        aspect_ratio (`str`): `"pad"` or `"square"`.
+        name (`str`, *optional*): What error messages call the picture.
+
+    Raises:
+        ValueError: It is more than 200 times as long as wide, which resizing its shorter side would make huge; or, with
+            `"pad"`, its square has more pixels than Pillow opens (twice `PIL.Image.MAX_IMAGE_PIXELS`).
+    """
+    long, short = max(width, height), min(width, height)
+    limit = PIL.Image.MAX_IMAGE_PIXELS
+    if limit is None:  # switched off by the caller
+        return
+    if long > _MOST_ELONGATED * short:
+        raise ValueError(
+            f"{name} is {width}x{height} pixels, more than {_MOST_ELONGATED} times as long as wide. Crop it first."
+        )
+    if aspect_ratio == "pad" and long * long > 2 * limit:
+        raise ValueError(
+            f"{name} is {width}x{height} pixels, and padded to a square it would have {long * long:,}; expected at most "
+            f"{2 * limit:,}. Scale it down first, or pass `image_aspect_ratio='square'`."
+        )
 
 
 def pad_to_square(image: PIL.Image.Image, color: tuple[int, int, int]) -> PIL.Image.Image:
@@ -386,6 +414,7 @@ def _array_to_rgb(values: np.ndarray, name: str, input_data_format: str | None) 
 
 __all__ = [
     "channel_axis",
+    "check_shape",
     "is_float_array",
     "is_picture_source",
     "load_picture",

@@ -28,6 +28,7 @@ from ..configuration.checkpoint_moellava import AUTO_MAP, export_code
 from ..configuration.hub_moellava import commit_saved
 from ..configuration.staging_moellava import staged_folder
 from .images_moellava import (
+    check_shape,
     is_float_array,
     is_picture_source,
     load_picture,
@@ -223,6 +224,7 @@ class MoellavaProcessor(ProcessorMixin):
             if is_scaled and is_float_array(picture):
                 any_tensor = True
                 picture = scaled_to_tensor(picture, name, input_data_format)
+                check_shape(picture.shape[2], picture.shape[1], aspect_ratio, name)
                 if aspect_ratio == "pad" and picture.shape[1] != picture.shape[2]:
                     if option("do_normalize") is False:
                         raise ValueError(
@@ -234,6 +236,7 @@ class MoellavaProcessor(ProcessorMixin):
                     picture = pad_tensor_to_square(picture, tuple(value / 255 for value in color))
             else:
                 picture = to_rgb(picture, name, input_data_format)
+                check_shape(*picture.size, aspect_ratio, name)
                 if aspect_ratio == "pad":
                     picture = pad_to_square(picture, self._padding_color(option("image_mean")))
             pictures.append(picture)

@@ -47,7 +47,9 @@ class Watch:
 
     def __init__(self, allowed: list[str]):
         package = Path(__file__).resolve().parent.parent
-        self.code = [os.path.realpath(folder) for folder in (*filter(None, self.own), sys.prefix, sys.base_prefix, package)]
+        self.code = [
+            os.path.realpath(folder) for folder in (*filter(None, self.own), sys.prefix, sys.base_prefix, package)
+        ]
         self.allowed = [*map(os.path.realpath, allowed), *self.code, *self.system]
         self.opened, self.denied, self.ran = [], [], []
         self.is_on = True
@@ -77,8 +79,10 @@ def _is_below(path: str, folders: list[str]) -> bool:
 
 def _checkpoint_doors() -> dict:
     """What a user of the package calls, by name."""
-    import moellava
+    import peft  # noqa: F401  transformers imports it where an adapter lies beside a model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+    import moellava
 
     return {
         "load_pretrained_model": lambda path, **more: moellava.load_pretrained_model(path, device="cpu", **more),
@@ -145,8 +149,9 @@ def _files_to_push(path: str):
 
 def _command(path: str, arguments: list[str]):
     """The command line; its sentence on standard error is the error's text, and a traceback is an error of its own."""
-    from moellava.cli import app
     from typer.testing import CliRunner
+
+    from moellava.cli import app
 
     done = CliRunner().invoke(app, [argument.replace("PATH", path) for argument in arguments])
     if done.exception is not None and not isinstance(done.exception, SystemExit):
@@ -187,9 +192,7 @@ def _run(job: dict, door, scratch: str) -> dict:
     outcome["said"] = said.getvalue()[-2000:]
     outcome["grew"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 1024  # MiB
     new = {name: getattr(sys.modules[name], "__file__", None) for name in set(sys.modules) - modules}
-    foreign = [
-        name for name, file in new.items() if file and not _is_below(os.path.realpath(file), watch.code)
-    ]
+    foreign = [name for name, file in new.items() if file and not _is_below(os.path.realpath(file), watch.code)]
     return outcome | {"opened": watch.opened, "denied": watch.denied, "ran": watch.ran, "imported": foreign}
 
 

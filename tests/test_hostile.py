@@ -18,26 +18,29 @@ file outside of the checkpoint is opened, no connection made, no process started
 are opened by `hostile_doors.py`, whose audit hook sees that.
 """
 
+import io
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from parts import picture
+from PIL import Image
+from safetensors.torch import load_file
 
-from moellava import load_pretrained_model
+from moellava import load_pretrained_model, upcycle
 
 
 HERE = Path(__file__).resolve().parent
 EVIL_CODE = 'import pathlib\npathlib.Path(__file__).with_name("EXECUTED").touch()\nraise RuntimeError("executed")\n'
-# How a checkpoint is loaded; the others look into it, or do something with it.
-LOADERS = ("load_pretrained_model", "MoellavaForCausalLM", "AutoModelForImageTextToText")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,21 +59,15 @@ def edit(name: str, **changes: Any):
             target = fields
             for step in reversed(outer):
                 target = target[step]
-            target[inner] = str(folder.parent / value[1:]) if isinstance(value, str) and value[:1] == "@" else value
-        path.write_text(json.dumps(fields))
+            target[inner] = value
+        # `@` stands for the folder above.
+        path.write_text(json.dumps(fields).replace('"@', f'"{folder.parent}/'))
 
     return change
 
 
 def config(**changes: Any):
     return edit("config.json", **changes)
-
-
-def nested(depth: int) -> Any:
-    value: Any = 1
-    for _ in range(depth):
-        value = {"a": value}
-    return value
 
 
 def raw_config(part: str, text: str):
@@ -168,18 +165,8 @@ def pickled(folder: Path) -> None:
     torch.save({"model.weight": Payload()}, folder / "pytorch_model.bin")
 
 
-def linked(name: str):
-    """Puts a symbolic link in the place of a file: it leads to the same file of another folder."""
-
-    def change(folder: Path) -> None:
-        (folder / name).unlink()
-        (folder / name).symlink_to(folder.parent / "outside" / name)
-
-    return change
-
-
 FOREIGN = {
-    "auto_map": {key: "evil.Evil" for key in ("AutoConfig", "AutoModel", "AutoModelForImageTextToText")},
+    "auto_map": dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForImageTextToText"), "evil.Evil"),
     "trust_remote_code": True,
     "_name_or_path": "@outside",
     "_attn_implementation_internal": "evil/kernel",
@@ -243,10 +230,14 @@ CASES = {
         EVIL, edit("processor_config.json", image_processor__auto_map={"AutoImageProcessor": "evil.Evil"})
     ),
     "dotted image processor": edit("processor_config.json", image_processor__image_processor_type="os.system"),
-    "image processor of another kind": edit("processor_config.json", image_processor__image_processor_type="LlamaModel"),
+    "image processor of another kind": edit(
+        "processor_config.json", image_processor__image_processor_type="LlamaModel"
+    ),
     "preprocessor_config": both(
         EVIL,
-        edit("preprocessor_config.json", image_processor_type="evil.Evil", auto_map={"AutoImageProcessor": "evil.Evil"}),
+        edit(
+            "preprocessor_config.json", image_processor_type="evil.Evil", auto_map={"AutoImageProcessor": "evil.Evil"}
+        ),
     ),
     "audio tokenizer elsewhere": edit(
         "processor_config.json",
@@ -262,8 +253,12 @@ CASES = {
     "tokenizer class": edit("tokenizer_config.json", tokenizer_class="os.system"),
     "tokenizer file elsewhere": edit(
         "tokenizer_config.json",
-        tokenizer_file="@outside/tokenizer.json", vocab_file="@outside/tokenizer.json", name_or_path="@outside",
-        special_tokens_map_file="/etc/passwd", added_tokens_file="/etc/passwd", chat_template_file="/etc/passwd",
+        tokenizer_file="@outside/tokenizer.json",
+        vocab_file="@outside/tokenizer.json",
+        name_or_path="@outside",
+        special_tokens_map_file="/etc/passwd",
+        added_tokens_file="/etc/passwd",
+        chat_template_file="/etc/passwd",
     ),
     "tokenizer file of another version elsewhere": edit(
         "tokenizer_config.json", fast_tokenizer_files=["../outside/tokenizer.4.0.0.json"]
@@ -331,17 +326,301 @@ CASES = {
     "header is nested": header(lambda entries: '{"a":' * 100000 + "1" + "}" * 100000),
     "offsets beyond the file": header(lambda entries: first(entries, data_offsets=[0, 10**12])),
     "offsets backwards": header(lambda entries: first(entries, data_offsets=[64, 0])),
-    "offsets that overlap": header(lambda entries: {name: entry | {"data_offsets": [0, 4 * 64]} for name, entry in entries.items() if name != "__metadata__"}),
+    "offsets that overlap": header(
+        lambda entries: {
+            name: entry | {"data_offsets": [0, 4 * 64]} for name, entry in entries.items() if name != "__metadata__"
+        }
+    ),
     "another dtype": header(lambda entries: first(entries, dtype="F64")),
     "unknown dtype": header(lambda entries: first(entries, dtype="EVIL")),
     "another shape": header(lambda entries: first(entries, shape=[2**40, 2**40])),
     "negative shape": header(lambda entries: first(entries, shape=[-1, -64])),
     "a name twice": header(twice),
     "weights are empty": write("model.safetensors", b""),
-    "weights of other types": header(lambda entries: {name: (entry if name == "__metadata__" or "embed" not in name else entry | {"dtype": "I32"}) for name, entry in entries.items()}),
+    "weights of other types": header(
+        lambda entries: {
+            name: (entry if name == "__metadata__" or "embed" not in name else entry | {"dtype": "I32"})
+            for name, entry in entries.items()
+        }
+    ),
     # chat templates
     "template that reaches Python": write("chat_template.jinja", "{{ ''.__class__.__mro__[1].__subclasses__() }}"),
     "template with an import": write("chat_template.jinja", "{{ cycler.__init__.__globals__.os.system('true') }}"),
     "template that includes": write("chat_template.jinja", "{% include '/etc/passwd' %}"),
     "template of a large range": write("chat_template.jinja", "{% for i in range(10**9) %}x{% endfor %}"),
 }
+
+
+# What loads as if it was not there; everything else is refused.
+HARMLESS = {
+    "auto_map", "auto_map of another repository", "auto_map of the text", "auto_map of the tower",
+    "auto_map of the projector", "parts elsewhere", "older name of the tower", "weights of the text elsewhere",
+    "quantised by an unknown method", "quantised by kernels of the Hub", "quantised text", "architectures",
+    "custom_generate", "processor class", "processor's auto_map", "image processor's auto_map", "preprocessor_config",
+    "tokenizer's auto_map", "tokenizer class", "tokenizer file elsewhere", "huge image_size of ours",
+    "Infinity for rope", "huge pictures", "generation config of wrong types", "weights of other types",
+    "template that reaches Python", "template with an import", "template that includes", "template of a large range",
+}  # fmt: skip
+# What is said of the rest, where it is not enough that something is.
+SAID = {
+    "dotted projector": "has a part 'os.system' of its author's own",
+    "projector of its own": "Pass trust_remote_code=True to run it, where you trust its author",
+    "text of an unknown type": "code that a part brings with it is not run",
+    "tower with a backbone": "vision_config.backbone names 'evil/repo', from where a backbone would be fetched",
+    "tower of timm's hub": "vision_config.backbone names 'hf-hub:evil/repo'",
+    "weights elsewhere": "must reference a file inside the model directory",
+    "audio tokenizer elsewhere": "asks for an audio tokenizer, 'CLIPVisionModel', from elsewhere",
+    "audio tokenizer of the Hub": "asks for an audio tokenizer, 'DacModel', from elsewhere",
+    "huge hidden_size": "The config describes a model of .* weights, but the weight files have",
+    "huge vocab_size": "The config describes a model of .* weights, but the weight files have",
+    "huge number of experts": "moe_config.num_experts is 1000000000; expected from 0 to 10000",
+    "huge num_hidden_layers": "text_config.num_hidden_layers is 1000000000; expected from 0 to 10000",
+    "huge layers of the tower": "vision_config.num_hidden_layers is 1000000000",
+    "huge number of projector layers": "projector_config.num_hidden_layers is 1000000000",
+    "huge number of image tokens": "makes 1000000000 tokens of a picture, its model 16",
+    "negative image_size": "vision_config.image_size is -32; expected from 1",
+    "dtype by name": "dtype is 'os.system', which is no dtype of PyTorch",
+    "activation by name": "does not describe a model that can be built .*os.system",
+    "deeply nested": "config.json is no valid JSON .*recursion",
+    "deeply nested part": "text_config is nested more than 200 levels deep",
+    "shard above": "names '../outside/model.safetensors'; expected the plain name of a file beside it",
+    "pickle with code": "holds Python objects other than tensors",
+    "header of 2^63": "header too large",
+}
+
+# How a checkpoint is loaded, and looked into.
+LOADERS = ("load_pretrained_model", "MoellavaForCausalLM", "AutoModelForImageTextToText", "inspect_checkpoint")
+CONFIG_DOORS, PROCESSOR_DOORS = ("MoellavaConfig", "AutoConfig"), ("MoellavaProcessor", "AutoProcessor")
+OF_A_PROCESSOR = ("processor", "tokenizer", "template", "image tokens", "pictures")
+COMMANDS = {
+    "inspect": ["inspect", "PATH"],
+    "ask": ["ask", "PATH", "PATH/picture.png", "What?", "--max-new-tokens", "1"],
+    "upcycle": ["upcycle", "PATH", "out", "--num-experts", "2", "--top-k", "1"],
+    "convert": ["convert", "PATH", "out"],
+    "card": ["card", "PATH"],
+    "push": ["push", "PATH", "me/hostile"],
+}
+COMMANDED = ("dotted projector", "deeply nested", "huge num_hidden_layers", "shard above", "header of 2^63",
+             "tower with a backbone")  # fmt: skip
+# What transformers' own classes may raise, which read the files before they ask anything of this package.
+OF_THE_LIBRARY = {"AttributeError", "KeyError", "RecursionError", "RuntimeError", "SafetensorError", "UnpicklingError"}
+ERRORS = {"ValueError", "TypeError", "OSError", "ImportError", "CommandFailed"}
+
+
+def doors_of(name: str) -> list[tuple[str, dict]]:
+    chosen = [*LOADERS, *(PROCESSOR_DOORS if any(word in name for word in OF_A_PROCESSOR) else CONFIG_DOORS)]
+    doors = [(door, {}) for door in chosen]
+    if name in COMMANDED:
+        doors += [("moellava", {"arguments": arguments}) for arguments in COMMANDS.values()]
+    if "template" in name:
+        doors.append(("chat_template", {}))
+    return doors
+
+
+def open_all(root: Path, jobs: list[dict], warm_up: Path, blocks_moellava: bool = False) -> dict[str, dict]:
+    """Runs jobs by `hostile_doors.py`, in one process that may ask the Hub, so that it shows whether it would."""
+    (root / "scratch").mkdir()
+    given = {
+        "scratch": str(root / "scratch"),
+        "blocks_moellava": blocks_moellava,
+        "warm_up": str(warm_up),
+        "jobs": jobs,
+    }
+    (root / "jobs.json").write_text(json.dumps(given))
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(root / "hub"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "hostile_doors.py"), str(root / "jobs.json"), str(root / "results.json")],
+        env=environment, capture_output=True, encoding="utf-8", cwd=root, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((root / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def checkpoints(parts, tmp_path_factory) -> dict[str, Path]:
+    """A dense and a sparse checkpoint, and what lies beside them: files that must not be opened."""
+    root = tmp_path_factory.mktemp("hostile")
+    model = load_pretrained_model(
+        parts.language_model("llama"), mm_vision_tower=parts.vision_tower("clip"), device="cpu"
+    ).model
+    model.save_pretrained(root / "dense")
+    upcycle(model, num_experts=2, num_experts_per_tok=1, layers=[0]).save_pretrained(root / "sparse")
+    shutil.copytree(root / "dense", root / "outside")
+    shutil.copy(root / "outside" / "tokenizer.json", root / "outside" / "tokenizer.4.0.0.json")
+    torch.save({"lm_head.weight": torch.zeros(2)}, root / "outside" / "pytorch_model.bin")
+    return {name: root / name for name in ("dense", "sparse", "outside")}
+
+
+@pytest.fixture(scope="module")
+def outcomes(checkpoints, tmp_path_factory) -> dict[str, dict[str, dict]]:
+    """What became of every case at every door: `outcomes[case][door]`."""
+    root, jobs = tmp_path_factory.mktemp("cases"), []
+    (root / "outside").symlink_to(checkpoints["outside"])
+    for number, (name, change) in enumerate(CASES.items()):
+        for kind in ("dense", "sparse") if name in SPARSE else ("dense",):
+            folder = root / f"{kind}{number}"
+            shutil.copytree(checkpoints[kind], folder)
+            picture().save(folder / "picture.png")
+            change(folder)
+            for door, more in doors_of(name):
+                label = " ".join([kind, door, *more.get("arguments", [])[:1]])
+                jobs.append({"name": f"{name}|{label}", "door": door, "path": str(folder), **more})
+    results = open_all(root, jobs, checkpoints["dense"])
+    assert not list(root.rglob("EXECUTED"))
+    sorted_by_case: dict[str, dict[str, dict]] = {}
+    for name, result in results.items():
+        case, _, label = name.partition("|")
+        sorted_by_case.setdefault(case, {})[label] = result
+    return sorted_by_case
+
+
+SPARSE = {"auto_map", "huge number of experts", "huge hidden_size", "shard above", "pickle with code"}
+
+
+def check_harmless(result: dict) -> None:
+    """Nothing was opened, asked, run or imported, and little memory taken."""
+    for trace in ("opened", "denied", "ran", "imported"):
+        assert result.get(trace) == [], (trace, result)
+    assert result["grew"] < 400, result
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_hostile_checkpoint(outcomes, name):
+    for label, result in outcomes[name].items():
+        door = label.split()[1]
+        check_harmless(result)
+        allowed = (
+            ERRORS if door in ("load_pretrained_model", "inspect_checkpoint", "moellava") else ERRORS | OF_THE_LIBRARY
+        )
+        if result["error"] is not None:
+            assert not allowed.isdisjoint(result["kinds"]), (label, result["trace"])
+            assert result["text"].strip(), label
+        if door == "load_pretrained_model":
+            assert (result["error"] is None) == (name in HARMLESS), (label, result)
+            if name in SAID:
+                assert re.search(SAID[name], result["text"], flags=re.DOTALL), (label, result["text"])
+        if door == "moellava" and result["error"] is not None:
+            assert "Traceback" not in result["text"] and "Error: " in result["text"], result
+
+
+def test_templates_that_reach_for_python_are_refused_when_they_are_used(outcomes):
+    for name in ("template that reaches Python", "template with an import", "template that includes"):
+        result = outcomes[name]["dense chat_template"]
+        assert result["error"] in ("SecurityError", "TypeError", "UndefinedError"), result
+    assert outcomes["template of a large range"]["dense chat_template"]["error"] == "OverflowError"
+
+
+def test_where_the_package_is_not_installed_nothing_is_imported(checkpoints, tmp_path):
+    jobs = [
+        {"name": door, "door": door, "path": str(checkpoints["dense"])}
+        for door in ("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor", "pipeline")
+    ]
+    for door, result in open_all(tmp_path, jobs, checkpoints["outside"], blocks_moellava=True).items():
+        check_harmless(result)
+        assert result["error"] == "ValueError" and "trust_remote_code=True" in result["text"], (door, result)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures, data and what is pushed
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def png(width: int, height: int, data: bytes) -> bytes:
+    """A PNG of one bit a pixel that says its size and holds whatever data."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    packed = chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + packed
+
+
+def encoded(image, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+PICTURES = {
+    "zip bomb": (lambda: png(60000, 60000, zlib.compress(bytes(60000 * 7501 // 100))), "decompression bomb"),
+    "2^31 pixels wide": (lambda: png(2**31 - 1, 1, zlib.compress(b"")), "cannot be decoded"),
+    "long": (lambda: encoded(Image.new("1", (1, 100000))), "1x100000 pixels, more than 200 times as long as wide"),
+    "wide": (lambda: encoded(Image.new("1", (100000, 1))), "100000x1 pixels, more than 200 times as long as wide"),
+    "a large square": (lambda: encoded(Image.new("1", (20000, 200))), "padded to a square it would have 400,000,000"),
+    "truncated": (lambda: encoded(picture())[:200], "cannot be decoded"),
+    "polyglot": (lambda: b"PK\x03\x04" + encoded(picture()), "no known format"),
+    "svg": (
+        lambda: b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
+        "no known format",
+    ),
+    "orientation of 2^16": (lambda: encoded(picture(), "JPEG", exif=exif()), None),
+    "thousands of frames": (
+        lambda: encoded(
+            Image.new("L", (8, 8)),
+            "GIF",
+            save_all=True,
+            append_images=[Image.new("L", (8, 8), i % 256) for i in range(3000)],
+        ),
+        None,
+    ),
+}
+
+
+def exif() -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x0112], tags[0x010E] = 65535, "x" * 60000
+    return tags
+
+
+@pytest.fixture(scope="module")
+def opened_pictures(checkpoints, tmp_path_factory):
+    root, jobs = tmp_path_factory.mktemp("pictures"), []
+    for number, (name, (make, _)) in enumerate(PICTURES.items()):
+        path = root / f"{number}.png"
+        path.write_bytes(make())
+        for aspect in ("pad", "square"):
+            jobs.append({
+                "name": f"{name}|{aspect}", "door": "open_picture", "path": str(checkpoints["dense"]),
+                "also": [str(path)], "picture": str(path), "aspect": aspect,
+            })  # fmt: skip
+    rows = [
+        {"image": "/etc/passwd", "conversations": TALK},
+        {"image": "http://169.254.169.254/latest", "conversations": TALK},
+    ]
+    for number, row in enumerate(rows):
+        path = root / f"rows{number}.json"
+        path.write_text(json.dumps([row]))
+        jobs.append({"name": f"row {number}", "door": "open_data", "path": str(path), "also": ["/etc/passwd"]})
+    linked = root / "linked"
+    shutil.copytree(checkpoints["dense"], linked)
+    (linked / "LICENSE").symlink_to("/etc/passwd")
+    jobs.append({"name": "linked", "door": "checkpoint_files", "path": str(linked), "also": ["/etc/passwd"]})
+    return open_all(root, jobs, checkpoints["dense"])
+
+
+TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
+
+
+@pytest.mark.parametrize("aspect", ["pad", "square"])
+@pytest.mark.parametrize("name", PICTURES)
+def test_hostile_picture(opened_pictures, name, aspect):
+    result, expected = opened_pictures[f"{name}|{aspect}"], PICTURES[name][1]
+    check_harmless(result)
+    if expected is None or (name == "a large square" and aspect == "square"):
+        assert result["error"] is None, result
+    else:
+        assert result["error"] == "ValueError" and expected in result["text"], result
+
+
+def test_rows_name_pictures_and_nothing_else(opened_pictures):
+    """A row may name any file of this machine, as a picture; what is none is not shown, and nothing is fetched."""
+    for number, said in enumerate(("/etc/passwd cannot be decoded", "training fetches nothing")):
+        result = opened_pictures[f"row {number}"]
+        check_harmless(result)
+        assert "ValueError" in result["kinds"] and said in result["text"] and "root:" not in result["text"], result
+
+
+def test_a_link_out_of_the_folder_is_not_pushed(opened_pictures):
+    result = opened_pictures["linked"]
+    assert result["error"] == "ValueError" and "is a link to /etc/passwd, outside of the checkpoint" in result["text"]
