@@ -65,8 +65,8 @@ def _check_backbone(place: str, name: object, value: Any, fields: dict[str, Any]
     by_name = name in _BACKBONE_NAMES and isinstance(value, str)
     if name == "backbone" and by_name and not is_timm or by_name and is_timm and _TIMM_NAME.fullmatch(value) is None:
         raise ValueError(
-            f"{place} names {value!r}, from where a backbone would be fetched. Expected the backbone's config by value, "
-            "as backbone_config: nothing is opened because of what a config says."
+            f"{place} names {value!r}, from where a backbone would be fetched. Expected its config by value, as "
+            "backbone_config: nothing is opened because of what a config says."
         )
     if name == "use_pretrained_backbone" and value:
         raise ValueError(

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the weight files of a checkpoint are held against before they are opened, and before memory is taken for them."""
+"""What is checked of a checkpoint's weight files before they are opened, and before memory is taken for them."""
 
 import json
 import os
@@ -62,8 +62,8 @@ def check_size(model: nn.Module, files: Iterable[str | os.PathLike]) -> None:
     described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     if described > _MOST_WEIGHTS_PER_BYTE * stored + _ALWAYS_ALLOWED:
         raise ValueError(
-            f"The config describes a model of {described:,} weights, but the weight files have {stored:,} bytes. They do "
-            "not belong together: save or download them again."
+            f"The config describes a model of {described:,} weights, but the weight files have {stored:,} bytes. "
+            "They do not belong together: save or download them again."
         )
 
 

@@ -218,8 +218,8 @@ def _check_links(folder: Path, names: set[str]) -> None:
         target = (folder / name).resolve()
         if not any(target.is_relative_to(place) for place in homes):
             raise ValueError(
-                f"{folder / name} is a link to {target}, outside of the checkpoint. Nothing was sent. Put the file itself "
-                "there where it is to be public."
+                f"{folder / name} is a link to {target}, outside of the checkpoint. Nothing was sent. Put the file "
+                "itself there where it is to be public."
             )
 
 

@@ -159,8 +159,8 @@ def check_shape(width: int, height: int, aspect_ratio: str, name: str = "The pic
         )
     if aspect_ratio == "pad" and long * long > 2 * limit:
         raise ValueError(
-            f"{name} is {width}x{height} pixels, and padded to a square it would have {long * long:,}; expected at most "
-            f"{2 * limit:,}. Scale it down first, or pass `image_aspect_ratio='square'`."
+            f"{name} is {width}x{height} pixels, and padded to a square it would have {long * long:,}; expected at "
+            f"most {2 * limit:,}. Scale it down first, or pass `image_aspect_ratio='square'`."
         )
 
 

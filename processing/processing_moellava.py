@@ -357,8 +357,8 @@ class _ProcessorFiles(ProcessorMixin):
     @staticmethod
     def get_possibly_dynamic_module(module_name: str):
         raise ValueError(
-            f"A file of the processor asks for an audio tokenizer, {module_name!r}, from elsewhere. A MoELLaVA model has "
-            "none: take 'audio_tokenizer' out of processor_config.json, and audio_tokenizer_config.json away."
+            f"A file of the processor asks for an audio tokenizer, {module_name!r}, from elsewhere. A MoELLaVA model "
+            "has none: take 'audio_tokenizer' out of processor_config.json, and audio_tokenizer_config.json away."
         )
 
 

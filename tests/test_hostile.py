@@ -147,6 +147,13 @@ def first(entries: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return entries | {name: entries[name] | changes}
 
 
+def each(entries: dict[str, Any], only: str = "", **changes: Any) -> dict[str, Any]:
+    """Changes every tensor's entry, or those with a word in their names."""
+    return {
+        name: entry | changes if name != "__metadata__" and only in name else entry for name, entry in entries.items()
+    }
+
+
 def twice(entries: dict[str, Any]) -> str:
     """The first tensor's name twice, the second time with another place."""
     name = next(name for name in entries if name != "__metadata__")
@@ -326,23 +333,14 @@ CASES = {
     "header is nested": header(lambda entries: '{"a":' * 100000 + "1" + "}" * 100000),
     "offsets beyond the file": header(lambda entries: first(entries, data_offsets=[0, 10**12])),
     "offsets backwards": header(lambda entries: first(entries, data_offsets=[64, 0])),
-    "offsets that overlap": header(
-        lambda entries: {
-            name: entry | {"data_offsets": [0, 4 * 64]} for name, entry in entries.items() if name != "__metadata__"
-        }
-    ),
+    "offsets that overlap": header(lambda entries: each(entries, data_offsets=[0, 4 * 64])),
     "another dtype": header(lambda entries: first(entries, dtype="F64")),
     "unknown dtype": header(lambda entries: first(entries, dtype="EVIL")),
     "another shape": header(lambda entries: first(entries, shape=[2**40, 2**40])),
     "negative shape": header(lambda entries: first(entries, shape=[-1, -64])),
     "a name twice": header(twice),
     "weights are empty": write("model.safetensors", b""),
-    "weights of other types": header(
-        lambda entries: {
-            name: (entry if name == "__metadata__" or "embed" not in name else entry | {"dtype": "I32"})
-            for name, entry in entries.items()
-        }
-    ),
+    "weights of other types": header(lambda entries: each(entries, only="embed", dtype="I32")),
     # chat templates
     "template that reaches Python": write("chat_template.jinja", "{{ ''.__class__.__mro__[1].__subclasses__() }}"),
     "template with an import": write("chat_template.jinja", "{{ cycler.__init__.__globals__.os.system('true') }}"),
@@ -542,6 +540,7 @@ def encoded(image, kind: str = "PNG", **options) -> bytes:
     return file.getvalue()
 
 
+FRAMES = [Image.new("L", (8, 8), level % 256) for level in range(3000)]
 PICTURES = {
     "zip bomb": (lambda: png(60000, 60000, zlib.compress(bytes(60000 * 7501 // 100))), "decompression bomb"),
     "2^31 pixels wide": (lambda: png(2**31 - 1, 1, zlib.compress(b"")), "cannot be decoded"),
@@ -555,15 +554,7 @@ PICTURES = {
         "no known format",
     ),
     "orientation of 2^16": (lambda: encoded(picture(), "JPEG", exif=exif()), None),
-    "thousands of frames": (
-        lambda: encoded(
-            Image.new("L", (8, 8)),
-            "GIF",
-            save_all=True,
-            append_images=[Image.new("L", (8, 8), i % 256) for i in range(3000)],
-        ),
-        None,
-    ),
+    "thousands of frames": (lambda: encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES), None),
 }
 
 
