@@ -35,7 +35,7 @@ from pathlib import Path
 
 
 MEMORY = 3 * 2**30  # beyond what the process has after its imports
-SECONDS = 60
+SECONDS = 30
 
 
 class Watch:

@@ -386,9 +386,9 @@ SAID = {
     "header of 2^63": "header too large",
 }
 
-# How a checkpoint is loaded, and looked into.
-LOADERS = ("load_pretrained_model", "MoellavaForCausalLM", "AutoModelForImageTextToText", "inspect_checkpoint")
-CONFIG_DOORS, PROCESSOR_DOORS = ("MoellavaConfig", "AutoConfig"), ("MoellavaProcessor", "AutoProcessor")
+# How a checkpoint is loaded, and looked into; the Auto classes where a case is about names or weights.
+DOORS = ("load_pretrained_model", "MoellavaForCausalLM", "inspect_checkpoint")
+AUTO_DOORS = ("AutoConfig", "AutoModelForImageTextToText")
 OF_A_PROCESSOR = ("processor", "tokenizer", "template", "image tokens", "pictures")
 COMMANDS = {
     "inspect": ["inspect", "PATH"],
@@ -398,16 +398,23 @@ COMMANDS = {
     "card": ["card", "PATH"],
     "push": ["push", "PATH", "me/hostile"],
 }
-COMMANDED = ("dotted projector", "deeply nested", "huge num_hidden_layers", "shard above", "header of 2^63",
-             "tower with a backbone")  # fmt: skip
+COMMANDED = ("deeply nested", "shard above", "tower with a backbone")
 # What transformers' own classes may raise, which read the files before they ask anything of this package.
 OF_THE_LIBRARY = {"AttributeError", "KeyError", "RecursionError", "RuntimeError", "SafetensorError", "UnpicklingError"}
 ERRORS = {"ValueError", "TypeError", "OSError", "ImportError", "CommandFailed"}
+# SECURITY.md names it: AutoProcessor reads the processor's files before it knows that the processor is ours.
+LEFT_TO_THE_LIBRARY = {("audio tokenizer elsewhere", "AutoProcessor"), ("audio tokenizer of the Hub", "AutoProcessor")}
+FIRST_ABOUT_SIZES, FIRST_ABOUT_WEIGHTS = "huge hidden_size", "shard above"
 
 
 def doors_of(name: str) -> list[tuple[str, dict]]:
-    chosen = [*LOADERS, *(PROCESSOR_DOORS if any(word in name for word in OF_A_PROCESSOR) else CONFIG_DOORS)]
-    doors = [(door, {}) for door in chosen]
+    names = list(CASES)
+    chosen = [*DOORS]
+    if any(word in name for word in OF_A_PROCESSOR):
+        chosen += ["MoellavaProcessor", "AutoProcessor"]
+    elif not names.index(FIRST_ABOUT_SIZES) <= names.index(name) < names.index(FIRST_ABOUT_WEIGHTS):
+        chosen += AUTO_DOORS
+    doors = [(door, {}) for door in chosen if (name, door) not in LEFT_TO_THE_LIBRARY]
     if name in COMMANDED:
         doors += [("moellava", {"arguments": arguments}) for arguments in COMMANDS.values()]
     if "template" in name:
