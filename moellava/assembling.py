@@ -49,6 +49,7 @@ from .modeling.encoders_moellava import detect_encoder_type, encoder_for
 from .modeling.language_moellava import check_head, own_causal_lm
 from .modeling.own_parts_moellava import build_projector
 from .origins import NEW, with_origin
+from .processing.processing_moellava import check_tokenizer_files
 from .projector_files import read_projector
 from .request import LoadRequest, is_custom_encoder
 from .sources import OPEN_CLIP_CONFIG_NAME, Source, load_image_processor
@@ -117,6 +118,8 @@ def read_tokenizer(source: Source, text_config: PreTrainedConfig | None = None) 
         config = PreTrainedConfig() if says_class else text_config
     else:
         config = None if source.config_dict()["model_type"] in CONFIG_MAPPING else PreTrainedConfig()
+    if source.is_local:
+        check_tokenizer_files(source.name)
     try:
         return AutoTokenizer.from_pretrained(
             source.name,

@@ -13,7 +13,9 @@
 # limitations under the License.
 """The processor: pictures and text in, what `MoellavaForCausalLM.forward` takes out."""
 
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -313,6 +315,7 @@ class MoellavaProcessor(ProcessorMixin):
         Raises:
             ValueError: They ask for an audio tokenizer, or are nested too deeply to be read.
         """
+        check_tokenizer_files(pretrained_model_name_or_path)
         try:
             return _ProcessorFiles.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         except RecursionError as error:
@@ -348,6 +351,31 @@ class MoellavaProcessor(ProcessorMixin):
         It would make transformers copy this class's source file on the next save, and that copier cannot follow the
         imports between the folders of this package. [`save_pretrained`] writes the code and the `auto_map` itself.
         """
+
+
+def check_tokenizer_files(folder: str | os.PathLike) -> None:
+    """Checks that a tokenizer's config names files beside it alone; transformers opens whatever it names.
+
+    Args:
+        folder (`str` or `os.PathLike`): Where the tokenizer is. Of what is no folder nothing is checked: of a repository
+            on the Hub, transformers asks by name.
+
+    Raises:
+        ValueError: It is damaged, or names a file outside of the folder.
+    """
+    path = Path(folder, "tokenizer_config.json")
+    if not path.is_file():
+        return
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no valid JSON ({error}). Save or download it again.") from error
+    names = fields.get("fast_tokenizer_files") if isinstance(fields, dict) else None
+    for name in names or ():
+        if not isinstance(name, str) or name != os.path.basename(name):
+            raise ValueError(
+                f"{path} names {name!r}; expected the plain name of a file beside it. Nothing outside the folder is read."
+            )
 
 
 class _ProcessorFiles(ProcessorMixin):

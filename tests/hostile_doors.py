@@ -43,7 +43,7 @@ class Watch:
 
     # Where Python, its packages and this package lie; and what the system offers to every process.
     own = [*(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")), *sys.path[1:]]
-    system = ["/proc", "/sys", "/dev", "/usr/lib", "/lib"]
+    system = ["/proc", "/sys", "/dev", "/usr/lib", "/lib", "/usr/share/zoneinfo"]
 
     def __init__(self, allowed: list[str]):
         package = Path(__file__).resolve().parent.parent
@@ -95,7 +95,7 @@ def _checkpoint_doors() -> dict:
             path, trust_remote_code=False
         ),
         "AutoProcessor": lambda path: AutoProcessor.from_pretrained(path, trust_remote_code=False),
-        "inspect_checkpoint": moellava.inspect_checkpoint,
+        "inspect_checkpoint": lambda path: moellava.inspect_checkpoint(path),
         "convert": lambda path, **more: moellava.convert(path, "converted", **more),
         "open_picture": _prepare_picture,
         "chat_template": _apply_template,
@@ -123,7 +123,9 @@ def _prepare_picture(path: str, picture: str, aspect: str = "pad"):
     from moellava import MoellavaProcessor
 
     processor = MoellavaProcessor.from_pretrained(path)
-    return processor(images=picture, text="<image>", image_aspect_ratio=aspect)["pixel_values"].shape
+    return processor(images=picture, text="<image>", image_aspect_ratio=aspect, return_tensors="pt")[
+        "pixel_values"
+    ].shape
 
 
 def _apply_template(path: str):

@@ -355,7 +355,7 @@ HARMLESS = {
     "auto_map of the projector", "parts elsewhere", "older name of the tower", "weights of the text elsewhere",
     "quantised by an unknown method", "quantised by kernels of the Hub", "quantised text", "architectures",
     "custom_generate", "processor class", "processor's auto_map", "image processor's auto_map", "preprocessor_config",
-    "tokenizer's auto_map", "tokenizer class", "tokenizer file elsewhere", "huge image_size of ours",
+    "tokenizer's auto_map", "tokenizer class", "tokenizer file elsewhere",
     "Infinity for rope", "huge pictures", "generation config of wrong types", "weights of other types",
     "template that reaches Python", "template with an import", "template that includes", "template of a large range",
 }  # fmt: skip
@@ -375,6 +375,7 @@ SAID = {
     "huge num_hidden_layers": "text_config.num_hidden_layers is 1000000000; expected from 0 to 10000",
     "huge layers of the tower": "vision_config.num_hidden_layers is 1000000000",
     "huge number of projector layers": "projector_config.num_hidden_layers is 1000000000",
+    "tokenizer file of another version elsewhere": "names '../outside/tokenizer.4.0.0.json'; expected the plain name",
     "huge number of image tokens": "makes 1000000000 tokens of a picture, its model 16",
     "negative image_size": "vision_config.image_size is -32; expected from 1",
     "dtype by name": "dtype is 'os.system', which is no dtype of PyTorch",
