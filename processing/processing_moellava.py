@@ -357,8 +357,8 @@ def check_tokenizer_files(folder: str | os.PathLike) -> None:
     """Checks that a tokenizer's config names files beside it alone; transformers opens whatever it names.
 
     Args:
-        folder (`str` or `os.PathLike`): Where the tokenizer is. Of what is no folder nothing is checked: of a repository
-            on the Hub, transformers asks by name.
+        folder (`str` or `os.PathLike`): Where the tokenizer is. Of what is no folder nothing is checked: of a
+            repository on the Hub, transformers asks by name.
 
     Raises:
         ValueError: It is damaged, or names a file outside of the folder.
@@ -374,7 +374,8 @@ def check_tokenizer_files(folder: str | os.PathLike) -> None:
     for name in names or ():
         if not isinstance(name, str) or name != os.path.basename(name):
             raise ValueError(
-                f"{path} names {name!r}; expected the plain name of a file beside it. Nothing outside the folder is read."
+                f"{path} names {name!r}; expected the plain name of a file beside it. Nothing outside the folder is "
+                "read."
             )
 
 

@@ -495,9 +495,10 @@ def test_hostile_checkpoint(outcomes, name):
     for label, result in outcomes[name].items():
         door = label.split()[1]
         check_harmless(result)
-        allowed = (
-            ERRORS if door in ("load_pretrained_model", "inspect_checkpoint", "moellava") else ERRORS | OF_THE_LIBRARY
-        )
+        if door == "chat_template":  # of these, below
+            continue
+        is_ours = door in ("load_pretrained_model", "inspect_checkpoint", "moellava")
+        allowed = ERRORS if is_ours else ERRORS | OF_THE_LIBRARY
         if result["error"] is not None:
             assert not allowed.isdisjoint(result["kinds"]), (label, result["trace"])
             assert result["text"].strip(), label
