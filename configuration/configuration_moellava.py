@@ -565,8 +565,8 @@ class MoellavaConfig(PreTrainedConfig):
             check_dtype("dtype", config_dict["dtype"])
         if isinstance(config_dict.get("quantization_config"), bool | float | int | list | str):
             raise ValueError(
-                f"quantization_config is {config_dict['quantization_config']!r}; expected an object with the method and "
-                "its fields. Save or download the model again."
+                f"quantization_config is {config_dict['quantization_config']!r}; expected an object with the method "
+                "and its fields. Save or download the model again."
             )
         # A file may carry what a trainer wrote on the config, or a field of a later version: kept where it can do no
         # harm, and said. A field that a caller misspells is an error, in `__post_init__`.
