@@ -29,7 +29,7 @@ _DEEPEST = 200
 # are compared with the files then.
 _COUNTS = re.compile(r"(?:num|n|encoder|decoder)_(?:\w+_)?(?:layers?|experts)|depths?")
 _MOST = 10_000
-_SIZES = re.compile(r"(?:hidden|image|patch|vocab)_size")
+_SIZES = re.compile(r"(?:image|patch|vocab)_size")
 
 
 def check_part(key: str, fields: dict[str, Any]) -> None:

@@ -118,9 +118,9 @@ def read_tokenizer(source: Source, text_config: PreTrainedConfig | None = None) 
         config = PreTrainedConfig() if says_class else text_config
     else:
         config = None if source.config_dict()["model_type"] in CONFIG_MAPPING else PreTrainedConfig()
-    if source.is_local:
-        check_tokenizer_files(source.name)
     try:
+        if source.is_local:
+            check_tokenizer_files(source.name)
         return AutoTokenizer.from_pretrained(
             source.name,
             config=config,
