@@ -29,7 +29,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import load_state_dict
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -354,7 +354,7 @@ class MoellavaModel(MoellavaPreTrainedModel):
     def follow_attn_implementation(self) -> None:
         """Lets the projector compute its attention as the config says of it: plainly, or else by PyTorch's function."""
         attention = getattr(self.multi_modal_projector, "attention_config", None)
-        if isinstance(attention, PreTrainedConfig):
+        if attention is not None and not is_own_class(type(self.multi_modal_projector)):
             asked = self.config.projector_config._attn_implementation
             attention._attn_implementation = "eager" if asked == "eager" else "sdpa"
 

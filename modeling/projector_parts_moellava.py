@@ -103,8 +103,8 @@ class QFormerModule(nn.Module):
     """The body of the Q-Former: a norm of the queries, then BLIP-2's encoder.
 
     The parameter names and the result are those of transformers' `Blip2QFormerModel` without text input. That class
-    itself is a `PreTrainedModel`, whose forward replaces the output recording of the model around it and which an
-    attention implementation chosen for the text model would reach; this one is a plain module.
+    itself is a `PreTrainedModel`, whose forward replaces the output recording of the model around it and which any
+    attention implementation chosen for the text model would reach; this one is a plain module, which `"eager"` reaches.
 
     Args:
         config (`Blip2QFormerConfig`): Sizes, and the attention implementation.
