@@ -29,13 +29,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ..configuration.names_moellava import canonical_encoder_type
 from ..configuration.registry_moellava import ENCODERS, is_older_encoder, register_encoder
 from ..configuration.versions_moellava import SELECTS_HIDDEN_STATES
+from .language_moellava import build_body
 
 
 class LayersInUse(nn.ModuleList):
@@ -89,6 +90,11 @@ class VisionEncoder:
         self.feature_layers = [self._absolute_layer(layer) for layer in layers]
         self.strategy = config.vision_feature_select_strategy
         self._drop_first_patch = bool(getattr(config, "drop_first_patch", False))
+        if min(self.image_size, self.native_image_size) < 1:
+            raise ValueError(
+                f"image_size is {self.image_size}, and the tower's own is {self.native_image_size}; expected a side in "
+                "pixels of at least 1."
+            )
         self.interpolates = self.image_size != self.native_image_size
         self._check_image_size()
         if not layers:
@@ -204,7 +210,7 @@ class VisionEncoder:
 
     def build(self) -> nn.Module:
         """Builds the tower, with its initial weights, and makes it end behind the last feature layer."""
-        tower = AutoModel.from_config(self.vision_config, **self._constructor_arguments)
+        tower = build_body("vision_config", self.vision_config, **self._constructor_arguments)
         if self.ends_early:
             self._end_early(tower)
         # transformers installs what captures hidden states at the first call, under a lock that torch.compile cannot
@@ -356,7 +362,7 @@ def _as_key(vision_config) -> str:
 def _meta_tower(model_type: str, fields: str) -> nn.Module:
     config = AutoConfig.for_model(model_type, **{k: v for k, v in json.loads(fields).items() if k != "model_type"})
     with torch.device("meta"):
-        return AutoModel.from_config(config).eval()
+        return build_body("vision_config", config).eval()
 
 
 @functools.lru_cache(maxsize=32)

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import load_state_dict
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -45,7 +45,7 @@ from ..configuration.registry_moellava import PROJECTORS
 from ..configuration.staging_moellava import staged_folder
 from ..configuration.versions_moellava import CACHE
 from .encoders_moellava import encoder_for
-from .language_moellava import apply_head, build_head
+from .language_moellava import apply_head, build_body, build_head
 from .own_encoders_moellava import CustomEncoder
 from .own_parts_moellava import build_projector, initialize_part, make_projector
 from .parallel_moellava import add_plans, sparse_plans
@@ -331,7 +331,7 @@ class MoellavaModel(MoellavaPreTrainedModel):
         self.encoder = encoder_for(config)
         self.vision_tower = self.encoder.build()
         self.multi_modal_projector = build_projector(config, self.encoder.feature_size)
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = build_body("text_config", config.text_config)
         # CODEPATH: sparse checkpoints (MoE-LLaVA's kind) have a moe_config, dense ones (LLaVA's kind) have none.
         if config.moe_config is not None:
             make_sparse(self.language_model, config)
