@@ -31,9 +31,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 STAMP := $(VENV)/.setup-done
 
-# The oldest transformers that checkpoints have to work on, beside the pinned one.
-OLD_VERSION := 5.19.0
-OLD := build/transformers-$(OLD_VERSION)
+# The transformers that checkpoints have to work on beside the pinned one: the oldest that setup.py admits, and the
+# newest that there is. Each lies in a folder of its own.
+OTHER_VERSIONS := 5.19.0 5.24.0
+OTHERS := $(OTHER_VERSIONS:%=build/transformers-%)
+VERSIONS_TESTS := tests/versions tests/test_kept_checkpoints.py tests/test_roundtrip.py tests/test_sparse_roundtrip.py \
+	tests/test_parity.py
 
 REFEREE := build/referee
 
@@ -84,17 +87,21 @@ test: $(STAMP) chromium ## the tests
 test-matrix: $(STAMP) ## every encoder x projector x language model
 	@$(PYTEST) -n $(WORKERS) --dist worksteal -q -m matrix $(PYTEST_ARGS)
 
-# The other version lies in a folder of its own before .venv's packages on the path. Tests that cross from one version
-# to the other start a process with MOELLAVA_OTHER_TRANSFORMERS on its PYTHONPATH.
-test-versions: $(OLD)/.done ## checkpoints on the pinned transformers and on the oldest that works
-	@$(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
-	@MOELLAVA_OTHER_TRANSFORMERS=$(CURDIR)/$(OLD) $(PYTEST) -q tests/versions $(PYTEST_ARGS)
-	@PYTHONPATH=$(CURDIR)/$(OLD) $(BIN)/python -c 'import transformers as t; print("transformers", t.__version__); exit(t.__version__ != "$(OLD_VERSION)")'
-	@PYTHONPATH=$(CURDIR)/$(OLD) $(PYTEST) -q tests/versions $(PYTEST_ARGS)
+# Another version comes before .venv's packages on the path. Tests that cross from one version to another start processes
+# with one of MOELLAVA_OTHER_TRANSFORMERS on their PYTHONPATH.
+empty :=
+test-versions: $(OTHERS:%=%/.done) ## checkpoints, round trips and parity on the oldest, the pinned and the newest transformers
+	@MOELLAVA_OTHER_TRANSFORMERS=$(subst $(empty) ,:,$(OTHERS:%=$(CURDIR)/%)) \
+		$(PYTEST) -n $(WORKERS) --dist worksteal -q $(VERSIONS_TESTS) $(PYTEST_ARGS)
+	@for version in $(OTHER_VERSIONS); do \
+		export PYTHONPATH=$(CURDIR)/build/transformers-$$version; \
+		$(BIN)/python -c 'import sys, transformers as t; print("transformers", t.__version__); sys.exit(t.__version__ != sys.argv[1])' $$version && \
+		$(PYTEST) -n $(WORKERS) --dist worksteal -q $(VERSIONS_TESTS) $(PYTEST_ARGS) || exit; \
+	done
 
-$(OLD)/.done: $(STAMP)
-	@rm -rf $(OLD)
-	@$(PIP) install --no-deps --target $(OLD) transformers==$(OLD_VERSION)
+build/transformers-%/.done: $(STAMP)
+	@rm -rf $(@D)
+	@$(PIP) install --no-deps --target $(@D) transformers==$*
 	@touch $@
 
 fixture: $(STAMP) ## the checkpoints of this version that every later one has to load (tests/fixtures), once for a version

@@ -11,14 +11,16 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Checkpoints and versions of transformers: written on one, loaded, run and saved on the other.
+"""Checkpoints and versions of transformers: written on one, loaded, run and saved on each other.
 
-`make test-versions` runs this folder on the pinned version and on the oldest one that works, and names the folder of
-the other version in `MOELLAVA_OTHER_TRANSFORMERS`; without it, only what needs no other version is run.
+`make test-versions` runs this folder on the pinned version, and names the folders of the other versions in
+`MOELLAVA_OTHER_TRANSFORMERS`, one after the other with colons; without it, only what needs no other version is run.
 """
 
+import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,8 +32,19 @@ from moellava import load_pretrained_model
 
 
 TESTS = Path(__file__).resolve().parents[1]
-OTHER = os.environ.get("MOELLAVA_OTHER_TRANSFORMERS")
-COMBINATIONS = ["clip-mlp-llama", "siglip-qformer-phi", "dinov2-perceiver-qwen2", "biomedclip-linear-granite"]
+# Version -> the folder that it lies in; `None` for the one that runs the tests.
+VERSIONS = {transformers.__version__: None} | {
+    folder.rpartition("-")[2]: folder
+    for folder in filter(None, os.environ.get("MOELLAVA_OTHER_TRANSFORMERS", "").split(os.pathsep))
+}
+COMBINATIONS = [
+    "clip-mlp-llama",
+    "siglip-qformer-phi",
+    "dinov2-perceiver-qwen2",
+    "biomedclip-linear-granite",
+    "clip-mlp-mistral-sparse",
+    "siglip-qformer-stablelm-sparse",
+]
 
 # Assembles and saves every combination with the package, and writes down what the models say.
 WRITE = """
@@ -52,18 +65,21 @@ small = {{
 }}
 expected = {{}}
 for name in {combinations!r}:
-    encoder, projector, family = name.split("-")
+    encoder, projector, family, *sparse = name.split("-")
     tower = parts.biomedclip() if encoder == "biomedclip" else parts.vision_tower(encoder)
     model = load_pretrained_model(
         parts.language_model(family),
         mm_vision_tower=tower,
         projector_config={{"type": projector, **small.get(projector, {{}})}},
+        moe_config={{"num_experts": 4, "num_experts_per_tok": 2, "use_residual": True}} if sparse else None,
         device="cpu",
     ).model
     images = [[Image.open(root / f"{{i}}.png") for i in row] for row in {rows!r}]
     inputs = model.processor(images=images, text={text!r}, padding=True, return_tensors="pt")
-    for parameter in model.parameters():
+    for path, parameter in model.named_parameters():
         parameter.data = parameter.data.clone()
+        if sparse and ".mlp." in path:  # experts that differ
+            parameter.data += torch.randn(parameter.shape) * 0.1
     with torch.no_grad():
         logits = model(**inputs).logits
     tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)
@@ -138,11 +154,9 @@ def run(script: str, root: Path, version: str | None, package: bool = False, **v
     return run_python(code, block_moellava=not package, env=env).split()[-1]
 
 
-@pytest.fixture
-def root(tmp_path):
+def save_pictures(root: Path):
     for index, picture in enumerate(pictures(3)):
-        picture.save(tmp_path / f"{index}.png")
-    return tmp_path
+        picture.save(root / f"{index}.png")
 
 
 def same_files(one: Path, other: Path, suffixes: tuple[str, ...]):
@@ -159,9 +173,9 @@ def without_version(folder: Path, name: str) -> dict:
     return fields
 
 
-def test_on_this_version(root):
+def test_on_this_version(tmp_path, written_by):
     """Written by the package, loaded and saved without it."""
-    assert run(WRITE, root, None, package=True) == transformers.__version__
+    root = Path(shutil.copytree(written_by(transformers.__version__), tmp_path / "journey"))
     assert run(LOAD, root, None, source="written", target="again") == transformers.__version__
     same_files(root / "written", root / "again", (".py", ".jinja"))
     for name in COMBINATIONS:
@@ -169,25 +183,36 @@ def test_on_this_version(root):
             assert (root / "written" / name / file).read_bytes() == (root / "again" / name / file).read_bytes()
 
 
-@pytest.mark.skipif(OTHER is None, reason="needs another transformers: make test-versions")
-@pytest.mark.parametrize("writer", ["this", "other"])
-def test_from_one_version_to_the_other_and_back(root, writer):
-    """Written on one version; loaded, run and saved on the other; and that loaded, run and saved on the first."""
-    first, second = (None, OTHER) if writer == "this" else (OTHER, None)
-    versions = [
-        run(WRITE, root, first, package=True),
-        run(LOAD, root, second, source="written", target="there"),
-        run(LOAD, root, first, source="there", target="back"),
-    ]
-    assert versions[0] == versions[2] != versions[1]
-    assert transformers.__version__ in versions
-    expected = torch.load(root / "expected.pt", weights_only=False)
-    for name in COMBINATIONS:  # with the package too
-        model = load_pretrained_model(root / "there" / name, device="cpu").model
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
-        with torch.no_grad():
-            assert torch.equal(model(**expected[name]["inputs"]).logits, expected[name]["logits"])
+@pytest.fixture(scope="module")
+def written_by(tmp_path_factory):
+    """A function: the folder that a version has written everything into, once."""
+    roots = {}
+
+    def write(version: str) -> Path:
+        if version not in roots:
+            roots[version] = tmp_path_factory.mktemp(f"by-{version}")
+            save_pictures(roots[version])
+            assert run(WRITE, roots[version], VERSIONS[version], package=True) == version
+        return roots[version]
+
+    return write
+
+
+@pytest.mark.skipif(len(VERSIONS) == 1, reason="needs another transformers: make test-versions")
+@pytest.mark.parametrize(("writer", "reader"), list(itertools.permutations(VERSIONS, 2)))
+def test_from_one_version_to_another_and_back(tmp_path, written_by, writer, reader):
+    """Written on one version; loaded, run and saved on another; and that loaded, run and saved on the first."""
+    root = Path(shutil.copytree(written_by(writer), tmp_path / "journey"))
+    assert run(LOAD, root, VERSIONS[reader], source="written", target="there") == reader
+    assert run(LOAD, root, VERSIONS[writer], source="there", target="back") == writer
+    if VERSIONS[writer] is None or VERSIONS[reader] is None:  # with the package too, where this process has the version
+        expected = torch.load(root / "expected.pt", weights_only=False)
+        for name in COMBINATIONS:
+            model = load_pretrained_model(root / "there" / name, device="cpu").model
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
+            with torch.no_grad():
+                assert torch.equal(model(**expected[name]["inputs"]).logits, expected[name]["logits"])
 
     # The code is what the first process wrote, and what the model is has not changed on the way.
     same_files(root / "written", root / "there", (".py",))
