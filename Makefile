@@ -17,6 +17,7 @@
 #   PYTHON       the Python that .venv is made with (3.11 or newer)
 #   PYTEST_ARGS  more arguments for pytest, e.g. make test PYTEST_ARGS="-k processor -x"
 #   WORKERS      test processes
+#   MUTATION_ARGS  what mutation testing changes, e.g. make mutation MUTATION_ARGS="routing --limit 20"
 #   BENCH_ARGS   more arguments for the benchmarks, e.g. make bench BENCH_ARGS="--only vision"
 
 # python3, or where that is missing or older, one that is named by its version.
@@ -24,6 +25,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; done; echo python3)
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+MUTATION_ARGS ?=
 WORKERS ?= 2
 
 VENV := .venv
@@ -46,7 +48,8 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup chromium demo screenshot test test-matrix test-versions test-referee fixture bench docs lint style clean
+.PHONY: help setup chromium demo screenshot bench docs lint style clean
+.PHONY: test coverage mutation test-matrix test-versions test-referee fixture
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-22s%s\n", $$1, $$2}'
@@ -83,6 +86,18 @@ screenshot: $(STAMP) chromium ## the page with the demo's model, for the README 
 
 test: $(STAMP) chromium ## the tests
 	@$(PYTEST) -n $(WORKERS) --dist worksteal -q $(PYTEST_ARGS)
+
+coverage: $(STAMP) chromium ## the tests, and which lines of the package none of them runs; fails under 95 %
+	@$(PYTEST) -n $(WORKERS) --dist worksteal -q --cov $(PYTEST_ARGS)
+
+# A sample is changed: MUTATION_ARGS="--limit 10000" for everything, MUTATION_ARGS="routing" for one part.
+mutation: $(STAMP) build/mutation-tools/.done ## changes routing, masking and the mapping of names, and lists what no test notices
+	@nice $(BIN)/python .ci/mutation.py $(MUTATION_ARGS)
+
+build/mutation-tools/.done: $(STAMP)
+	@rm -rf $(@D)
+	@$(PIP) install --target $(@D) cosmic-ray==8.7.0
+	@touch $@
 
 test-matrix: $(STAMP) ## every encoder x projector x language model
 	@$(PYTEST) -n $(WORKERS) --dist worksteal -q -m matrix $(PYTEST_ARGS)

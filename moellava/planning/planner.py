@@ -343,8 +343,8 @@ def _length(config: MoellavaConfig, max_length: int, text_tokens: int | None, im
     length = longest if text_tokens is None else pictures + text_tokens
     if not max(pictures, 1) <= length <= longest:
         raise ValueError(
-            f"A row of {images} pictures of {config.image_seq_length} tokens and {text_tokens or 0} tokens of text does "
-            f"not go with at most {longest} tokens. Give fewer of them, or another max_length."
+            f"A row of {images} pictures of {config.image_seq_length} tokens and {text_tokens or 0} tokens of text "
+            f"does not go with at most {longest} tokens. Give fewer of them, or another max_length."
         )
     return length
 
