@@ -42,6 +42,8 @@ VERSIONS_TESTS := tests/versions tests/test_kept_checkpoints.py tests/test_round
 
 REFEREE := build/referee
 
+SERVING := build/serving/venv
+
 # One thread per test process: together they fill the cores.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
@@ -49,7 +51,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help setup chromium demo screenshot bench docs lint style clean
-.PHONY: test coverage mutation test-matrix test-versions test-referee fixture
+.PHONY: test coverage mutation test-matrix test-versions test-referee test-serving fixture
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-22s%s\n", $$1, $$2}'
@@ -136,6 +138,19 @@ $(REFEREE)/.done: $(STAMP)
 	@touch $(REFEREE)/source/tests/__init__.py
 	@ln -s $$($(BIN)/python -c 'import transformers; print(transformers.__path__[0])') $(REFEREE)/source/src/transformers
 	@$(PIP) install --no-deps --target $(REFEREE)/site parameterized==0.9.0
+	@touch $@
+
+# vLLM needs a torch and a transformers of its own, so it gets an environment of its own, without this package.
+test-serving: $(SERVING)/.done ## checkpoints served by vLLM on the CPU, without the package
+	@MOELLAVA_SERVING=$(CURDIR)/$(SERVING)/bin $(PYTEST) -q tests/serving $(PYTEST_ARGS)
+
+# The image libraries that come along are built for another torch, and break transformers' imports.
+$(SERVING)/.done: tests/serving/requirements.txt $(STAMP)
+	@echo "Setting up $(SERVING): two minutes and 3 GB the first time"
+	@rm -rf $(SERVING)
+	@$(BIN)/python -m venv --without-pip $(SERVING)
+	@$(PIP) --python $(SERVING)/bin/python install --requirement $<
+	@$(PIP) --python $(SERVING)/bin/python uninstall --yes torchvision torchaudio torchcodec
 	@touch $@
 
 bench: $(STAMP) ## time and memory against transformers' LLaVA and against floors (build/bench), a quarter of an hour

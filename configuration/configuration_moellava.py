@@ -79,6 +79,9 @@ _LIBRARY_FIELDS = frozenset(
     }
 )
 
+# What serving engines ask a language model's config about its experts.
+EXPERT_COUNTS = ("num_experts", "num_experts_per_tok")
+
 # What a field of a user's own encoder or projector cannot be called.
 RESERVED_FIELDS = frozenset({*dir(PreTrainedConfig()), *_LIBRARY_FIELDS, *FOREIGN_KEYS, "fields"})
 
@@ -421,6 +424,7 @@ class MoellavaConfig(PreTrainedConfig):
         if self.moe_config is not None:
             self.moe_config = _own_config("moe_config", self.moe_config, MoellavaMoeConfig)
             self.moe_config.layers = self.moe_config.resolved_layers(self.text_config.num_hidden_layers)
+            self._tell_serving_engines()
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         self.vision_feature_select_strategy = canonical_strategy(self.vision_feature_select_strategy)
         for name, choices in CHOICES.items():
@@ -467,6 +471,17 @@ class MoellavaConfig(PreTrainedConfig):
             given = {"type": given.type, **given.fields} if isinstance(given, MoellavaProjectorConfig) else given
             self.projector_config = stacked_projector(given, sections["projector"])
         return sections.get("check", {})
+
+    def _tell_serving_engines(self) -> None:
+        """Names the experts where vLLM looks for them, so that it runs and shards them by its own kernels.
+
+        It computes every expert as `down(silu(gate(x)) * up(x))`, whatever the config says, and looks at no other
+        activation. Experts of another form it runs as they are: they must not be announced.
+        """
+        text = self.text_config
+        if getattr(text, "hidden_act", None) == "silu" and not getattr(text, "mlp_bias", False):
+            for name in EXPERT_COUNTS:
+                setattr(text, name, getattr(self.moe_config, name))
 
     def _check_claims(self, claims: dict[str, Any]) -> None:
         claimed, actual = claims.get("mm_hidden_size"), getattr(self.vision_config, "hidden_size", None)
@@ -537,6 +552,9 @@ class MoellavaConfig(PreTrainedConfig):
                 for foreign in FOREIGN_KEYS:
                     output[key].pop(foreign, None)
                 output[key]["_name_or_path"] = ""  # every config has one: a part's is then equal to its own class's
+        if self.moe_config is not None and isinstance(output.get("text_config"), dict):
+            for name in EXPERT_COUNTS:  # the text config is that of the dense language model
+                output["text_config"].pop(name, None)
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -544,12 +544,17 @@ class SparseMoeBlock(nn.Module):
         if collector is not None:
             collector.add(router_logits)
         weights, index = self.route(router_logits)
+        # Before the experts, which vLLM replaces by its own: those may write their output over their input.
+        dense = None if self.mlp is None else self.mlp(tokens)
+        # (tokens, 2)
+        coefficient = None if self.coefficient is None else torch.softmax(self.coefficient(tokens), dim=-1)
+        shared = None if self.meta_expert is None else self.meta_expert(tokens)
         output = self.experts(tokens, index, weights.to(tokens.dtype))
-        if self.coefficient is not None:
-            coefficient = torch.softmax(self.coefficient(tokens), dim=-1).to(output.dtype)  # (tokens, 2)
-            output = coefficient[:, :1] * output + coefficient[:, 1:] * self.mlp(tokens)
-        if self.meta_expert is not None:
-            output = output + self.meta_expert(tokens)
+        if coefficient is not None:
+            coefficient = coefficient.to(output.dtype)
+            output = coefficient[:, :1] * output + coefficient[:, 1:] * dense
+        if shared is not None:
+            output = output + shared
         return output.reshape(hidden_states.shape)
 
     def route(self, router_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -76,7 +76,10 @@ def write_checkpoint(name: str, root: Path, parts: Parts) -> Path:
     tower, family, arguments = CHECKPOINTS[name]
     torch.manual_seed(0)
     model = load_pretrained_model(
-        parts.language_model(family, overrides=HEADS), mm_vision_tower=parts.vision_tower(tower), device="cpu", **arguments
+        parts.language_model(family, overrides=HEADS),
+        mm_vision_tower=parts.vision_tower(tower),
+        device="cpu",
+        **arguments,
     ).model
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # assembled weights are mapped from their files
