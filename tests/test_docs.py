@@ -91,7 +91,15 @@ NOT_RUN = {
         "a shell's redirections; tests/cli/test_cli_chat.py pipes the same"
     ),
     ("docs/command-line.md", "moellava --install-completion"): "changes the shell's start-up files",
-    ("docs/guides/serve.md", "uvicorn server:app --host 127.0.0.1 --port 8000"): "serves until it is interrupted",
+    ("docs/serving.md", "uvicorn server:app --host 127.0.0.1 --port 8000"): "serves until it is interrupted",
+    ("docs/serving.md", "vllm serve my-model --trust-remote-code --model-impl transformers --dtype bfloat16 \\"): (
+        "serves until it is interrupted; make test-serving runs the same"
+    ),
+    ("docs/serving.md", "# ask_vllm.py"): "needs a server; make test-serving asks one in the same way",
+    ("docs/serving.md", "from vllm import LLM, SamplingParams"): "needs vLLM; make test-serving runs the same",
+    ("docs/serving.md", "vllm serve my-sparse-model --trust-remote-code --model-impl transformers \\"): (
+        "needs several GPUs"
+    ),
     (
         "docs/older-checkpoints.md",
         'hf download JsST/Med-MoE --include "stage3/llavaphi-2.7b-medmoe/*" --local-dir med-moe',

@@ -129,7 +129,7 @@ def test_links_across_the_border_of_the_folder():
         return hooks.on_page_markdown(markdown, SimpleNamespace(file=SimpleNamespace(src_uri=source)), None, None)
 
     for source, written, expected in (
-        ("guides/serve.md", "[a](../../README.md#parts)", "[a](../README.md#parts)"),
+        ("guides/upcycle.md", "[a](../../README.md#parts)", "[a](../README.md#parts)"),
         ("design.md", "[a](../SECURITY.md), [b](performance.md)", "[a](SECURITY.md), [b](performance.md)"),
         ("README.md", "![a](docs/images/demo.png) [b](https://x.org)", "![a](images/demo.png) [b](https://x.org)"),
         ("README.md", "```text\n[a](docs/b.md)\n```", "```text\n[a](docs/b.md)\n```"),
