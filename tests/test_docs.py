@@ -594,6 +594,11 @@ def training(model: MoellavaForCausalLM | None = None, **changes) -> None:
     train({key: value for key, value in (recipe | changes).items() if value is not ...})
 
 
+def evaluating(model: MoellavaForCausalLM, questions: list[dict[str, Any]]) -> None:
+    model.save_pretrained("my-model")
+    evaluate("my-model", questions, device="cpu")
+
+
 def training_again(model: MoellavaForCausalLM, first: dict[str, Any], then: dict[str, Any]) -> None:
     """Trains, and once more into the same folder, as if the first run had been stopped at its end."""
     training(model, **first)
@@ -654,8 +659,8 @@ ERRORS: dict[str, Callable] = {
     "other recipe": lambda model, _: training_again(model, {}, {"resume": True, "learning_rate": 1e-2}),
     "weights alone": lambda model, _: training_again(model, {"save_only_model": True}, {"resume": True}),
     "no row": lambda model, _: training(model, data=BROKEN_ROWS),
-    "broken row": lambda model, _: training(model, data=BROKEN_ROWS, unusable_rows="error"),
-    "no question": lambda model, _: evaluate(model, [{"question": "Which?"}]),
+    "broken row": lambda model, _: training(model, data=ROWS + BROKEN_ROWS, unusable_rows="error"),
+    "no question": lambda model, _: evaluating(model, [{"question": "Which?"}]),
     "data for no checkpoint": lambda model, _: check_data(ROWS, model=LANGUAGE_MODEL),
     "evaluated language model": lambda model, _: evaluate(LANGUAGE_MODEL, []),
 }

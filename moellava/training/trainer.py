@@ -251,8 +251,10 @@ class MoellavaTrainer(Trainer):
         outputs["aux_loss"] = (
             part.detach() * self._first_choices.tokens / _kept(outputs["router_logits"][0], mask).sum()
         )
-        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return self.model.config.moe_config.router_aux_loss_coef * scale * (part - has)
+        # Gradients are averaged over the processes, whose shares of the loss add up.
+        processes = self.accelerator.num_processes
+        rest = part * processes - has * (processes if self.args.average_tokens_across_devices else 1)
+        return self.model.config.moe_config.router_aux_loss_coef * rest
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As the library does, with the router loss and the experts' loads beside the loss."""
