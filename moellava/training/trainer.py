@@ -125,9 +125,8 @@ class FirstChoices:
         for logits, counts in zip(router_logits, self.counts, strict=True):
             probabilities = torch.softmax(logits[kept.to(logits.device)], dim=-1, dtype=torch.float).sum(dim=0)
             shares = counts.to(probabilities) / self.tokens
-            total = total + (logits.shape[-1] * (probabilities * shares).sum() / self.tokens).to(
-                router_logits[0].device
-            )
+            layer = logits.shape[-1] * (probabilities * shares).sum() / self.tokens
+            total = total + layer.to(total.device)
         return total
 
 
