@@ -109,7 +109,6 @@ def load(folder: Path):
     return model, AutoProcessor.from_pretrained(folder, **trusted)
 
 
-@torch.no_grad()
 def ties(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Whether each token has the largest logit of its step, or one that bf16 (8 bits) does not tell from it."""
     best = logits.max(dim=-1).values
