@@ -30,6 +30,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -161,7 +162,8 @@ def run(name: str, limit: int) -> list[str]:
 
     target, work = TARGETS[name], WORK / name
     path = lay_out(work) / target.file.removeprefix("moellava/")
-    os.environ["TMPDIR"] = str(work / "tmp")
+    # What a test process leaves behind when it ends without its own clearing up lies here.
+    tempfile.tempdir = os.environ["TMPDIR"] = str(work / "tmp")
     mutations = mutations_of(path, target.functions)
     chosen = sorted(random.Random(0).sample(range(len(mutations)), min(limit, len(mutations))))
     print(f"{name}: {len(chosen)} of {len(mutations)} mutations of {target.file}", flush=True)
