@@ -446,6 +446,11 @@ def test_jitter_is_multiplied_in_training_alone():
     # The experts get the tokens as they are.
     block.experts.forward = lambda tokens, index, weights: tokens
     assert torch.equal(block(tokens[None])[0], tokens)
+    # Without jitter no random number is drawn: what is drawn for something else stays what it was.
+    block = make_block(num_experts_per_tok=1).train()
+    state = torch.get_rng_state()
+    assert torch.equal(block.gate(tokens), F.linear(tokens, block.gate.weight))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_second_expert_is_sampled_in_training_alone():
