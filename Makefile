@@ -51,7 +51,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help setup chromium demo screenshot bench docs lint style clean
-.PHONY: test coverage mutation test-matrix test-versions test-referee test-serving fixture
+.PHONY: test coverage mutation test-matrix test-thorough test-versions test-referee test-serving fixture
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-22s%s\n", $$1, $$2}'
@@ -103,6 +103,10 @@ build/mutation-tools/.done: $(STAMP)
 
 test-matrix: $(STAMP) ## every encoder x projector x language model
 	@$(PYTEST) -n $(WORKERS) --dist worksteal -q -m matrix $(PYTEST_ARGS)
+
+test-thorough: $(STAMP) ## 200 saves that are killed, and twenty times the examples of the property tests
+	@MOELLAVA_KILLS=200 HYPOTHESIS_PROFILE=thorough $(PYTEST) -n $(WORKERS) --dist worksteal -q \
+		-o log_cli=true --log-cli-level=INFO tests/test_faults.py tests/test_properties.py $(PYTEST_ARGS)
 
 # Another version comes before .venv's packages on the path. Tests that cross from one version to another start processes
 # with one of MOELLAVA_OTHER_TRANSFORMERS on their PYTHONPATH.

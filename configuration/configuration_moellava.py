@@ -85,6 +85,9 @@ EXPERT_COUNTS = ("num_experts", "num_experts_per_tok")
 # What a field of a user's own encoder or projector cannot be called.
 RESERVED_FIELDS = frozenset({*dir(PreTrainedConfig()), *_LIBRARY_FIELDS, *FOREIGN_KEYS, "fields"})
 
+# Of a part: what there has to be at least one of.
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads")
+
 _DEFAULT_TEXT = {"model_type": "llama", "vocab_size": 32064}
 _DEFAULT_VISION = {
     "model_type": "clip_vision_model",
@@ -635,6 +638,22 @@ def _own_config(key: str, given: dict | PreTrainedConfig | None, config_class: t
 
 def _part_config(key: str, given: dict | PreTrainedConfig | None, default: dict[str, Any]) -> PreTrainedConfig:
     """Returns a part's config, without anything in it that names other files or other processes."""
+    config = _read_part_config(key, given, default)
+    # Not checked by all of transformers' classes, whose models then fail when they are run.
+    sizes = {name: getattr(config, name, None) for name in _SIZES}
+    sizes = {name: size for name, size in sizes.items() if isinstance(size, int)}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{key}.{name} is {size}; expected at least 1.")
+    heads, groups = sizes.get("num_attention_heads", 0), sizes.get("num_key_value_heads", 1)
+    if heads % groups:
+        raise ValueError(
+            f"{key}.num_attention_heads is {heads} and num_key_value_heads is {groups}; expected a multiple of it."
+        )
+    return config
+
+
+def _read_part_config(key: str, given: dict | PreTrainedConfig | None, default: dict[str, Any]) -> PreTrainedConfig:
     if isinstance(given, PreTrainedConfig):
         config = copy.deepcopy(given)
         for foreign in ("auto_map", "trust_remote_code"):

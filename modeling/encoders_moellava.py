@@ -90,11 +90,6 @@ class VisionEncoder:
         self.feature_layers = [self._absolute_layer(layer) for layer in layers]
         self.strategy = config.vision_feature_select_strategy
         self._drop_first_patch = bool(getattr(config, "drop_first_patch", False))
-        if min(self.image_size, self.native_image_size) < 1:
-            raise ValueError(
-                f"image_size is {self.image_size}, and the tower's own is {self.native_image_size}; expected a side in "
-                "pixels of at least 1."
-            )
         self.interpolates = self.image_size != self.native_image_size
         self._check_image_size()
         if not layers:
@@ -140,6 +135,8 @@ class VisionEncoder:
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         if height != width:
             raise ValueError(f"The tower takes pictures of {height}x{width} pixels; only square ones are supported.")
+        if height < 1:
+            raise ValueError(f"vision_config.image_size is {height}; expected a number of pixels of at least 1.")
         return height
 
     @property

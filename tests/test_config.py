@@ -393,6 +393,13 @@ def test_a_field_of_a_later_version_in_a_file_is_kept_without_effect_and_said(ca
         ({"projector_config": LlamaConfig()}, "projector_config is a LlamaConfig; expected a MoellavaProjectorConfig"),
         ({"text_config": "llama"}, "'text_config'"),
         ({"text_config": VISION}, "text_config describes a 'clip_vision_model' model, which has no vocabulary"),
+        ({"text_config": TEXT | {"num_attention_heads": -1}}, "num_attention_heads is -1; expected at least 1"),
+        ({"vision_config": VISION | {"hidden_size": 0}}, "vision_config.hidden_size is 0; expected at least 1"),
+        ({"vision_config": VISION | {"image_size": -1}}, "vision_config.image_size is -1; expected a number of pixels"),
+        (
+            {"text_config": TEXT | {"num_key_value_heads": 7}},
+            "text_config.num_attention_heads is 2 and num_key_value_heads is 7; expected a multiple of it",
+        ),
         ({"vision_config": TEXT}, "A llama tower does not tell its picture size"),
         ({"vision_config": TEXT, "image_size": 32}, "A llama model cannot be a vision tower here"),
     ],
@@ -405,6 +412,11 @@ def test_wrong_values(fields, message):
         return
     with pytest.raises(ValueError, match=message):
         make(**fields)
+
+
+def test_a_language_model_that_cannot_be_built():
+    with pytest.raises(ValueError, match="text_config does not describe a 'llama' model .KeyError: .* LlamaConfig"):
+        MoellavaForCausalLM(make(text_config=TEXT | {"hidden_act": "no_such"}))
 
 
 def test_a_tower_that_cannot_interpolate():
