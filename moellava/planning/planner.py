@@ -229,8 +229,9 @@ def plan(
 
     def planned(strategy: str, batch_size: int, accumulation: int, checkpoints: bool) -> Plan:
         one = rehearsal(Batch(batch_size, length, images), checkpoints, mixed)
-        flops = one.flops * accumulation * devices
-        seconds = one.flops * accumulation / (GPUS[gpu] * utilization)
+        # The load-balancing loss of a batch in parts takes one more forward pass of each.
+        flops = (one.flops + (one.counting_flops if accumulation * devices > 1 else 0)) * accumulation
+        seconds = flops / (GPUS[gpu] * utilization)
         return Plan(
             checkpoint=name,
             stage=stage,
@@ -246,7 +247,7 @@ def plan(
             parts=one.parts,
             memory=_spread(one, strategy, devices),
             available=available,
-            flops=flops,
+            flops=flops * devices,
             seconds_per_step=seconds,
             hours=None if rows is None else rows / (batch_size * accumulation * devices) * seconds / 3600,
             advice=[],

@@ -25,6 +25,9 @@ from typing import Any
 
 import torch
 from torch import nn
+
+# Private, and nothing public does the same: there is no autocast for the meta device, and no attention's kernel. It is
+# used in `rehearse` alone.
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -72,6 +75,8 @@ class Rehearsal:
         layer (`int`): The parameters of the largest layer.
         outside_layers (`int`): The parameters that are in no layer: embeddings, head, projector, ...
         flops (`int`): Floating-point operations of the forward and the backward pass, what is computed anew included.
+        counting_flops (`int`): Those of the pass that counts what the routers choose, for the load-balancing loss of a
+            batch in parts (`exact_router_loss`); 0 where there is none.
     """
 
     parts: dict[str, dict[str, int]]
@@ -84,6 +89,7 @@ class Rehearsal:
     layer: int
     outside_layers: int
     flops: int
+    counting_flops: int
 
 
 class _Ledger(TorchDispatchMode):
@@ -99,6 +105,11 @@ class _Ledger(TorchDispatchMode):
         gradients = {weight.grad.untyped_storage()._cdata for weight in weights if weight.grad is not None}
         self._known = self._weights | gradients
         self.live = self.peak = self.copies = self.flops = 0
+        self.kept = self.kept_copies = self.forward_flops = 0
+
+    def end_forward(self) -> None:
+        """Notes what is left of the forward pass."""
+        self.kept, self.kept_copies, self.forward_flops = self.live, self.copies, self.flops
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is aten._local_scalar_dense.default:
@@ -160,6 +171,8 @@ def rehearse(config: MoellavaConfig, stage: Stage, batch: Batch, checkpoints: bo
         inputs = _inputs(model, batch)
         ledger, gradients = _pass_through(trained, inputs, mixed)
         layers = _layers(model)
+        balanced = config.moe_config is not None and config.moe_config.router_aux_loss_coef > 0
+        head_flops = 2 * batch.rows * batch.length * model.lm_head.weight.numel()  # which counting does without
         return Rehearsal(
             parts=trained_parameters(trained),
             parameters=sum(_size(tensor) for tensor in (*trained.parameters(), *trained.buffers())),
@@ -171,6 +184,7 @@ def rehearse(config: MoellavaConfig, stage: Stage, batch: Batch, checkpoints: bo
             layer=max(layers),
             outside_layers=sum(tensor.numel() for tensor in model.parameters()) - sum(layers),
             flops=ledger.flops,
+            counting_flops=ledger.forward_flops - head_flops if balanced else 0,
         )
 
 
@@ -206,7 +220,7 @@ def _pass_through(model: nn.Module, inputs: dict[str, Any], mixed: bool) -> tupl
         # accelerate hands out what a pass in mixed precision returns in float32.
         loss = outputs.loss if not mixed else [outputs.logits.float(), outputs.loss][1]
         del outputs
-        ledger.kept, ledger.kept_copies = ledger.live, ledger.copies
+        ledger.end_forward()
         loss.backward()
     gradients = sum(_size(parameter.grad) for parameter in parameters if parameter.grad is not None)
     return ledger, gradients
