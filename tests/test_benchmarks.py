@@ -24,7 +24,7 @@ from transformers import logging
 
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-MODULES = ("bench", "generation", "loading", "measuring", "moe", "training", "vision")
+MODULES = ("bench", "generation", "loading", "measuring", "moe", "scaling", "training", "vision")
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +123,17 @@ def test_active_bytes_are_those_of_the_chosen_experts():
     expert = sizes.num_layers * 3 * sizes.hidden_size * sizes.intermediate_size * 4
     assert counted[2, 1] == counted[4, 1]
     assert counted[4, 2] - counted[4, 1] == expert
+
+
+def test_the_page_on_scaling_has_what_is_planned():
+    """A line of each table; `python benchmarks/scaling.py --check` compares them all."""
+    import scaling
+
+    page = scaling.PAGE.read_text(encoding="utf-8").splitlines()
+    (case,) = (case for case in scaling.CASES if (case.size, case.stage) == ("1.6B", "align"))
+    for table in (scaling.memory_table, scaling.time_table):
+        header, _, line = table([case])
+        assert header in page and line in page
 
 
 def test_medians_turns_and_exponents():

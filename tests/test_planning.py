@@ -43,6 +43,10 @@ VISION = CLIPVisionConfig(
     hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14
 )
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "layers": "sparse"}
+NOTHING_ELSE = [
+    "use more devices with strategy zero3, or devices with more memory",
+    "give rows fewer tokens (max_length)",
+]
 
 
 def config_of(family, **fields):
@@ -165,12 +169,48 @@ def test_devices_share():
     assert zero3.total < zero2.total < replicated.total
 
 
-def test_what_does_not_fit_is_told_what_to_change():
-    assert plan(config_of("llama"), batch_size=2, max_length=256, memory="1GB").fits
-    tight = plan(config_of("llama"), batch_size=4, max_length=256, gradient_checkpointing=False, memory="90MB")
+@pytest.mark.parametrize(
+    "options, memory, advice",
+    [
+        ({"gradient_checkpointing": False}, "90MB", ["compute activations anew (gradient_checkpointing: true)"]),
+        ({}, "75MB", ["per_device_train_batch_size: 2, gradient_accumulation_steps: 4"]),
+        ({"devices": 8}, "50MB", ["share the parameters out (strategy zero3)"]),
+        ({}, "50MB", ["train adapters instead of the weights (lora)", *NOTHING_ELSE]),
+    ],
+)
+def test_what_does_not_fit_is_told_what_to_change(options, memory, advice):
+    tight = plan(config_of("llama"), batch_size=4, max_length=256, memory=memory, **options)
     assert not tight.fits
-    assert "activations anew" in tight.advice[0]
-    json.dumps(tight.to_dict())
+    assert tight.advice == advice
+    assert json.loads(json.dumps(tight.to_dict()))["advice"] == advice
+
+
+def test_what_fits_needs_no_advice():
+    easy = plan(config_of("llama"), batch_size=4, max_length=256, memory="1GB")
+    assert easy.fits and not easy.advice
+    assert plan(config_of("llama"), batch_size=4, max_length=256).fits is None
+
+
+def test_time_follows_operations():
+    """Six operations for a parameter and a token, eight where the forward pass is computed anew."""
+    options = {"max_length": 64, "batch_size": 4, "accumulation": 1, "mixed_precision": False, "images": 0, "rows": 400}
+    kept, anew = (plan(config_of("llama"), gradient_checkpointing=again, **options) for again in (False, True))
+    parts = {name: part["parameters"] for name, part in kept.parts.items()}
+    products = parts["language_model"] + parts["lm_head"]
+    assert kept.flops == pytest.approx(6 * products * 4 * 64, rel=0.05)
+    assert anew.flops == pytest.approx(kept.flops + 2 * parts["language_model"] * 4 * 64, rel=0.05)
+    assert kept.seconds_per_step == pytest.approx(kept.flops / (312e12 * 0.4))
+    assert kept.hours == pytest.approx(100 * kept.seconds_per_step / 3600)
+
+
+def test_balancing_a_batch_in_parts_takes_another_forward_pass():
+    options = {"stage": "moe", "max_length": 64, "batch_size": 2, "gradient_checkpointing": False}
+    whole, parts, balanced_apart = (
+        plan(config_of("llama"), moe=MOE | fields, accumulation=accumulation, **options).flops
+        for accumulation, fields in ((1, {}), (2, {}), (2, {"router_aux_loss_coef": 0.0}))
+    )
+    assert balanced_apart == 2 * whole
+    assert 1.2 < parts / balanced_apart < 1.5
 
 
 @pytest.mark.parametrize("text, size", [("80GB", 80 * 10**9), ("80GiB", 80 * 2**30), ("1.5 MB", 1500000), (7, 7)])
@@ -185,7 +225,9 @@ def test_sizes(text, size):
         ({"strategy": "zero4"}, "Unknown strategy 'zero4'; did you mean"),
         ({"gpu": "V100"}, "Unknown gpu 'V100'. Known: A100, H100"),
         ({"devices": 0}, "devices is 0; expected at least 1"),
-        ({"images": -1}, "expected no negative number"),
+        ({"images": -1}, "images is -1; expected at least 0"),
+        ({"dtype": "int8"}, "Unknown dtype 'int8'. Known: bfloat16, float16, float32"),
+        ({"stage": "pretrain"}, "Unknown stage 'pretrain'"),
         ({"utilization": 2.0}, "utilization is 2.0; expected a share"),
         ({"text_tokens": 5000}, "does not go with at most 2048 tokens"),
     ],

@@ -30,6 +30,7 @@ from ..loading import context_length
 from ..sources import Source
 from ..training.recipe import LoraRecipe, Stage
 from ..upcycling import upcycled_config
+from .advice import Way, advice
 from .rehearsal import Batch, Rehearsal, rehearse
 
 
@@ -39,6 +40,8 @@ GPUS = {"A100": 312e12, "H100": 989e12}
 HEADROOM = 0.1
 # Bytes per parameter of what is gathered from the other devices to compute with.
 _GATHERED = 2
+# What is installed here, and whether there is a GPU, says nothing about where training will be.
+_ANYWHERE = {"report_to": "none", "use_cpu": True}
 
 STRATEGIES = {
     "replicated": "every device holds the whole model (DDP)",
@@ -128,6 +131,14 @@ class Plan:
         """Whether it fits, with a tenth of the memory left free; `None` where it is not known what there is."""
         return None if self.available is None else self.memory.total <= self.available * (1 - HEADROOM)
 
+    @property
+    def fits_without_batch(self) -> bool | None:
+        """Whether at least that fits which is there whatever the batch: else a smaller one is no help."""
+        if self.available is None:
+            return None
+        of_batch = self.memory.activations + self.memory.copies + self.memory.working
+        return self.memory.total - of_batch <= self.available * (1 - HEADROOM)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as dictionaries, lists, texts and numbers, ready for `json.dumps`."""
         told = dataclasses.asdict(self) | {"fits": self.fits}
@@ -205,83 +216,56 @@ def plan(
     _check_choice("gpu", gpu, GPUS)
     _check_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
     counts = {"devices": devices, "batch_size": batch_size, "accumulation": accumulation, "rows": rows}
-    for name, value in (counts | {"max_length": max_length, "lora_rank": lora_rank}).items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; expected at least 1.")
-    if images < 0 or (text_tokens is not None and text_tokens < 0):
-        raise ValueError(f"images is {images} and text_tokens {text_tokens}; expected no negative number.")
+    _check_counts(counts | {"max_length": max_length, "lora_rank": lora_rank}, at_least=1)
+    _check_counts({"images": images, "text_tokens": text_tokens}, at_least=0)
     if not 0 < utilization <= 1:
         raise ValueError(f"utilization is {utilization}; expected a share above 0, and at most 1.")
     name, config = _config(checkpoint, hub_options)
-    given = {"moe": moe and dict(moe), "dtype": dtype, "lora": lora_rank and LoraRecipe(r=lora_rank)}
-    quiet = {"report_to": "none", "use_cpu": True}  # what is here says nothing about where training will be
-    recipe = Stage(stage=stage, data=name, **given, max_length=max_length or Stage.max_length, arguments=quiet)
+    recipe = Stage(stage=stage, data=name, moe=None if moe is None else dict(moe), arguments=_ANYWHERE)
     if stage == "moe" and config.moe_config is None:
-        config = upcycled_config(config, recipe.moe or {})
+        config = upcycled_config(config, _without_router(recipe.moe or {}))
     elif recipe.moe:
         raise ValueError("moe is given, but the model is sparse already. Leave it out, or give the dense model.")
     arguments = recipe.training_arguments(Path())
-    batch_size = batch_size or arguments.per_device_train_batch_size
-    accumulation = accumulation or arguments.gradient_accumulation_steps
-    length = _length(config, recipe.max_length, text_tokens, images)
+    asked = Way(
+        strategy=strategy,
+        batch_size=batch_size or arguments.per_device_train_batch_size,
+        accumulation=accumulation or arguments.gradient_accumulation_steps,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    length = _length(config, max_length or recipe.max_length, text_tokens, images)
     mixed = mixed_precision and dtype == "float32"
-    rehearsal = functools.partial(_rehearsed, json.dumps(config.to_dict(), sort_keys=True), stage, dtype, lora_rank)
+    rehearsed = functools.partial(_rehearsed, json.dumps(config.to_dict(), sort_keys=True), stage, dtype, lora_rank)
 
-    def planned(strategy: str, batch_size: int, accumulation: int, checkpoints: bool) -> Plan:
-        one = rehearsal(Batch(batch_size, length, images), checkpoints, mixed)
+    def planned(way: Way) -> Plan:
+        one = rehearsed(Batch(way.batch_size, length, images), way.gradient_checkpointing, mixed)
         # The load-balancing loss of a batch in parts takes one more forward pass of each.
-        flops = (one.flops + (one.counting_flops if accumulation * devices > 1 else 0)) * accumulation
+        in_parts = way.accumulation * devices > 1
+        flops = way.accumulation * (one.flops + (one.counting_flops if in_parts else 0))
         seconds = flops / (GPUS[gpu] * utilization)
+        steps = None if rows is None else rows / (way.batch_size * way.accumulation * devices)
         return Plan(
             checkpoint=name,
             stage=stage,
             devices=devices,
-            strategy=strategy,
-            batch_size=batch_size,
-            accumulation=accumulation,
+            **dataclasses.asdict(way),
             length=length,
             images=images,
-            gradient_checkpointing=checkpoints,
             dtype=dtype,
             mixed_precision="bfloat16" if mixed else None,
             parts=one.parts,
-            memory=_spread(one, strategy, devices),
+            memory=_spread(one, way.strategy, devices),
             available=available,
             flops=flops * devices,
             seconds_per_step=seconds,
-            hours=None if rows is None else rows / (batch_size * accumulation * devices) * seconds / 3600,
+            hours=None if steps is None else steps * seconds / 3600,
             advice=[],
         )
 
-    wanted = planned(strategy, batch_size, accumulation, gradient_checkpointing)
-    if wanted.fits is not False:
-        return wanted
-    return dataclasses.replace(wanted, advice=_advice(wanted, planned, lora_rank))
-
-
-def _advice(wanted: Plan, planned: Any, lora_rank: int | None) -> list[str]:
-    """Looks for what fits, from what costs least to what costs most."""
-    strategy, rows, steps = wanted.strategy, wanted.batch_size, wanted.accumulation
-    changes: list[str] = []
-    if not wanted.gradient_checkpointing:
-        changes.append("compute activations anew (gradient_checkpointing: true)")
-        if planned(strategy, rows, steps, True).fits:
-            return changes
-    while rows > 1:
-        rows, steps = rows // 2, steps * 2
-        if planned(strategy, rows, steps, True).fits:
-            return [*changes, f"per_device_train_batch_size: {rows}, gradient_accumulation_steps: {steps}"]
-    if wanted.devices > 1 and strategy != "zero3":
-        changes.append("share the parameters out (strategy zero3)")
-        rows, steps = wanted.batch_size, wanted.accumulation
-        while not planned("zero3", rows, steps, True).fits and rows > 1:
-            rows, steps = rows // 2, steps * 2
-        if planned("zero3", rows, steps, True).fits:
-            if rows != wanted.batch_size:
-                changes.append(f"per_device_train_batch_size: {rows}, gradient_accumulation_steps: {steps}")
-            return changes
-    more = ["use more devices with strategy zero3, or devices with more memory", "give rows fewer tokens (max_length)"]
-    return more if lora_rank else ["train adapters instead of the weights (lora)", *more]
+    wanted = planned(asked)
+    if wanted.fits is False:
+        wanted.advice.extend(advice(asked, planned, devices, adapters=lora_rank is not None))
+    return wanted
 
 
 def _spread(one: Rehearsal, strategy: str, devices: int) -> Memory:
@@ -365,6 +349,17 @@ def read_memory(memory: int | float | str) -> int:
     if size < 1:
         raise ValueError(f"memory is {memory!r}; expected a size such as 80GB, 80GiB or a number of bytes.")
     return size
+
+
+def _without_router(moe: Mapping[str, Any]) -> dict[str, Any]:
+    # Routers from a file are as large as new ones.
+    return {name: value for name, value in moe.items() if name != "router_path"}
+
+
+def _check_counts(counts: Mapping[str, int | None], at_least: int) -> None:
+    for name, value in counts.items():
+        if value is not None and value < at_least:
+            raise ValueError(f"{name} is {value}; expected at least {at_least}.")
 
 
 def _check_choice(name: str, value: str, known: Any) -> None:
