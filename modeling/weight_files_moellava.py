@@ -52,6 +52,35 @@ def check_indices(folder: str | os.PathLike) -> None:
                 )
 
 
+def check_adapter(path: str | os.PathLike) -> None:
+    """Checks that an adapter is one of LoRA's, which its own files hold as a whole.
+
+    PEFT's other kinds may open what their configs name: a model, a tokenizer, other adapters. Of LoRA's fields, one
+    names a module that is imported.
+
+    Args:
+        path (`str` or `os.PathLike`): Its `adapter_config.json`.
+
+    Raises:
+        ValueError: It is damaged, of another kind, or names a module.
+    """
+    try:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no valid JSON ({error}). Save or download the adapter again.") from error
+    kind = fields.get("peft_type") if isinstance(fields, dict) else None
+    if kind != "LORA":
+        raise ValueError(
+            f"{path} is of an adapter of the type {kind!r}; only LORA is loaded, whose files are all that it "
+            "needs. Put another one on the loaded model yourself: PeftModel.from_pretrained(model, folder)."
+        )
+    if fields.get("megatron_config"):
+        raise ValueError(
+            f"{path} names the module {fields.get('megatron_core')!r} in megatron_config, which would be imported. "
+            "Nothing is imported because of what a file says: set megatron_config to null."
+        )
+
+
 def check_size(model: nn.Module, files: Iterable[str | os.PathLike]) -> None:
     """Checks that a model, which has no memory yet, is not far larger than the files that it is filled from.
 
@@ -67,4 +96,4 @@ def check_size(model: nn.Module, files: Iterable[str | os.PathLike]) -> None:
         )
 
 
-__all__ = ["check_indices", "check_size"]
+__all__ = ["check_adapter", "check_indices", "check_size"]

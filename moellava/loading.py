@@ -44,12 +44,14 @@ from .configuration.custom_code_moellava import CUSTOM_MODULE, is_own_class, reg
 from .configuration.names_moellava import canonical_projector, stacked_projector
 from .configuration.registry_moellava import ENCODERS, PROJECTORS, plain_value
 from .converting import is_older, load_older
+from .converting.adapters import ADAPTER_FILES
 from .modeling import MoellavaForCausalLM
+from .modeling.weight_files_moellava import check_adapter
 from .processing import MoellavaProcessor
 from .projector_files import read_projector
 from .quantizing import STACKED, quantization_coverage
 from .request import LoadRequest, is_custom_encoder, read_request
-from .sources import CONFIG_NAME, Source
+from .sources import CONFIG_NAME, Source, read_tensors
 from .upcycling import is_new_weight, upcycled, with_moe_changes
 
 
@@ -424,11 +426,17 @@ def _load_adapter(request: LoadRequest, placement: Any) -> Any:
         from peft import PeftModel
     except ImportError as error:
         raise ImportError("A LoRA adapter needs PEFT, which is not installed: `pip install moellava[peft]`.") from error
-    if adapter.read_json("adapter_config.json") is None:
+    adapter_config = adapter.find("adapter_config.json")
+    if adapter_config is None:
         raise ValueError(
             f"model_base is given, but {adapter} is no LoRA adapter: it has no adapter_config.json. To load a "
             "checkpoint, give its path as model_path and leave model_base out."
         )
+    check_adapter(adapter_config)
+    for name in ADAPTER_FILES:
+        weights = adapter.find(name)
+        if weights is not None:
+            dict(read_tensors(weights))  # PEFT's errors on damaged files do not say which it is
     base = _load(dataclasses.replace(request, model_path=request.model_base, model_base=None), placement)
     processor = base.processor
     model = PeftModel.from_pretrained(base, adapter.name, **adapter.hub_options)

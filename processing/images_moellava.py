@@ -160,7 +160,8 @@ def check_shape(width: int, height: int, aspect_ratio: str, name: str = "The pic
     if aspect_ratio == "pad" and long * long > 2 * limit:
         raise ValueError(
             f"{name} is {width}x{height} pixels, and padded to a square it would have {long * long:,}; expected at "
-            f"most {2 * limit:,}. Scale it down first, or pass `image_aspect_ratio='square'`."
+            f"most {2 * limit:,}. Scale it down first, pass `image_aspect_ratio='square'`, or raise "
+            "PIL.Image.MAX_IMAGE_PIXELS."
         )
 
 
@@ -297,6 +298,11 @@ def _decode(content: bytes, name: str, origin: str) -> PIL.Image.Image:
 
 
 def _not_decodable(name: str, error: Exception) -> ValueError:
+    if isinstance(error, PIL.Image.DecompressionBombError):
+        return ValueError(
+            f"{name} cannot be decoded: {type(error).__name__}: {error} Scale it down first; or, where you know where "
+            "it is from, set PIL.Image.MAX_IMAGE_PIXELS to half of its pixels or more."
+        )
     # Pillow's own message names an object in memory.
     reason = "no known format" if isinstance(error, PIL.UnidentifiedImageError) else error
     return ValueError(f"{name} cannot be decoded: {type(error).__name__}: {reason}. Expected a complete picture file.")

@@ -13,19 +13,22 @@
 # limitations under the License.
 """Opens hostile files through every door that a user has, each in a process of its own, and tells what it did.
 
-Run as `python hostile_doors.py JOBS RESULTS`: JOBS is a JSON file with `scratch`, `blocks_moellava`, `warm_up` and
-`jobs`, each `{"name", "door", "path", "also", ...}`: the folder that is opened, and what else may be; RESULTS gets, for
-each, what was raised and what an audit hook saw: files opened outside of these and of Python's own folders, sockets,
-processes, code that ran from elsewhere. The libraries are imported once; each job runs in a fork, under a limit of
-memory and of time.
+Run as `python hostile_doors.py JOBS RESULTS`: JOBS is a JSON file with `scratch`, `guarded`, `blocks_moellava`,
+`warm_up` and `jobs`, each `{"name", "door", "path", "also", ...}`: the folder that is opened, and what else may be;
+RESULTS gets, for each, what was raised and what was seen. An audit hook sees files that Python opens outside of these
+and of its own folders, sockets, processes, and code that ran from elsewhere. Libraries in C and Rust open files that it
+does not see; of those in `guarded` folders the system tells. The libraries are imported once; each job runs in a fork,
+under a limit of memory and of time.
 """
 
 import contextlib
+import ctypes
 import io
 import json
 import os
 import resource
 import signal
+import struct
 import sys
 import sysconfig
 import tempfile
@@ -73,6 +76,35 @@ class Watch:
                 self.ran.append(name)
 
 
+class Guard:
+    """What of some folders is opened, by Linux's own account."""
+
+    IN_OPEN = 0x20
+
+    def __init__(self, folders: list[str]):
+        system = ctypes.CDLL(None, use_errno=True)
+        self.events = system.inotify_init1(os.O_NONBLOCK)
+        self.folders = {
+            system.inotify_add_watch(self.events, os.fsencode(path), self.IN_OPEN): path for path in folders
+        }
+        if self.events < 0 or min(self.folders, default=0) < 0:
+            raise OSError(ctypes.get_errno(), "the folders cannot be watched")
+
+    def opened(self) -> list[str]:
+        """Returns the paths that were opened since the last call."""
+        try:
+            events = os.read(self.events, 2**16)
+        except BlockingIOError:
+            return []
+        paths = []
+        while events:
+            # struct inotify_event: the folder, what, a number, and the length of the name that follows.
+            folder, _, _, length = struct.unpack_from("iIII", events)
+            paths.append(os.path.join(self.folders[folder], events[16 : 16 + length].rstrip(b"\0").decode()))
+            events = events[16 + length :]
+        return paths
+
+
 def _is_below(path: str, folders: list[str]) -> bool:
     return any(path == folder or path.startswith(f"{folder.rstrip('/')}/") for folder in folders)
 
@@ -83,6 +115,9 @@ def _checkpoint_doors() -> dict:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
     import moellava
+    from moellava.evaluating.questions import read_questions
+    from moellava.origins import license_of
+    from moellava.sources import Source
 
     return {
         "load_pretrained_model": lambda path, **more: moellava.load_pretrained_model(path, device="cpu", **more),
@@ -97,7 +132,10 @@ def _checkpoint_doors() -> dict:
         "AutoProcessor": lambda path: AutoProcessor.from_pretrained(path, trust_remote_code=False),
         "inspect_checkpoint": lambda path: moellava.inspect_checkpoint(path),
         "convert": lambda path, **more: moellava.convert(path, "converted", **more),
-        "open_picture": _prepare_picture,
+        "upcycle": lambda path, **more: moellava.upcycle(path, 2, 1, **more),
+        "read_questions": lambda path: read_questions(path),
+        "licence": lambda path: license_of(Source(path)),
+        "prepare_picture": _prepare_picture,
         "chat_template": _apply_template,
         "open_data": _open_rows,
         "checkpoint_files": _files_to_push,
@@ -142,11 +180,11 @@ def _open_rows(path: str):
     return [open_picture(picture).size for row in rows for picture in row.pictures]
 
 
-def _files_to_push(path: str):
+def _files_to_push(path: str, folder: str | None = None):
     from moellava.hub import checkpoint_files
     from moellava.sources import Source
 
-    return checkpoint_files(Source(path))
+    return checkpoint_files(Source(folder or path))
 
 
 def _command(path: str, arguments: list[str]):
@@ -167,15 +205,16 @@ class CommandFailed(Exception):
     """A command ended in a sentence on standard error, as it should."""
 
 
-def _run(job: dict, door, scratch: str) -> dict:
+def _run(job: dict, door, given: dict) -> dict:
     """Runs one job in this process, which is its own."""
     page = os.sysconf("SC_PAGE_SIZE")
     held = int(Path("/proc/self/statm").read_text().split()[0]) * page
     resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
     signal.alarm(SECONDS)
     arguments = {name: value for name, value in job.items() if name not in ("name", "door", "also")}
-    os.chdir(tempfile.mkdtemp(dir=scratch))
+    os.chdir(tempfile.mkdtemp(dir=given["scratch"]))
     watch = Watch([job["path"], os.getcwd(), os.environ["HF_HOME"], *job.get("also", [])])
+    guard = Guard([folder for folder in given["guarded"] if not _is_below(folder, watch.allowed)])
     modules = set(sys.modules)
     sys.addaudithook(watch)
     outcome = {"error": None, "text": None, "value": None, "trace": None, "said": ""}
@@ -195,17 +234,18 @@ def _run(job: dict, door, scratch: str) -> dict:
     outcome["grew"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 1024  # MiB
     new = {name: getattr(sys.modules[name], "__file__", None) for name in set(sys.modules) - modules}
     foreign = [name for name, file in new.items() if file and not _is_below(os.path.realpath(file), watch.code)]
-    return outcome | {"opened": watch.opened, "denied": watch.denied, "ran": watch.ran, "imported": foreign}
+    opened = watch.opened + guard.opened()
+    return outcome | {"opened": opened, "denied": watch.denied, "ran": watch.ran, "imported": foreign}
 
 
-def _run_apart(job: dict, door, scratch: str) -> dict:
+def _run_apart(job: dict, door, given: dict) -> dict:
     """Runs one job in a fork; the answer comes through a pipe."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read_end)
         with os.fdopen(write_end, "w") as answer:
-            json.dump(_run(job, door, scratch), answer)
+            json.dump(_run(job, door, given), answer)
         os._exit(0)
     os.close(write_end)
     with os.fdopen(read_end) as answer:
@@ -225,7 +265,7 @@ def main(jobs_file: str, results_file: str) -> None:
                 doors[door](given["warm_up"])
     results = {}
     for job in given["jobs"]:
-        results[job["name"]] = _run_apart(job, doors[job["door"]], given["scratch"])
+        results[job["name"]] = _run_apart(job, doors[job["door"]], given)
     Path(results_file).write_text(json.dumps(results))
 
 

@@ -18,6 +18,7 @@ file outside of the checkpoint is opened, no connection made, no process started
 are opened by `hostile_doors.py`, whose audit hook sees that.
 """
 
+import base64
 import io
 import json
 import os
@@ -30,13 +31,16 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from older import write_older, write_tower
 from parts import picture
 from PIL import Image
 from safetensors.torch import load_file
 
 from moellava import load_pretrained_model, upcycle
+from moellava.processing.images_moellava import check_shape, load_picture
 
 
 HERE = Path(__file__).resolve().parent
@@ -167,9 +171,21 @@ class Payload:
         return (os.mkdir, ("EXECUTED",))
 
 
-def pickled(folder: Path) -> None:
+def pickled(name: str = "pytorch_model.bin", instead_of: str = "model.safetensors"):
+    """Puts a pickle that would run code into the place of weights."""
+
+    def change(folder: Path) -> None:
+        (folder / instead_of).unlink(missing_ok=True)
+        torch.save({"model.weight": Payload()}, folder / name)
+
+    return change
+
+
+def expanded(folder: Path) -> None:
+    """A file of tensors of which one is as large as can be, and holds one number."""
+    weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    torch.save({"model.weight": Payload()}, folder / "pytorch_model.bin")
+    torch.save(weights | {"lm_head.weight": torch.zeros(1).expand(2**20, 2**20)}, folder / "pytorch_model.bin")
 
 
 FOREIGN = {
@@ -227,6 +243,7 @@ CASES = {
     "quantised text": config(text_config__quantization_config={"quant_method": "mxfp4"}),
     "architectures": config(architectures=["os.system"]),
     "adapter beside it": edit("adapter_config.json", **ADAPTER),
+    "adapter of another kind beside it": edit("adapter_config.json", peft_type="SHADOW", shadow_model="@outside"),
     "custom_generate": both(
         edit("generation_config.json", custom_generate="evil/repo", trust_remote_code=True),
         write("custom_generate/generate.py", EVIL_CODE),
@@ -326,7 +343,8 @@ CASES = {
     "index is a list": index_of([1]),
     "index of other types": index_of({"lm_head.weight": {"a": 1}}),
     "index is nested": both(index_of({}), write("model.safetensors.index.json", "[" * 100000 + "]" * 100000)),
-    "pickle with code": pickled,
+    "pickle with code": pickled(),
+    "pickle of an expanded tensor": expanded,
     "header of 2^63": header(lambda entries: struct.pack("<Q", 2**63) + b"{}"),
     "header beyond the file": header(lambda entries: struct.pack("<Q", 10**6) + b"{}"),
     "header is no JSON": header(lambda entries: "{" * 1000),
@@ -423,13 +441,14 @@ def doors_of(name: str) -> list[tuple[str, dict]]:
     return doors
 
 
-def open_all(root: Path, jobs: list[dict], warm_up: Path, blocks_moellava: bool = False) -> dict[str, dict]:
+def open_all(root: Path, jobs: list[dict], checkpoints: dict[str, Path], blocks_moellava: bool = False) -> dict:
     """Runs jobs by `hostile_doors.py`, in one process that may ask the Hub, so that it shows whether it would."""
     (root / "scratch").mkdir()
     given = {
         "scratch": str(root / "scratch"),
+        "guarded": [str(checkpoints["outside"])],
         "blocks_moellava": blocks_moellava,
-        "warm_up": str(warm_up),
+        "warm_up": str(checkpoints["dense"]),
         "jobs": jobs,
     }
     (root / "jobs.json").write_text(json.dumps(given))
@@ -471,7 +490,7 @@ def outcomes(checkpoints, tmp_path_factory) -> dict[str, dict[str, dict]]:
             for door, more in doors_of(name):
                 label = " ".join([kind, door, *more.get("arguments", [])[:1]])
                 jobs.append({"name": f"{name}|{label}", "door": door, "path": str(folder), **more})
-    results = open_all(root, jobs, checkpoints["dense"])
+    results = open_all(root, jobs, checkpoints)
     assert not list(root.rglob("EXECUTED"))
     sorted_by_case: dict[str, dict[str, dict]] = {}
     for name, result in results.items():
@@ -522,9 +541,155 @@ def test_where_the_package_is_not_installed_nothing_is_imported(checkpoints, tmp
         {"name": door, "door": door, "path": str(checkpoints["dense"])}
         for door in ("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor", "pipeline")
     ]
-    for door, result in open_all(tmp_path, jobs, checkpoints["outside"], blocks_moellava=True).items():
+    for door, result in open_all(tmp_path, jobs, checkpoints, blocks_moellava=True).items():
         check_harmless(result)
         assert result["error"] == "ValueError" and "trust_remote_code=True" in result["text"], (door, result)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Older checkpoints, adapters, and checkpoints in the Hub's cache
+# ---------------------------------------------------------------------------------------------------------------------
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PICKLED = "holds Python objects other than tensors"
+OF_ANOTHER_KIND = "of an adapter of the type '.*'; only LORA is loaded"
+PROMPT = {"prompt_tuning_init": "TEXT", "tokenizer_kwargs": {"trust_remote_code": True}, "num_virtual_tokens": 1}
+
+# What is taken, what is changed of it, and what is said: None where it loads.
+FORMATS = {
+    "older: pickle": ("older", pickled(), PICKLED),
+    "older: pickle of a projector": ("projector", pickled("mm_projector.bin"), PICKLED),
+    "older: pickle beside an adapter": (
+        "projector",
+        both(edit("adapter_config.json", **ADAPTER), pickled("non_lora_trainables.bin")),
+        PICKLED,
+    ),
+    "older: shard above": ("older", sharded("../outside/model.safetensors"), "expected the plain name of a file"),
+    "older: code of its tower": ("older", config(mm_image_tower="@evil-tower"), None),
+    "older: code of its tokenizer": (
+        "older",
+        both(EVIL, edit("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})),
+        None,
+    ),
+    "older: tower of the system": ("older", config(mm_image_tower="/etc"), "tower '/etc', which cannot be had here"),
+    "older: tower of the Hub": ("older", config(mm_image_tower="evil/repo"), "'evil/repo', which cannot be had here"),
+    "adapter of another base": (
+        "adapter",
+        edit("adapter_config.json", **{**ADAPTER, "target_modules": "q_proj"}),
+        None,
+    ),
+    "adapter that imports": (
+        "adapter",
+        edit("adapter_config.json", megatron_config={"a": 1}, megatron_core="evil.core"),
+        "names the module 'evil.core' in megatron_config",
+    ),
+    "adapter with a model": (
+        "adapter",
+        edit("adapter_config.json", peft_type="SHADOW", shadow_model="@outside"),
+        OF_ANOTHER_KIND,
+    ),
+    "adapter with a tokenizer's code": (
+        "adapter",
+        edit("adapter_config.json", peft_type="PROMPT_TUNING", tokenizer_name_or_path="@outside", **PROMPT),
+        OF_ANOTHER_KIND,
+    ),
+    "adapter with other adapters": (
+        "adapter",
+        edit("adapter_config.json", peft_type="XLORA", adapters={"0": "@outside"}),
+        OF_ANOTHER_KIND,
+    ),
+    "pickle of an adapter": ("adapter", pickled("adapter_model.bin", "adapter_model.safetensors"), PICKLED),
+    "nested adapter": ("adapter", write("adapter_config.json", "[" * 100000 + "]" * 100000), "is no valid JSON"),
+    "cached": ("cached", both(), None),
+    "cached shard elsewhere": (
+        "cached",
+        sharded("../../../../../outside/model.safetensors"),
+        "expected the plain name",
+    ),
+    "cached absolute shard": ("cached", sharded("@../../../../outside/model.safetensors"), "expected the plain name"),
+}
+
+
+@pytest.fixture(scope="module")
+def formats(checkpoints, tmp_path_factory) -> dict[str, Path]:
+    """An older checkpoint with its tower, a projector of one, and a LoRA adapter of ours."""
+    root = tmp_path_factory.mktemp("formats")
+    tower = write_tower(root / "tower")
+    shutil.copytree(tower, root / "evil-tower")
+    both(EVIL, config(**FOREIGN), edit("preprocessor_config.json", auto_map={"AutoImageProcessor": "evil.Evil"}))(
+        root / "evil-tower"
+    )
+    older = write_older(
+        root / "older", "llama", tower_folder=tower, with_tower_weights=False, tokenizer_files="fast"
+    ).folder
+    (root / "projector").mkdir()
+    shutil.copy(older / "config.json", root / "projector")
+    model = load_pretrained_model(checkpoints["dense"], device="cpu").model
+    lora = peft.LoraConfig(r=2, target_modules=r".*language_model.*q_proj")
+    peft.get_peft_model(model, lora).save_pretrained(root / "adapter")
+    return {path.name: path for path in root.iterdir()}
+
+
+def cached(root: Path, name: str, checkpoint: Path, change) -> Path:
+    """Lays a checkpoint out as the Hub's cache does, its files links into `blobs`; returns the snapshot."""
+    repository = root / "hub" / "hub" / f"models--evil--{name}"
+    snapshot = repository / "snapshots" / COMMIT
+    shutil.copytree(checkpoint, snapshot)
+    change(snapshot)
+    (repository / "blobs").mkdir()
+    for number, path in enumerate([path for path in snapshot.iterdir() if path.is_file()]):
+        path.rename(repository / "blobs" / str(number))
+        path.symlink_to(f"../../blobs/{number}")
+    return snapshot
+
+
+@pytest.fixture(scope="module")
+def opened_formats(checkpoints, formats, tmp_path_factory) -> dict[str, dict]:
+    root, jobs = tmp_path_factory.mktemp("opened"), []
+    for name in ("outside", "evil-tower"):
+        (root / name).symlink_to(checkpoints.get(name) or formats[name])
+    bases = {"projector": formats["older"], "adapter": checkpoints["dense"]}
+    for number, (name, (kind, change, _)) in enumerate(FORMATS.items()):
+        job = {"name": name, "door": "load_pretrained_model", "also": [str(formats["tower"])]}
+        if kind == "cached":
+            snapshot = cached(root, str(number), checkpoints["dense"], change)
+            jobs += [
+                job | {"path": f"evil/{number}", "revision": COMMIT, "local_files_only": True},
+                job | {"name": f"{name}|folder", "path": str(snapshot), "also": [str(snapshot.parents[1])]},
+                {"name": f"{name}|pushed", "door": "checkpoint_files", "path": str(snapshot.parents[1])}
+                | {"folder": str(snapshot)},
+            ]
+            continue
+        folder = root / str(number)
+        shutil.copytree(formats[kind], folder)
+        change(folder)
+        job |= {"path": str(folder)}
+        if kind in bases:
+            job |= {"model_base": str(bases[kind])}
+            job["also"] += [str(bases[kind])]
+        if name == "older: code of its tower":
+            job["also"] += [str(formats["evil-tower"])]
+        if name == "older: tower of the system":
+            job["also"] += ["/etc"]
+        jobs.append(job)
+    results = open_all(root, jobs, checkpoints)
+    assert not list(root.rglob("EXECUTED")) and not list(formats["evil-tower"].rglob("EXECUTED"))
+    return results
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_hostile_older_checkpoint_or_adapter(opened_formats, name):
+    expected = FORMATS[name][2]
+    for label in (name, f"{name}|folder", f"{name}|pushed") if FORMATS[name][0] == "cached" else (name,):
+        result = opened_formats[label]
+        if name == "older: tower of the Hub":  # an older checkpoint names its tower, which is asked for
+            assert result["denied"], result
+            result["denied"] = []
+        check_harmless(result)
+        if expected is None:
+            assert result["error"] is None, (label, result)
+        else:
+            assert not ERRORS.isdisjoint(result["kinds"]) and re.search(expected, result["text"]), (label, result)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -581,7 +746,7 @@ def opened_pictures(checkpoints, tmp_path_factory):
         path.write_bytes(make())
         for aspect in ("pad", "square"):
             jobs.append({
-                "name": f"{name}|{aspect}", "door": "open_picture", "path": str(checkpoints["dense"]),
+                "name": f"{name}|{aspect}", "door": "prepare_picture", "path": str(checkpoints["dense"]),
                 "also": [str(path)], "picture": str(path), "aspect": aspect,
             })  # fmt: skip
     rows = [
@@ -596,7 +761,7 @@ def opened_pictures(checkpoints, tmp_path_factory):
     shutil.copytree(checkpoints["dense"], linked)
     (linked / "LICENSE").symlink_to("/etc/passwd")
     jobs.append({"name": "linked", "door": "checkpoint_files", "path": str(linked), "also": ["/etc/passwd"]})
-    return open_all(root, jobs, checkpoints["dense"])
+    return open_all(root, jobs, checkpoints)
 
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
@@ -613,14 +778,95 @@ def test_hostile_picture(opened_pictures, name, aspect):
         assert result["error"] == "ValueError" and expected in result["text"], result
 
 
-def test_rows_name_pictures_and_nothing_else(opened_pictures):
+def test_large_scans_are_opened_where_pillow_opens_them(monkeypatch):
+    """Slides and panoramas; of what is too large, the error says by what it is allowed."""
+    check_shape(12000, 3000, "pad")
+    check_shape(20000, 15000, "square")
+    with pytest.raises(ValueError, match="20000x15000 .* Scale it down .* raise PIL.Image.MAX_IMAGE_PIXELS"):
+        check_shape(20000, 15000, "pad")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2 * 10**8)
+    check_shape(20000, 15000, "pad")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="decompression bomb .* set PIL.Image.MAX_IMAGE_PIXELS to half of its pixels"):
+        load_picture(base64.b64encode(encoded(picture())).decode())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 36 / 2)
+    assert load_picture(base64.b64encode(encoded(picture())).decode()).size == (48, 36)
+
+
+YAML_CODE = '!!python/object/apply:os.mkdir ["EXECUTED"]'
+# Whether a row's picture is opened as one; the door that is opened, and what is said.
+DATA = {
+    "picture by an absolute path": ("open_data", {"image": "@picture.png"}, None),
+    "picture above": ("open_data", {"image": "../picture.png"}, None),
+    "picture that is none": ("open_data", {"image": "/etc/passwd"}, "/etc/passwd cannot be decoded"),
+    "picture by an address": ("open_data", {"image": "http://169.254.169.254/latest"}, "training fetches nothing"),
+    "picture that is long": ("open_data", {"image": "../long.png"}, "1x100000 pixels, more than 200 times as long"),
+    "nested rows": ("open_data", "[" * 100000 + "]" * 100000, "is no valid JSON"),
+    "nested questions": ("read_questions", "[" * 100000 + "]" * 100000, "is no valid JSON"),
+    "a number of many digits": ("open_data", "[" + "9" * 100000 + "]", "is no valid JSON"),
+}
+
+
+@pytest.fixture(scope="module")
+def opened_data(checkpoints, tmp_path_factory) -> dict[str, dict]:
+    root, jobs = tmp_path_factory.mktemp("data"), []
+    picture().save(root / "picture.png")
+    Image.new("1", (1, 100000)).save(root / "long.png")
+    for number, (name, (door, row, _)) in enumerate(DATA.items()):
+        path = root / str(number) / "rows.json"
+        text = row if isinstance(row, str) else json.dumps([row | {"conversations": TALK}])
+        write("rows.json", text.replace("@", f"{root}/"))(path.parent)
+        also = ["/etc/passwd", str(root / "picture.png"), str(root / "long.png")]
+        jobs.append({"name": name, "door": door, "path": str(path), "also": also})
+
+    def changed(name: str, change) -> str:
+        shutil.copytree(checkpoints["dense"], root / name)
+        change(root / name)
+        return str(root / name)
+
+    with_code = changed("yaml", write("README.md", f"---\nlicense: {YAML_CODE}\n---\nMine.\n"))
+    write("recipe.yaml", f"model: {YAML_CODE}\n")(Path(with_code))
+    pickled("router.bin")(Path(changed("router", both())))
+    linked = changed("linked", lambda folder: (folder / "LICENSE").symlink_to("/etc/passwd"))
+    jobs += [
+        {"name": "licence", "door": "licence", "path": with_code},
+        {"name": "card", "door": "moellava", "path": with_code, "arguments": ["card", "PATH"]},
+        {"name": "recipe", "door": "moellava", "path": with_code, "arguments": ["train", "PATH/recipe.yaml"]},
+        {"name": "router", "door": "upcycle", "path": str(root / "router")}
+        | {"router_path": str(root / "router" / "router.bin")},
+        {"name": "linked", "door": "checkpoint_files", "path": linked, "also": ["/etc/passwd"]},
+    ]
+    results = open_all(root, jobs, checkpoints)
+    assert not list(root.rglob("EXECUTED"))
+    return results
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_rows_name_pictures_and_nothing_else(opened_data, name):
     """A row may name any file of this machine, as a picture; what is none is not shown, and nothing is fetched."""
-    for number, said in enumerate(("/etc/passwd cannot be decoded", "training fetches nothing")):
-        result = opened_pictures[f"row {number}"]
-        check_harmless(result)
-        assert "ValueError" in result["kinds"] and said in result["text"] and "root:" not in result["text"], result
+    result, expected = opened_data[name], DATA[name][2]
+    check_harmless(result)
+    if expected is None:
+        assert result["value"] == "[(48, 36)]", result
+    else:
+        assert "ValueError" in result["kinds"] and expected in result["text"] and "root:" not in result["text"], result
 
 
-def test_a_link_out_of_the_folder_is_not_pushed(opened_pictures):
-    result = opened_pictures["linked"]
+def test_yaml_makes_no_objects(opened_data):
+    """Neither that at the head of a model card, nor a recipe."""
+    check_harmless(opened_data["licence"])
+    assert opened_data["licence"]["value"] == "{}"
+    for name, said in (("card", "README.md is no valid YAML"), ("recipe", "recipe.yaml")):
+        check_harmless(opened_data[name])
+        assert opened_data[name]["error"] == "CommandFailed" and said in opened_data[name]["text"], opened_data[name]
+
+
+def test_a_routers_file_runs_no_code(opened_data):
+    check_harmless(opened_data["router"])
+    assert opened_data["router"]["error"] == "ValueError" and PICKLED in opened_data["router"]["text"]
+
+
+def test_a_link_out_of_the_folder_is_not_pushed(opened_data):
+    result = opened_data["linked"]
+    check_harmless(result)
     assert result["error"] == "ValueError" and "is a link to /etc/passwd, outside of the checkpoint" in result["text"]

@@ -25,10 +25,11 @@ from .older_weights import our_names
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.default)?\.weight")
-# Options of PEFT's that go by the names or the number of layers, which are others here, or that add other weights.
+# Options of PEFT's that go by the names or the number of layers, which are others here, that add other weights, or that
+# name a module to import.
 _REFUSED = (
     "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "target_parameters",
-    "trainable_token_indices", "use_dora", "lora_bias", "alora_invocation_tokens", "arrow_config",
+    "trainable_token_indices", "use_dora", "lora_bias", "alora_invocation_tokens", "arrow_config", "megatron_config",
 )  # fmt: skip
 _INITIALISATIONS = (True, False, None, "gaussian")
 

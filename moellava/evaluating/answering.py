@@ -75,7 +75,7 @@ def answer_questions(
             chats = {}
             for place in batch:
                 try:
-                    chats[place] = _with_open_pictures(questions[place].turns)
+                    chats[place] = _with_open_pictures(questions[place].turns, model.processor.image_aspect_ratio)
                 except (OSError, TypeError, ValueError) as error:
                     answers[place] = f"has a picture that cannot be used: {error}"
             if chats:
@@ -85,10 +85,10 @@ def answer_questions(
     return answers
 
 
-def _with_open_pictures(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _with_open_pictures(turns: Sequence[dict[str, Any]], aspect_ratio: str) -> list[dict[str, Any]]:
     return [
         {**turn, "content": [
-            {**part, "image": open_picture(part["image"])} if part["type"] == "image" else part
+            {**part, "image": open_picture(part["image"], aspect_ratio)} if part["type"] == "image" else part
             for part in turn["content"]
         ]}
         for turn in turns

@@ -34,7 +34,7 @@ from typing import Any
 
 from ..asking import user_turn
 from ..building import IMAGE_TOKEN
-from ..processing.images_moellava import to_rgb
+from ..processing.images_moellava import check_shape, to_rgb
 from .scoring import CLOSED, OPEN, words
 
 
@@ -152,17 +152,19 @@ def read_questions(
     return found
 
 
-def open_picture(picture: Any) -> Any:
+def open_picture(picture: Any, aspect_ratio: str = "square") -> Any:
     """Opens a picture of a [`Question`], as an RGB PIL picture.
 
     Raises:
         FileNotFoundError: The file is not there any more.
         TypeError: It is no picture.
-        ValueError: It cannot be decoded.
+        ValueError: It cannot be decoded, or its shape is none that a processor with this `image_aspect_ratio` takes.
     """
     if isinstance(picture, Mapping):  # a column of datasets.Image(decode=False)
         picture = f"data:image/*;base64,{base64.b64encode(picture['bytes']).decode()}"
-    return to_rgb(picture)
+    image = to_rgb(picture)
+    check_shape(*image.size, aspect_ratio)
+    return image
 
 
 def _read_rows(path: Path) -> list[Any]:
@@ -193,7 +195,7 @@ def _lines(text: str) -> list[tuple[int, str]]:
 def _parsed(text: str, name: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of numbers with thousands of digits
         raise ValueError(f"{name} is no valid JSON ({error}). Correct it, or save the file again.") from error
 
 

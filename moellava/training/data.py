@@ -183,6 +183,7 @@ def _encoded(
     rows: Rows, encoder: Encoder | None, report: DataReport, check_pictures: bool, log: bool = False
 ) -> Iterator[tuple[int, Any, Any]]:
     """Yields the number, the tokens and the row of what can be used, and notes the rest in a report."""
+    aspect_ratio = "square" if encoder is None else encoder.processor.image_aspect_ratio
     for index, raw in rows.raw():
         report.rows += 1
         try:
@@ -190,7 +191,7 @@ def _encoded(
             encoded = None if encoder is None else encoder.encode(row)
             for picture in row.pictures:
                 if check_pictures:
-                    open_picture(picture)
+                    open_picture(picture, aspect_ratio)
                 elif isinstance(picture, os.PathLike) and not os.path.isfile(picture):
                     raise RowError("missing picture", f"there is no file {picture}")
         except RowError as error:
@@ -253,7 +254,8 @@ class Collator:
             attention_mask[row, :count] = 1
             labels[row, :count] = torch.as_tensor(example["labels"])
             try:
-                pictures += [open_picture(picture) for picture in example["pictures"]]
+                aspect_ratio = self.processor.image_aspect_ratio
+                pictures += [open_picture(picture, aspect_ratio) for picture in example["pictures"]]
             except RowError as error:
                 raise ValueError(f"{example['name']}: {error}. Take the row out, or mend the picture.") from error
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

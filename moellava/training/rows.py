@@ -25,7 +25,7 @@ import PIL.Image
 
 from ..building import IMAGE_TOKEN
 from ..configuration.registry_moellava import known_names
-from ..processing.images_moellava import load_picture, to_rgb
+from ..processing.images_moellava import check_shape, load_picture, to_rgb
 
 
 # What rows call those who speak.
@@ -106,7 +106,7 @@ def _read_json(path: Path) -> list[Any]:
     text = path.read_text(encoding="utf-8")
     try:
         rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of numbers with thousands of digits
         raise ValueError(f"{path} is no valid JSON ({error}). Expected a list of rows.") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path} holds a {type(rows).__name__}; expected a list of rows.")
@@ -202,11 +202,15 @@ def row_name(raw: Any, index: int) -> str:
     return f"row {index}" if own is None else f"row {index} (id {own})"
 
 
-def open_picture(source: Any) -> Any:
+def open_picture(source: Any, aspect_ratio: str = "square") -> Any:
     """Opens a picture of a row, as RGB.
 
+    Args:
+        source: As in [`Row.pictures`].
+        aspect_ratio (`str`, *optional*): The processor's `image_aspect_ratio`: a picture may be too large to be padded.
+
     Raises:
-        RowError: There is no such file, or it cannot be decoded.
+        RowError: There is no such file, or it cannot be decoded, or its shape is none that a processor takes.
     """
     held = source
     try:
@@ -214,12 +218,17 @@ def open_picture(source: Any) -> Any:
             held = PIL.Image.open(io.BytesIO(source["bytes"]))
         elif isinstance(source, str | os.PathLike):
             held = load_picture(source)
-        return to_rgb(held)
+        picture = to_rgb(held)
     except FileNotFoundError as error:
         raise RowError("missing picture", f"there is no file {source}") from error
     except (OSError, SyntaxError, TypeError, ValueError, PIL.Image.DecompressionBombError) as error:
         where = source if isinstance(source, os.PathLike) else f"a {type(source).__name__}"
         raise RowError("unreadable picture", f"{where} cannot be decoded ({error})") from error
+    try:
+        check_shape(*picture.size, aspect_ratio, str(source) if isinstance(source, os.PathLike) else "the picture")
+    except ValueError as error:
+        raise RowError("unreadable picture", str(error)) from error
+    return picture
 
 
 def _undecoded(source: Any) -> Any:
