@@ -13,7 +13,7 @@
 # limitations under the License.
 """Faults: saves that are killed, full and read-only disks, files that vanish, many processes and many threads.
 
-`make test-thorough` kills 200 saves, `make test` 30.
+`make test-thorough` kills 200 saves, `make test` 15.
 """
 
 import fcntl
@@ -39,7 +39,7 @@ from moellava.configuration.staging_moellava import staged_folder
 
 
 TESTS = str(Path(__file__).parent)
-KILLS = int(os.environ.get("MOELLAVA_KILLS", "30"))
+KILLS = int(os.environ.get("MOELLAVA_KILLS", "15"))
 SHARES = {"save": 0.3, "remote code": 0.2, "processor": 0.2, "convert": 0.1, "push": 0.2}
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork, flock and the exchange of two folders")
@@ -96,7 +96,7 @@ def test_a_killed_save_leaves_the_earlier_checkpoint_or_the_new_one(
     counts = run_killing(
         f"main({kind!r}, {sources!r}, {place!r}, {kills})", block_moellava=kind == "remote code", timeout=1200
     )
-    assert sum(counts.values()) == kills
+    assert counts.get("earlier", 0) + counts.get("new", 0) == kills
     record_property("counts", counts)
     logging.getLogger(__name__).info("%s, %d kills: %s", kind, kills, counts)
     if kind != "push":
