@@ -144,7 +144,9 @@ def load_pretrained_model(
     if model_name is not None:
         logger.debug("model_name %r has no effect: what a checkpoint is, its config tells.", model_name)
     request = read_request(model_path, keywords)
-    placement = _placement(request.options["device"], request.options["device_map"])
+    placement = None
+    if "distributed_config" not in request.model_options:  # which says itself where weights go
+        placement = _placement(request.options["device"], request.options["device_map"])
     request.options["quantization_config"] = _quantization(request.options)
     with _logs_shown(request.options["encoder_debug"] or request.options["projector_debug"]):
         model = _load(request, placement) if request.model_base is None else _load_adapter(request, placement)

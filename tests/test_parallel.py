@@ -210,7 +210,7 @@ def others(parts, tmp_path_factory):
     beside = {
         "num_experts": 2,
         "num_experts_per_tok": 1,
-        "layers": "all",
+        "layers": "dense",
         "use_residual": True,
         "use_meta_expert": True,
     }

@@ -145,6 +145,8 @@ class Stage:
             price of one more forward pass; otherwise every part is balanced by itself.
         early_stopping_patience (`int`, *optional*): Stop after so many evaluations without a better loss, and keep the
             best.
+        distributed_config (`dict`, *optional*): Fields of transformers' `DistributedConfig`, by which the processes
+            divide the model among them (`fsdp_size`, `tp_size`, `ep_size`, ...).
         arguments (`dict`): Arguments of `TrainingArguments`.
         name (`str`): The folder's name, of the recipe's `output_dir`.
     """
@@ -167,6 +169,7 @@ class Stage:
     image_aspect_ratio: str | None = None
     exact_router_loss: bool = True
     early_stopping_patience: int | None = None
+    distributed_config: dict[str, Any] | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     name: str = ""
 
@@ -222,6 +225,8 @@ class Stage:
         defaults = _DEFAULTS | _STAGE_DEFAULTS[self.stage]
         if self.eval_data is not None:
             defaults |= {"eval_strategy": "epoch"}
+        if self.distributed_config is not None:
+            defaults |= {"save_strategy": "no"}  # the Trainer cannot resume what was divided while loading
         if self.early_stopping_patience is not None:
             defaults |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "save_strategy": "epoch"}
         use_cpu = self.arguments.get("use_cpu", False)

@@ -300,6 +300,8 @@ def _load(stage: Stage, source: Any, arguments: TrainingArguments) -> Any:
     quantised = stage.load_4bit or stage.load_8bit
     # The Trainer puts a model where it belongs, but for a quantised one.
     options: dict[str, Any] = {"device": arguments.device if quantised else "cpu"}
+    if stage.distributed_config is not None:
+        options = {"distributed_config": dict(stage.distributed_config)}
     options["dtype"] = stage.dtype or (None if quantised else "float32")
     options |= {name: True for name in ("load_4bit", "load_8bit") if getattr(stage, name)}
     if stage.image_aspect_ratio is not None:
