@@ -548,6 +548,13 @@ def test_loss_gradient_evens_the_load():
     assert after < 1.2
 
 
+@pytest.mark.parametrize("mask", [None, torch.tensor([1])])
+def test_the_loss_of_one_token_alone(mask):
+    """A step of generation: its share is all of it."""
+    logits = (torch.tensor([[2.0, 0.0, 1.0]]),)
+    assert abs(load_balancing_loss(logits, mask).item() - reference_loss(logits)) < 1e-6
+
+
 def test_padding_alone_gives_no_loss():
     assert load_balancing_loss((torch.randn(4, 3),), torch.zeros(4)).item() == 0
 
@@ -833,6 +840,10 @@ def test_which_tokens_of_a_pass_are_padding(kind):
     sees = (torch.ones(2, 9, dtype=torch.bool).tril(5) & wide.bool()[:, None, :])[:, None]  # (2, 1, 2, 9)
     assert token_mask(sees, (2, 2), cache).tolist() == expected
     assert token_mask({"full_attention": sees, "sliding_attention": sees}, (2, 2), cache).tolist() == expected
+    # As what is added to the scores.
+    for hidden in (torch.finfo(torch.float).min, float("-inf")):
+        added = torch.zeros(sees.shape).masked_fill(~sees, hidden)
+        assert token_mask(added, (2, 2), cache).tolist() == expected
     # A sliding window of four has dropped the first three tokens.
     assert token_mask(sees[..., 3:7], (2, 2), cache).tolist() == expected
     for nothing in (None, {}, {"full_attention": None}, object()):

@@ -95,12 +95,21 @@ def test_labels_are_the_answers_with_their_end_tokens(processor_of, folder, fami
     processor = processor_of(family, with_chat_template)
     encoded = Encoder(processor).encode(Rows([llava()], folder)[0])
     said = [processor.tokenizer.decode(encoded.input_ids[start:stop]) for start, stop in encoded.answers]
-    assert [text.strip() for text in said] == [f"{answer}{end}" for _, answer in TURNS]
+    assert [text.lstrip() for text in said] == [f"{answer}{end}" for _, answer in TURNS]  # and nothing behind the end
     labels = encoded.labels
     assert [token for token in labels if token != -100] == [
         token for start, stop in encoded.answers for token in encoded.input_ids[start:stop]
     ]
     assert len(labels) == len(encoded.input_ids)
+
+
+@pytest.mark.parametrize(("family", "with_chat_template", "end"), TEMPLATES)
+def test_the_shortest_labels(processor_of, folder, family, with_chat_template, end):
+    """Of an answer of one letter, its end token is learnt too."""
+    processor = processor_of(family, with_chat_template)
+    encoded = Encoder(processor).encode(Rows([llava([("Which?", "B"), ("And?", "C")])], folder)[0])
+    said = [processor.tokenizer.decode(encoded.input_ids[start:stop]) for start, stop in encoded.answers]
+    assert [text.lstrip() for text in said] == [f"B{end}", f"C{end}"]
 
 
 @pytest.mark.parametrize(("family", "with_chat_template", "end"), TEMPLATES)
@@ -122,13 +131,15 @@ def test_tokens_are_those_of_the_processor(processor_of, folder, family, with_ch
         assert encoded.input_ids[start:stop] == prepared(2 * number + 2)[start:stop]
 
 
-def test_a_template_that_rewrites_its_history(processor_of, folder):
+@pytest.mark.parametrize(("last", "earlier"), [("", "earlier "), ("earlier ", "")])
+def test_a_template_that_rewrites_its_history(processor_of, folder, last, earlier):
     processor = processor_of("qwen2", True)
     template = processor.chat_template
     # As the templates of models that think: the last answer is written otherwise than those before it.
     processor.chat_template = template.replace(
         "{{ message['content'] + '<|im_end|>\n' }}",
-        "{{ ('' if loop.last or message['role'] == 'user' else 'earlier ') + message['content'] + '<|im_end|>\n' }}",
+        f"{{{{ ('{last}' if loop.last or message['role'] == 'user' else '{earlier}') + message['content'] + "
+        "'<|im_end|>\n' }}",
     )
     try:
         encoder = Encoder(processor)
