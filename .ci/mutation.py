@@ -76,7 +76,7 @@ TARGETS = {
     "label_mask": Target(
         "moellava/training/encoding.py",
         ("Encoded.labels", "Encoder.encode", "Encoder.prompt", "Encoder._end_of"),
-        "tests/test_training_data.py -k 'labels or tokens_are or template or too_long'",
+        "tests/test_training_data.py -k 'labels or tokens_are or template or prompt or too_long'",
     ),
     "older_weights": Target(
         "moellava/converting/older_weights.py",

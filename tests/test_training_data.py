@@ -150,6 +150,24 @@ def test_a_template_that_rewrites_its_history(processor_of, folder, last, earlie
         processor.chat_template = template
 
 
+@pytest.mark.parametrize("behind_the_prompt", ["!", "<|im_end|>"])
+def test_a_template_that_asks_otherwise_than_it_answers(processor_of, folder, behind_the_prompt):
+    processor = processor_of("qwen2", True)
+    template = processor.chat_template
+    processor.chat_template = f"{template}{{% if add_generation_prompt %}}{{{{ '{behind_the_prompt}' }}}}{{% endif %}}"
+    try:
+        with pytest.raises(RowError, match="writes message 1 otherwise in the conversation than behind its prompt"):
+            Encoder(processor).encode(Rows([llava()], folder)[0])
+    finally:
+        processor.chat_template = template
+
+
+def test_the_prompt_is_what_stands_before_the_first_answer(processor_of, folder):
+    encoder, row = Encoder(processor_of("qwen2", True)), Rows([llava()], folder)[0]
+    encoded = encoder.encode(row)
+    assert encoder.prompt(row) == encoded.input_ids[: encoded.answers[0][0]]
+
+
 def test_a_template_without_end_tokens(processor_of, folder, caplog):
     processor = processor_of("qwen2", True)
     template = processor.chat_template
