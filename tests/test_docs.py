@@ -37,6 +37,7 @@ import numpy as np
 import pytest
 import torch
 from parts import HUB_NAMES, LANGUAGE_MODELS, picture, run_python
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from moellava import (
@@ -60,7 +61,9 @@ from moellava.configuration.names_moellava import (
     VISION_FIELD_NAMES,
 )
 from moellava.configuration.registry_moellava import ENCODERS, PROJECTORS, Registry
+from moellava.hub import checkpoint_files
 from moellava.request import _HUB_OPTIONS, _MODEL_OPTIONS, _OPTION_NAMES, _OPTIONS, _PARTS
+from moellava.sources import Source
 from moellava.upcycling import _CHANGEABLE
 
 
@@ -528,6 +531,35 @@ def pickled() -> str:
     return "pickled.bin"
 
 
+def sharded_elsewhere() -> str:
+    shutil.copytree(LANGUAGE_MODEL, "sharded")
+    Path("sharded/model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "../model.safetensors"}}
+    Path("sharded/model.safetensors.index.json").write_text(json.dumps(index))
+    return "sharded"
+
+
+def oversized(model: MoellavaForCausalLM) -> str:
+    model.save_pretrained("my-oversized-model")
+    path = Path("my-oversized-model/config.json")
+    fields = json.loads(path.read_text())
+    fields["text_config"]["vocab_size"] = 10**9
+    path.write_text(json.dumps(fields))
+    return "my-oversized-model"
+
+
+def adapter_of_another_kind() -> str:
+    Path("my-adapter").mkdir()
+    Path("my-adapter/adapter_config.json").write_text('{"peft_type": "IA3"}')
+    return "my-adapter"
+
+
+def linked(model: MoellavaForCausalLM) -> Source:
+    model.save_pretrained("my-linked-model")
+    Path("my-linked-model/LICENSE").symlink_to("/etc/hostname")
+    return Source("my-linked-model")
+
+
 GATED = """
 import torch.nn as nn
 from moellava import register_projector
@@ -564,6 +596,12 @@ def broken_picture() -> str:
     picture(0).save("broken.png")
     Path("broken.png").write_bytes(Path("broken.png").read_bytes()[:200])
     return "broken.png"
+
+
+def large_scan(model: MoellavaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(0).save("scan.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    model.processor(text="<image>", images="scan.png")
 
 
 def without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -637,6 +675,10 @@ ERRORS: dict[str, Callable] = {
     "misshapen": lambda model, _: load(model_path=changed_weights("misshapen", misshapen)),
     "missing": lambda model, _: load(model_path=changed_weights("missing", dict.pop)),
     "pickle": lambda model, _: load(projector_config={"path": pickled()}),
+    "shard elsewhere": lambda model, _: load(model_path=sharded_elsewhere()),
+    "oversized": lambda model, _: load(model_path=oversized(model)),
+    "adapter of another kind": lambda model, _: load(model_path=adapter_of_another_kind(), model_base=LANGUAGE_MODEL),
+    "link": lambda model, _: checkpoint_files(linked(model)),
     "extra": lambda model, monkeypatch: without_timm(monkeypatch),
     "4 and 8 bits": lambda model, _: load(load_4bit=True, load_8bit=True),
     "cuda": lambda model, monkeypatch: without_cuda(monkeypatch),
@@ -649,6 +691,9 @@ ERRORS: dict[str, Callable] = {
     "broken picture": lambda model, _: model.processor(text="<image>", images=broken_picture()),
     "no such picture": lambda model, _: model.processor(text="<image>", images="no-such-picture.png"),
     "no picture": lambda model, _: model.processor(text="<image>", images={}),
+    "scan": lambda model, monkeypatch: large_scan(model, monkeypatch),
+    "long picture": lambda model, _: model.processor(text="<image>", images=Image.new("1", (14000, 10))),
+    "large square": lambda model, _: model.processor(text="<image>", images=Image.new("1", (14000, 100))),
     "range": lambda model, _: model.processor(text="<image>", images=np.linspace(0.0, 255.0, 64).reshape(8, 8)),
     "key of a recipe": lambda model, _: training(lerning_rate=1),
     "adapter apart": lambda model, _: training(
