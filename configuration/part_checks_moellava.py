@@ -27,8 +27,8 @@ _TIMM_NAME = re.compile(r"[\w.-]+")  # without the colon and the slashes of a na
 _DEEPEST = 200
 # Layers are built one by one, and modules of experts too. Sizes take memory only once weights are given to them, and
 # are compared with the files then.
-_COUNTS = re.compile(r"(?:num|n|encoder|decoder)_(?:\w+_)?(?:layers?|experts)|depths?")
-_MOST = 10_000
+_COUNTS = re.compile(r"(?:num|n|encoder|decoder)_(?:\w+_)?(?:layers?|(experts))|depths?")
+_MOST_LAYERS, _MOST_EXPERTS = 10_000, 100_000  # Doge has 16,384 experts
 _SIZES = re.compile(r"(?:image|patch|vocab)_size")
 
 
@@ -77,8 +77,8 @@ def _check_backbone(place: str, name: object, value: Any, fields: dict[str, Any]
 def _check_size(place: str, name: str, value: Any) -> None:
     numbers = value if isinstance(value, list) else [value]
     numbers = [number for number in numbers if isinstance(number, int) and not isinstance(number, bool)]
-    if _COUNTS.fullmatch(name):
-        low, high = 0, _MOST
+    if count := _COUNTS.fullmatch(name):
+        low, high = 0, _MOST_EXPERTS if count[1] else _MOST_LAYERS
     elif _SIZES.fullmatch(name):
         low, high = 1, 2**63 - 1  # what a tensor can have
     else:

@@ -245,8 +245,10 @@ class MoellavaPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        if checkpoint_files is not None and state_dict is None:
-            check_size(model, checkpoint_files)
+        if state_dict:
+            check_size(model, sum(tensor.nbytes for tensor in state_dict.values()))
+        elif checkpoint_files is not None:
+            check_size(model, sum(os.path.getsize(file) for file in checkpoint_files))
         if any(isinstance(module, ModularExperts) for module in model.modules()):
             if state_dict is None:
                 state_dict = {}

@@ -15,7 +15,6 @@
 
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from torch import nn
@@ -81,13 +80,16 @@ def check_adapter(path: str | os.PathLike) -> None:
         )
 
 
-def check_size(model: nn.Module, files: Iterable[str | os.PathLike]) -> None:
+def check_size(model: nn.Module, stored: int) -> None:
     """Checks that a model, which has no memory yet, is not far larger than the files that it is filled from.
+
+    Args:
+        model (`nn.Module`): The model, of which every weight is on the meta device.
+        stored (`int`): The bytes of the files, or of the weights in them.
 
     Raises:
         ValueError: It is; the config would have memory taken for weights that nobody has.
     """
-    stored = sum(os.path.getsize(file) for file in files)
     described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     if described > _MOST_WEIGHTS_PER_BYTE * stored + _ALWAYS_ALLOWED:
         raise ValueError(

@@ -42,6 +42,7 @@ from .configuration import MoellavaConfig, MoellavaEncoderConfig
 from .configuration.checkpoint_moellava import travelling_files
 from .configuration.configuration_moellava import CONFIG_ERRORS, config_fault
 from .configuration.custom_code_moellava import custom_sources
+from .configuration.part_checks_moellava import check_part
 from .configuration.registry_moellava import ENCODERS
 from .custom_source import read_custom_tower
 from .modeling import MoellavaForCausalLM
@@ -154,6 +155,7 @@ def read_generation_config(source: Source) -> GenerationConfig | None:
 
 def _text_config(source: Source) -> PreTrainedConfig:
     fields = source.config_dict()
+    check_part(f"{source}/config.json", fields)
     model_type = fields.get("model_type")
     if model_type == "minicpm":
         return minicpm_as_granite(fields)
@@ -240,6 +242,7 @@ def read_vision_tower(source: Source, encoder_type: str | None = None) -> Vision
             "checkpoint, such as microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224."
         )
     fields = source.config_dict()
+    check_part(f"{source}/config.json", fields)
     if fields.get("model_type") not in CONFIG_MAPPING:
         raise ValueError(
             f"{source} is a {fields.get('model_type')!r} model, which transformers {transformers.__version__} does not "

@@ -23,6 +23,8 @@ under a limit of memory and of time.
 
 import contextlib
 import ctypes
+import gc
+import importlib
 import io
 import json
 import os
@@ -39,6 +41,11 @@ from pathlib import Path
 
 MEMORY = 3 * 2**30  # beyond what the process has after its imports
 SECONDS = 30
+# What a fork would import otherwise, each anew: what transformers needs for adapters, and what commands do.
+IMPORTED_LATE = (
+    "peft", "typer.testing", "moellava.cli.app", "moellava.chatting", "moellava.hub", "moellava.hub_cards.writing",
+    "moellava.training.recipe",
+)  # fmt: skip
 
 
 class Watch:
@@ -111,9 +118,10 @@ def _is_below(path: str, folders: list[str]) -> bool:
 
 def _checkpoint_doors() -> dict:
     """What a user of the package calls, by name."""
-    import peft  # noqa: F401  transformers imports it where an adapter lies beside a model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
+    for name in IMPORTED_LATE:
+        importlib.import_module(name)
     import moellava
     from moellava.evaluating.questions import read_questions
     from moellava.origins import license_of
@@ -263,6 +271,8 @@ def main(jobs_file: str, results_file: str) -> None:
         for door in doors if given["blocks_moellava"] else ("load_pretrained_model", "inspect_checkpoint"):
             with contextlib.suppress(Exception):
                 doors[door](given["warm_up"])
+    gc.collect()
+    gc.freeze()  # what is there by now is not looked through by the forks, which would copy its pages
     results = {}
     for job in given["jobs"]:
         results[job["name"]] = _run_apart(job, doors[job["door"]], given)

@@ -389,7 +389,7 @@ SAID = {
     "audio tokenizer of the Hub": "asks for an audio tokenizer, 'DacModel', from elsewhere",
     "huge hidden_size": "The config describes a model of .* weights, but the weight files have",
     "huge vocab_size": "The config describes a model of .* weights, but the weight files have",
-    "huge number of experts": "moe_config.num_experts is 1000000000; expected from 0 to 10000",
+    "huge number of experts": "moe_config.num_experts is 1000000000; expected from 0 to 100000",
     "huge num_hidden_layers": "text_config.num_hidden_layers is 1000000000; expected from 0 to 10000",
     "huge layers of the tower": "vision_config.num_hidden_layers is 1000000000",
     "huge number of projector layers": "projector_config.num_hidden_layers is 1000000000",
@@ -405,9 +405,8 @@ SAID = {
     "header of 2^63": "header too large",
 }
 
-# How a checkpoint is loaded, and looked into; the Auto classes where a case is about names or weights.
-DOORS = ("load_pretrained_model", "MoellavaForCausalLM", "inspect_checkpoint")
-AUTO_DOORS = ("AutoConfig", "AutoModelForImageTextToText")
+# How a checkpoint is loaded, and looked into; beside these, transformers' own ways for what a case is about.
+DOORS = ("load_pretrained_model", "inspect_checkpoint")
 OF_A_PROCESSOR = ("processor", "tokenizer", "template", "image tokens", "pictures")
 COMMANDS = {
     "inspect": ["inspect", "PATH"],
@@ -431,8 +430,10 @@ def doors_of(name: str) -> list[tuple[str, dict]]:
     chosen = [*DOORS]
     if any(word in name for word in OF_A_PROCESSOR):
         chosen += ["MoellavaProcessor", "AutoProcessor"]
-    elif not names.index(FIRST_ABOUT_SIZES) <= names.index(name) < names.index(FIRST_ABOUT_WEIGHTS):
-        chosen += AUTO_DOORS
+    elif names.index(FIRST_ABOUT_SIZES) <= names.index(name) < names.index(FIRST_ABOUT_WEIGHTS):
+        chosen += ["MoellavaForCausalLM"]
+    else:
+        chosen += ["AutoConfig", "AutoModelForImageTextToText"]
     doors = [(door, {}) for door in chosen if (name, door) not in LEFT_TO_THE_LIBRARY]
     if name in COMMANDED:
         doors += [("moellava", {"arguments": arguments}) for arguments in COMMANDS.values()]
@@ -547,12 +548,13 @@ def test_where_the_package_is_not_installed_nothing_is_imported(checkpoints, tmp
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Older checkpoints, adapters, and checkpoints in the Hub's cache
+# Parts, adapters, older checkpoints, and checkpoints in the Hub's cache
 # ---------------------------------------------------------------------------------------------------------------------
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PICKLED = "holds Python objects other than tensors"
 OF_ANOTHER_KIND = "of an adapter of the type '.*'; only LORA is loaded"
+IMAGE_PROCESSOR_CODE = edit("preprocessor_config.json", auto_map={"AutoImageProcessor": "evil.Evil"})
 PROMPT = {"prompt_tuning_init": "TEXT", "tokenizer_kwargs": {"trust_remote_code": True}, "num_virtual_tokens": 1}
 
 # What is taken, what is changed of it, and what is said: None where it loads.
@@ -600,6 +602,30 @@ FORMATS = {
     ),
     "pickle of an adapter": ("adapter", pickled("adapter_model.bin", "adapter_model.safetensors"), PICKLED),
     "nested adapter": ("adapter", write("adapter_config.json", "[" * 100000 + "]" * 100000), "is no valid JSON"),
+    "tower: code": ("tower", both(EVIL, config(**FOREIGN), IMAGE_PROCESSOR_CODE), None),
+    "tower: with a backbone": (
+        "tower",
+        config(model_type="dpt", backbone="evil/repo", use_pretrained_backbone=True, vision_config=None),
+        ".",
+    ),
+    "tower: of timm's hub": (
+        "tower",
+        write("config.json", '{"model_type": "timm_wrapper", "architecture": "hf-hub:evil/repo", "pretrained": true}'),
+        ".",
+    ),
+    "tower: pickle": ("tower", pickled(), PICKLED),
+    "tower: shard above": ("tower", sharded("../outside/model.safetensors"), "expected the plain name"),
+    "tower: huge": ("tower", config(vision_config__hidden_size=HUGE), "."),
+    "tower: huge number of layers": ("tower", config(vision_config__num_hidden_layers=HUGE), "."),
+    "language model: code": (
+        "language model",
+        both(EVIL, config(**FOREIGN), edit("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]})),
+        None,
+    ),
+    "language model: pickle": ("language model", pickled(), PICKLED),
+    "language model: shard above": ("language model", sharded("../outside/model.safetensors"), "the plain name"),
+    "language model: huge": ("language model", config(vocab_size=HUGE), "."),
+    "language model: huge number of layers": ("language model", config(num_hidden_layers=HUGE), "."),
     "cached": ("cached", both(), None),
     "cached shard elsewhere": (
         "cached",
@@ -611,14 +637,13 @@ FORMATS = {
 
 
 @pytest.fixture(scope="module")
-def formats(checkpoints, tmp_path_factory) -> dict[str, Path]:
-    """An older checkpoint with its tower, a projector of one, and a LoRA adapter of ours."""
+def formats(parts, checkpoints, tmp_path_factory) -> dict[str, Path]:
+    """A language model, a tower, an older checkpoint with that, a projector of one, and a LoRA adapter of ours."""
     root = tmp_path_factory.mktemp("formats")
+    shutil.copytree(parts.language_model("llama"), root / "language model")
     tower = write_tower(root / "tower")
     shutil.copytree(tower, root / "evil-tower")
-    both(EVIL, config(**FOREIGN), edit("preprocessor_config.json", auto_map={"AutoImageProcessor": "evil.Evil"}))(
-        root / "evil-tower"
-    )
+    both(EVIL, config(**FOREIGN), IMAGE_PROCESSOR_CODE)(root / "evil-tower")
     older = write_older(
         root / "older", "llama", tower_folder=tower, with_tower_weights=False, tokenizer_files="fast"
     ).folder
@@ -664,6 +689,11 @@ def opened_formats(checkpoints, formats, tmp_path_factory) -> dict[str, dict]:
         shutil.copytree(formats[kind], folder)
         change(folder)
         job |= {"path": str(folder)}
+        if kind == "tower":
+            job |= {"path": str(formats["language model"]), "mm_vision_tower": str(folder)}
+            job["also"] += [str(folder)]
+        if kind == "language model":
+            job |= {"mm_vision_tower": str(formats["tower"])}
         if kind in bases:
             job |= {"model_base": str(bases[kind])}
             job["also"] += [str(bases[kind])]
@@ -678,7 +708,7 @@ def opened_formats(checkpoints, formats, tmp_path_factory) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_hostile_older_checkpoint_or_adapter(opened_formats, name):
+def test_hostile_part_adapter_or_older_checkpoint(opened_formats, name):
     expected = FORMATS[name][2]
     for label in (name, f"{name}|folder", f"{name}|pushed") if FORMATS[name][0] == "cached" else (name,):
         result = opened_formats[label]

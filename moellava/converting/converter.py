@@ -44,6 +44,7 @@ from ..assembling import (
 from ..building import IMAGE_TOKEN, build, make_processor
 from ..chat_templates import multimodal_chat_template
 from ..configuration import MoellavaConfig
+from ..configuration.part_checks_moellava import check_part
 from ..origins import with_origin
 from ..projector_files import older_projector_tensors
 from ..sources import Source, load_image_processor, read_tensors
@@ -112,6 +113,7 @@ def read_converted(
         FileNotFoundError, ValueError: Something is missing, damaged, or of a kind that cannot be converted.
     """
     fields = source.config_dict()
+    check_part(f"{source}/config.json", fields)
     changes = dict(changes or {})
     if is_llava_hf(fields):
         return _read_llava_hf(source, changes)
