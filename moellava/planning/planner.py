@@ -38,8 +38,6 @@ from .rehearsal import Batch, Rehearsal, rehearse
 GPUS = {"A100": 312e12, "H100": 989e12}
 # What is left for the CUDA context, the communication's buffers and what the allocator wastes.
 HEADROOM = 0.1
-# Bytes per parameter of what is gathered from the other devices to compute with.
-_GATHERED = 2
 # What is installed here, and whether there is a GPU, says nothing about where training will be.
 _ANYWHERE = {"report_to": "none", "use_cpu": True}
 
@@ -214,7 +212,7 @@ def plan(
     available = None if memory is None else read_memory(memory)
     _check_choice("strategy", strategy, STRATEGIES)
     _check_choice("gpu", gpu, GPUS)
-    _check_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
+    _check_choice("dtype", dtype, ("float32", "bfloat16"))
     counts = {"devices": devices, "batch_size": batch_size, "accumulation": accumulation, "rows": rows}
     _check_counts(counts | {"max_length": max_length, "lora_rank": lora_rank}, at_least=1)
     _check_counts({"images": images, "text_tokens": text_tokens}, at_least=0)
@@ -254,7 +252,7 @@ def plan(
             dtype=dtype,
             mixed_precision="bfloat16" if mixed else None,
             parts=one.parts,
-            memory=_spread(one, way.strategy, devices),
+            memory=_spread(one, way.strategy, devices, 2 if mixed or dtype == "bfloat16" else 4),
             available=available,
             flops=flops * devices,
             seconds_per_step=seconds,
@@ -263,13 +261,20 @@ def plan(
         )
 
     wanted = planned(asked)
-    if wanted.fits is False:
-        wanted.advice.extend(advice(asked, planned, devices, adapters=lora_rank is not None))
-    return wanted
+    if wanted.fits is not False:
+        return wanted
+    return dataclasses.replace(wanted, advice=advice(asked, planned, devices, adapters=lora_rank is not None))
 
 
-def _spread(one: Rehearsal, strategy: str, devices: int) -> Memory:
-    """Returns what one of several devices needs, from what a single one does."""
+def _spread(one: Rehearsal, strategy: str, devices: int, itemsize: int) -> Memory:
+    """Returns what one of several devices needs, from what a single one does.
+
+    Args:
+        one (`Rehearsal`): What a device that holds the whole model needs.
+        strategy (`str`): How they share it.
+        devices (`int`): How many there are.
+        itemsize (`int`): Bytes of a parameter in the dtype that is computed in.
+    """
     copies, shared = one.copies, devices
     if devices == 1:
         communication, shared = 0, 1
@@ -279,7 +284,7 @@ def _spread(one: Rehearsal, strategy: str, devices: int) -> Memory:
         # What is gathered takes the place of the copies that mixed precision makes.
         copies, total = 0, sum(part["parameters"] for part in one.parts.values())
         gathered = total if strategy == "zero2" else min(total, one.outside_layers + 2 * one.layer)
-        communication = gathered * _GATHERED
+        communication = gathered * itemsize
     return Memory(
         parameters=-(-one.parameters // shared),
         gradients=-(-one.gradients // shared),

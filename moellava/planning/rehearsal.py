@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AttentionInterface
+from transformers.initialization import no_init_weights
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..configuration import MoellavaConfig
@@ -160,11 +161,15 @@ def rehearse(config: MoellavaConfig, stage: Stage, batch: Batch, checkpoints: bo
         ValueError: Nothing would be trained.
     """
     dtype = getattr(torch, stage.dtype or "float32")
-    with FakeTensorMode():
-        # On accelerators experts run by `grouped_mm`, whose shapes do not depend on which tokens they get.
-        model = MoellavaForCausalLM._from_config(
-            config, dtype=dtype, experts_implementation="grouped_mm", attn_implementation=_ATTENTION
-        )
+    # Some families make scalars from Python's numbers when they are built; those have values.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with no_init_weights():  # there are no values to draw
+            # On accelerators experts run by `grouped_mm`, whose shapes do not depend on which tokens they get.
+            model = MoellavaForCausalLM._from_config(config, dtype=dtype, experts_implementation="grouped_mm")
+        body = model.model.language_model
+        # Families that cannot use sdpa, or have it in classes of their own, run as they do.
+        if body._can_set_attn_implementation() and body.config._attn_implementation == "sdpa":
+            body.set_attn_implementation(_ATTENTION)
         if checkpoints:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         trained = _with_trained_parts(model, stage).train()
