@@ -145,7 +145,8 @@ def load_pretrained_model(
         logger.debug("model_name %r has no effect: what a checkpoint is, its config tells.", model_name)
     request = read_request(model_path, keywords)
     placement = None
-    if "distributed_config" not in request.model_options:  # which says itself where weights go
+    # Both say themselves where weights go.
+    if "distributed_config" not in request.model_options and not is_deepspeed_zero3_enabled():
         placement = _placement(request.options["device"], request.options["device_map"])
     request.options["quantization_config"] = _quantization(request.options)
     with _logs_shown(request.options["encoder_debug"] or request.options["projector_debug"]):

@@ -179,6 +179,7 @@ DIVIDED = """
 import json, sys
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import AutoModelForImageTextToText
 from transformers.distributed import DistributedConfig
 
@@ -189,6 +190,8 @@ for name, (folder, settings) in cases.items():
     )
     found = {"divided": [name for name, parameter in model.named_parameters() if hasattr(parameter, "placements")
         and not all(placement.is_replicate() for placement in parameter.placements)]}
+    if "fsdp_size" in settings:
+        register_fsdp_forward_method(model, "generate")
     found["tokens"] = model.generate(**inputs[folder], max_new_tokens=5, do_sample=False)
     output = model(**inputs[folder], labels=inputs[folder]["input_ids"])
     output.loss.backward()
@@ -312,3 +315,52 @@ def test_divided_models_save_what_they_have_loaded(divided, case):
     assert {"config.json", "generation_config.json", "model.safetensors", "modeling_moellava.py"} <= set(files)
     for name in files:
         assert (saved / name).read_bytes() == (original / name).read_bytes(), name
+
+
+def test_fsdp2_by_a_recipe(recipe, alone, tmp_path):
+    """The model is divided while it is loaded: dense, and made sparse meanwhile."""
+    sharded = recipe | TOGETHER | {"distributed_config": SHARDED, "output_dir": str(tmp_path / "out")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(sharded), encoding="utf-8")
+    done = launch(ACCELERATE, "-m", "moellava", "train", tmp_path / "recipe.yaml", "--json")
+    for stage, expected in zip(json.loads(done.stdout)["stages"], alone, strict=True):
+        assert_same_training(stage, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What transformers 5.23 and accelerate 1.15 cannot do over gloo: a test that fails here says that they can by now
+# ---------------------------------------------------------------------------------------------------------------------
+
+CANNOT = """
+import os
+import torch
+from accelerate import Accelerator, ParallelismConfig
+from transformers import LlavaForConditionalGeneration
+from transformers.distributed import DistributedConfig
+
+print(Accelerator(cpu=True).distributed_type.value)  # although FSDP is asked for in the environment
+try:
+    Accelerator(cpu=True, parallelism_config=ParallelismConfig(tp_size=2))
+except ValueError as error:
+    print(error)
+model = LlavaForConditionalGeneration.from_pretrained({folder!r}, distributed_config=DistributedConfig(fsdp_size=2))
+try:
+    ids, picture = torch.full((1, {tokens}), {image}), torch.zeros(1, 3, 32, 32)
+    model.generate(input_ids=ids, pixel_values=picture, max_new_tokens=1)
+except RuntimeError as error:
+    print(str(error).partition(",")[0])
+"""
+
+
+def test_what_is_not_possible_over_gloo(parts, tmp_path):
+    """With the libraries' own classes alone: FSDP and tensor parallelism by accelerate on CPUs, and pictures as the
+    first thing that a model divided by FSDP2 is asked about."""
+    folder = parts.llava_hf()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    code = CANNOT.format(folder=str(folder), tokens=config["image_seq_length"], image=config["image_token_index"])
+    (tmp_path / "cannot.py").write_text(code, encoding="utf-8")
+    plain = ("-m", "accelerate.commands.accelerate_cli", "launch", "--use_fsdp", "--fsdp_version", "2")
+    plain += ("--num_processes", "2", "--main_process_port", "0")
+    lines = launch(plain, tmp_path / "cannot.py").stdout.splitlines()
+    assert lines.count("MULTI_CPU") == 2
+    assert sum("ParallelismConfig is only compatible" in line for line in lines) == 2
+    assert lines.count("aten.convolution.default: got mixed torch.Tensor and DTensor") == 2
