@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import BitsAndBytesConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .assembling import (
     PROJECTOR_PREFIX,
