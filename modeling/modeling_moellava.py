@@ -368,6 +368,8 @@ class MoellavaModel(MoellavaPreTrainedModel):
             self._no_split_modules.append(type(self.vision_tower).__name__)
         self.follow_attn_implementation()
         self.post_init()
+        # A family names its text layers beside those of its tower; accelerate's FSDP looks for each of them.
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     def follow_attn_implementation(self) -> None:
         """Lets the projector compute its attention as the config says of it: plainly, or else by PyTorch's function."""

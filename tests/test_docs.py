@@ -79,6 +79,14 @@ NOT_RUN = {
     ("README.md", "make demo"): "both set up an environment of several GB; .ci/run runs make test",
     ("README.md", "pip install ."): "changes the environment that the tests run in",
     ("README.md", 'model.push_to_hub("me/my-model")'): "needs the Hub",
+    (
+        "docs/parallel.md",
+        "accelerate launch --config_file examples/recipes/ddp.yaml --num_processes 2 -m moellava train recipe.yaml",
+    ): "starts two processes; tests/test_parallel.py does",
+    (
+        "docs/parallel.md",
+        "from transformers import AutoModelForImageTextToText",
+    ): "needs torchrun; tests/test_parallel.py does the same",
     ("docs/hub.md", 'model.push_to_hub("me/my-model", private=True)'): "needs the Hub",
     ("docs/hub.md", "moellava push my-model me/my-model --private"): "needs the Hub",
     ("docs/hub.md", "from moellava import push"): "needs the Hub",

@@ -24,6 +24,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from parts import picture, run_python
 from safetensors.torch import load_file
 
@@ -324,6 +326,21 @@ def test_fsdp2_by_a_recipe(recipe, alone, tmp_path):
     done = launch(ACCELERATE, "-m", "moellava", "train", tmp_path / "recipe.yaml", "--json")
     for stage, expected in zip(json.loads(done.stdout)["stages"], alone, strict=True):
         assert_same_training(stage, expected)
+
+
+def test_what_accelerate_divides_for_fsdp2(sparse):
+    """By the config for GPUs, which needs them to run: the blocks, and the projector as a whole."""
+    config = yaml.safe_load((RECIPES / "fsdp2.yaml").read_text(encoding="utf-8"))["fsdp_config"]
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=config["fsdp_version"], auto_wrap_policy=config["fsdp_auto_wrap_policy"].lower()
+    )
+    model = load_pretrained_model(sparse, device="cpu").model
+    plugin.set_auto_wrap_policy(model)
+    divides = fsdp2_prepare_auto_wrap_policy(plugin, model)
+    found = {name.removeprefix("model.") for name, module in model.named_modules() if divides(module)}
+    blocks = {f"vision_tower.encoder.layers.{index}" for index in range(4)}
+    blocks |= {f"language_model.layers.{index}" for index in range(2)}
+    assert found == blocks | {"multi_modal_projector", "vision_tower.embeddings"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
