@@ -464,8 +464,9 @@ class Router(nn.Module):
         jitter_noise: float = 0.0,
     ):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
+        # New ones are drawn in fp32 too, in a model that is loaded in 16 bits.
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float))
+        self.bias = nn.Parameter(torch.empty(num_experts, dtype=torch.float)) if bias else None
         self.jitter_noise = jitter_noise
         self.frozen = frozen
         self.requires_grad_(not frozen)

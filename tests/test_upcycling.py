@@ -318,7 +318,8 @@ def test_attention_and_dtype_are_kept(parts):
         attn_implementation="eager", dtype=torch.bfloat16,
     ).model  # fmt: skip
     sparse = upcycle(loaded)
-    assert {parameter.dtype for parameter in sparse.parameters()} == {torch.bfloat16}
+    for name, parameter in sparse.named_parameters():  # as when they are read from a checkpoint
+        assert parameter.dtype == (torch.float32 if ".mlp.gate." in name else torch.bfloat16), name
     for part in (sparse.config, sparse.config.text_config, sparse.config.vision_config):
         assert part._attn_implementation == "eager"
     inputs = with_pictures(loaded)
