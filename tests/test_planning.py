@@ -247,7 +247,7 @@ def test_sizes(text, size):
     [
         ({"memory": "much"}, "memory is 'much'; expected a size such as 80GB"),
         ({"strategy": "zero4"}, "Unknown strategy 'zero4'; did you mean"),
-        ({"gpu": "V100"}, "Unknown gpu 'V100'. Known: A100, H100"),
+        ({"gpu": "V100"}, "Unknown gpu 'V100'; did you mean 'H100'"),
         ({"devices": 0}, "devices is 0; expected at least 1"),
         ({"images": -1}, "images is -1; expected at least 0"),
         ({"dtype": "int8"}, "Unknown dtype 'int8'. Known: bfloat16, float32"),

@@ -318,8 +318,8 @@ def _config(checkpoint: MoellavaConfig | str | os.PathLike, hub_options: dict[st
         )
     if own := own_code(fields):
         raise ValueError(
-            f"{source} has an {' and a '.join(own)} of its author's own, which a rehearsal would have to run. Import "
-            "the code that registers it, and give the config in Python."
+            f"{source} has parts of its author's own ({', '.join(own)}), whose code a rehearsal would have to run. "
+            "Import the code that registers them, and give the config in Python."
         )
     if fields.get("quantization_config") is not None:
         raise ValueError(

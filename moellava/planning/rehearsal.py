@@ -161,20 +161,20 @@ def rehearse(config: MoellavaConfig, stage: Stage, batch: Batch, checkpoints: bo
         ValueError: Nothing would be trained.
     """
     dtype = getattr(torch, stage.dtype or "float32")
-    # Some families make scalars from Python's numbers when they are built; those have values.
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        with no_init_weights():  # there are no values to draw
-            # On accelerators experts run by `grouped_mm`, whose shapes do not depend on which tokens they get.
-            model = MoellavaForCausalLM._from_config(config, dtype=dtype, experts_implementation="grouped_mm")
-        body = model.model.language_model
-        # Families that cannot use sdpa, or have it in classes of their own, run as they do.
-        if body._can_set_attn_implementation() and body.config._attn_implementation == "sdpa":
-            body.set_attn_implementation(_ATTENTION)
-        if checkpoints:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+    # Families and PEFT know how to be built on the meta device, and not of fake tensors; there are no values to draw.
+    with torch.device("meta"), no_init_weights():
+        # On accelerators experts run by `grouped_mm`, whose shapes do not depend on which tokens they get.
+        model = MoellavaForCausalLM._from_config(config, dtype=dtype, experts_implementation="grouped_mm")
         trained = _with_trained_parts(model, stage).train()
-        inputs = _inputs(model, batch)
-        ledger, gradients = _pass_through(trained, inputs, mixed)
+    body = model.model.language_model
+    # Families that cannot use sdpa, or have it in classes of their own, run as they do.
+    if body._can_set_attn_implementation() and body.config._attn_implementation == "sdpa":
+        body.set_attn_implementation(_ATTENTION)
+    if checkpoints:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    with FakeTensorMode():
+        _make_fake(trained)
+        ledger, gradients = _pass_through(trained, _inputs(model, batch), mixed)
         layers = _layers(model)
         balanced = config.moe_config is not None and config.moe_config.router_aux_loss_coef > 0
         head_flops = 2 * batch.rows * batch.length * model.lm_head.weight.numel()  # which counting does without
@@ -199,6 +199,19 @@ def _with_trained_parts(model: MoellavaForCausalLM, stage: Stage) -> nn.Module:
         return model
     routers = stage.lora.router if stage.lora.router is not None else stage.stage == "moe"
     return put_adapters(model, stage.lora, routers, quantised=False)[0]
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Puts fake tensors of the CPU in the places of a model's parameters and buffers; shared ones stay shared."""
+    fakes: dict[torch.Tensor, torch.Tensor] = {}
+    for module in model.modules():
+        parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+        for name, tensor in [*parameters, *module.named_buffers(recurse=False, remove_duplicate=False)]:
+            if tensor not in fakes:
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                fakes[tensor] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+            setattr(module, name, fakes[tensor])
 
 
 def _inputs(model: MoellavaForCausalLM, batch: Batch) -> dict[str, Any]:

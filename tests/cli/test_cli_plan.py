@@ -58,7 +58,7 @@ def test_plan_of_what_cannot_be_planned(parts, checkpoint, tmp_path):
     assert "is a model of type 'llama'" in fails("plan", parts.language_model("llama"))
     assert "no-such-model" in fails("plan", "./no-such-model")
     own = with_config(checkpoint, tmp_path / "own", projector_config={"type": "gated_by_somebody"})
-    assert "has a projector 'gated_by_somebody' of its author's own" in fails("plan", own)
+    assert "has parts of its author's own (projector 'gated_by_somebody')" in fails("plan", own)
     quantised = with_config(
         checkpoint, tmp_path / "quantised", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}
     )
@@ -72,7 +72,7 @@ def test_plan_of_what_cannot_be_planned(parts, checkpoint, tmp_path):
     ("options", "message"),
     [
         (["--memory", "much"], "memory is 'much'; expected a size such as 80GB"),
-        (["--gpu", "V100"], "Unknown gpu 'V100'. Known: A100, H100"),
+        (["--gpu", "V100"], "Unknown gpu 'V100'; did you mean 'H100'"),
         (["--utilization", 2], "utilization is 2.0; expected a share"),
         (["--text-tokens", 5000], "does not go with at most 2048 tokens"),
         (["--moe-field", "num_experts=4"], "moe is given in the stage 'instruct'"),
