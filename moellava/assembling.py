@@ -136,14 +136,23 @@ def read_tokenizer(source: Source, text_config: PreTrainedConfig | None = None) 
         ) from error
 
 
-def _read_config(source: Source, model_type: str) -> PreTrainedConfig:
+def read_config(source: Source, model_type: str) -> PreTrainedConfig:
+    """Returns the config of a part, as transformers reads it.
+
+    Raises:
+        ValueError: It is damaged, or says what no config may.
+    """
     try:
-        return AutoConfig.from_pretrained(source.name, **source.hub_options)
+        check_part("config.json", source.config_dict())
+        config = AutoConfig.from_pretrained(source.name, **source.hub_options)
     except CONFIG_ERRORS as error:
         raise ValueError(
             f"The config.json of {source} does not describe a {model_type!r} model ({config_fault(error)}). Expected "
             "what transformers saves of one."
         ) from error
+    # By these a config may name kernels of the Hub, which transformers fetches. How a model computes, its user says.
+    config._attn_implementation = config._experts_implementation = None
+    return config
 
 
 def read_generation_config(source: Source) -> GenerationConfig | None:
@@ -155,16 +164,16 @@ def read_generation_config(source: Source) -> GenerationConfig | None:
 
 def _text_config(source: Source) -> PreTrainedConfig:
     fields = source.config_dict()
-    check_part(f"{source}/config.json", fields)
     model_type = fields.get("model_type")
     if model_type == "minicpm":
+        check_part(f"{source}/config.json", fields)
         return minicpm_as_granite(fields)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"{source} is a {model_type!r} model, which transformers {transformers.__version__} does not have, so that "
             "it cannot be the language model. Expected a decoder of transformers (LLaMA, Mistral, Phi, Qwen, ...)."
         )
-    config = _read_config(source, model_type)
+    config = read_config(source, model_type)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
         raise ValueError(
             f"{source} is a {model_type!r} model, which is no causal language model. Expected a decoder that "
@@ -242,13 +251,12 @@ def read_vision_tower(source: Source, encoder_type: str | None = None) -> Vision
             "checkpoint, such as microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224."
         )
     fields = source.config_dict()
-    check_part(f"{source}/config.json", fields)
     if fields.get("model_type") not in CONFIG_MAPPING:
         raise ValueError(
             f"{source} is a {fields.get('model_type')!r} model, which transformers {transformers.__version__} does not "
             "have, so that it cannot be the vision tower. Wrap it as an encoder of your own, see docs/extending.md."
         )
-    config = _read_config(source, fields["model_type"])
+    config = read_config(source, fields["model_type"])
     is_composite = hasattr(config, "vision_config")
     config = config.vision_config if is_composite else config
     if type(config) not in MODEL_MAPPING:

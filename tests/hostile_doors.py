@@ -13,12 +13,12 @@
 # limitations under the License.
 """Opens hostile files through every door that a user has, each in a process of its own, and tells what it did.
 
-Run as `python hostile_doors.py JOBS RESULTS`: JOBS is a JSON file with `scratch`, `guarded`, `blocks_moellava`,
-`warm_up` and `jobs`, each `{"name", "door", "path", "also", ...}`: the folder that is opened, and what else may be;
-RESULTS gets, for each, what was raised and what was seen. An audit hook sees files that Python opens outside of these
-and of its own folders, sockets, processes, and code that ran from elsewhere. Libraries in C and Rust open files that it
-does not see; of those in `guarded` folders the system tells. The libraries are imported once; each job runs in a fork,
-under a limit of memory and of time.
+Run as `python hostile_doors.py SETTINGS`: a JSON file with `scratch`, `guarded`, `blocks_moellava` and `warm_up`. It
+reads lists of jobs, one a line, each job `{"name", "door", "path", "also", ...}`: the folder that is opened, and what
+else may be. It answers a list with a line: for each job, by its name, what was raised and what was seen. An audit hook
+sees files that Python opens outside of these and of its own folders, sockets, processes, and code that ran from
+elsewhere. Libraries in C and Rust open files that it does not see; of those in `guarded` folders the system tells. The
+libraries are imported once; each job runs in a fork, under a limit of memory and of time.
 """
 
 import contextlib
@@ -262,21 +262,21 @@ def _run_apart(job: dict, door, given: dict) -> dict:
     return json.loads(text) if text else {"error": "Died", "text": f"the process ended with status {status}"}
 
 
-def main(jobs_file: str, results_file: str) -> None:
-    given = json.loads(Path(jobs_file).read_text())
+def main(settings_file: str) -> None:
+    given = json.loads(Path(settings_file).read_text())
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no answer
     if given["blocks_moellava"]:
         sys.modules["moellava"] = None
     doors = _bare_doors() if given["blocks_moellava"] else _checkpoint_doors()
-    if given["warm_up"]:  # imports what only loading imports
-        for door in doors if given["blocks_moellava"] else ("load_pretrained_model", "inspect_checkpoint"):
-            with contextlib.suppress(Exception):
-                doors[door](given["warm_up"])
+    for door in doors if given["blocks_moellava"] else ("load_pretrained_model", "inspect_checkpoint"):
+        with contextlib.suppress(Exception):  # for what only loading imports
+            doors[door](given["warm_up"])
     gc.collect()
     gc.freeze()  # what is there by now is not looked through by the forks, which would copy its pages
-    results = {}
-    for job in given["jobs"]:
-        results[job["name"]] = _run_apart(job, doors[job["door"]], given)
-    Path(results_file).write_text(json.dumps(results))
+    for line in sys.stdin:
+        results = {job["name"]: _run_apart(job, doors[job["door"]], given) for job in json.loads(line)}
+        print(json.dumps(results), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -198,13 +198,11 @@ FOREIGN = {
 }
 ELSEWHERE = {"auto_map": {"AutoConfig": "evil/repo--evil.Evil", "AutoProcessor": "evil/repo--evil.Evil"}}
 EVIL = write("evil.py", EVIL_CODE)
-ADAPTER = {
-    "peft_type": "LORA",
+OTHER_BASE = {
     "base_model_name_or_path": "@outside",
-    "r": 2,
-    "target_modules": ["q_proj"],
     "auto_mapping": {"base_model_class": "Evil", "parent_library": "evil"},
 }
+ADAPTER = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], **OTHER_BASE}
 HUGE = 10**9
 
 CASES = {
@@ -442,24 +440,49 @@ def doors_of(name: str) -> list[tuple[str, dict]]:
     return doors
 
 
-def open_all(root: Path, jobs: list[dict], checkpoints: dict[str, Path], blocks_moellava: bool = False) -> dict:
-    """Runs jobs by `hostile_doors.py`, in one process that may ask the Hub, so that it shows whether it would."""
-    (root / "scratch").mkdir()
-    given = {
-        "scratch": str(root / "scratch"),
-        "guarded": [str(checkpoints["outside"])],
-        "blocks_moellava": blocks_moellava,
-        "warm_up": str(checkpoints["dense"]),
-        "jobs": jobs,
-    }
-    (root / "jobs.json").write_text(json.dumps(given))
-    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(root / "hub"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    done = subprocess.run(
-        [sys.executable, str(HERE / "hostile_doors.py"), str(root / "jobs.json"), str(root / "results.json")],
-        env=environment, capture_output=True, encoding="utf-8", cwd=root, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((root / "results.json").read_text())
+class Doors:
+    """A process of `hostile_doors.py`. It may ask the Hub, so that it shows whether it would."""
+
+    def __init__(self, root: Path, checkpoints: dict[str, Path], blocks_moellava: bool = False):
+        self.root = root
+        for name in ("scratch", "hub"):
+            (root / name).mkdir()
+        settings = {
+            "scratch": str(root / "scratch"),
+            "guarded": [str(checkpoints["outside"])],
+            "blocks_moellava": blocks_moellava,
+            "warm_up": str(checkpoints["dense"]),
+        }
+        (root / "settings.json").write_text(json.dumps(settings))
+        environment = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(root / "hub"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        self.errors = (root / "errors.txt").open("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "hostile_doors.py"), str(root / "settings.json")],
+            env=os.environ | environment, cwd=root, encoding="utf-8", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self.errors,
+        )  # fmt: skip
+
+    def open(self, jobs: list[dict]) -> dict[str, dict]:
+        """Returns what became of every job, by its name."""
+        print(json.dumps(jobs), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        self.errors.seek(0)
+        assert answer, self.errors.read()[-4000:]
+        assert not list(self.root.rglob("EXECUTED"))
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(60)
+        self.process.stdout.close()
+        self.errors.close()
+
+
+@pytest.fixture(scope="module")
+def doors(checkpoints, tmp_path_factory):
+    doors = Doors(tmp_path_factory.mktemp("doors"), checkpoints)
+    yield doors
+    doors.close()
 
 
 @pytest.fixture(scope="module")
@@ -478,7 +501,7 @@ def checkpoints(parts, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(checkpoints, tmp_path_factory) -> dict[str, dict[str, dict]]:
+def outcomes(doors, checkpoints, tmp_path_factory) -> dict[str, dict[str, dict]]:
     """What became of every case at every door: `outcomes[case][door]`."""
     root, jobs = tmp_path_factory.mktemp("cases"), []
     (root / "outside").symlink_to(checkpoints["outside"])
@@ -491,7 +514,7 @@ def outcomes(checkpoints, tmp_path_factory) -> dict[str, dict[str, dict]]:
             for door, more in doors_of(name):
                 label = " ".join([kind, door, *more.get("arguments", [])[:1]])
                 jobs.append({"name": f"{name}|{label}", "door": door, "path": str(folder), **more})
-    results = open_all(root, jobs, checkpoints)
+    results = doors.open(jobs)
     assert not list(root.rglob("EXECUTED"))
     sorted_by_case: dict[str, dict[str, dict]] = {}
     for name, result in results.items():
@@ -538,13 +561,13 @@ def test_templates_that_reach_for_python_are_refused_when_they_are_used(outcomes
 
 
 def test_where_the_package_is_not_installed_nothing_is_imported(checkpoints, tmp_path):
-    jobs = [
-        {"name": door, "door": door, "path": str(checkpoints["dense"])}
-        for door in ("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor", "pipeline")
-    ]
-    for door, result in open_all(tmp_path, jobs, checkpoints, blocks_moellava=True).items():
+    names = ("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor", "pipeline")
+    doors = Doors(tmp_path, checkpoints, blocks_moellava=True)
+    results = doors.open([{"name": name, "door": name, "path": str(checkpoints["dense"])} for name in names])
+    doors.close()
+    for name, result in results.items():
         check_harmless(result)
-        assert result["error"] == "ValueError" and "trust_remote_code=True" in result["text"], (door, result)
+        assert result["error"] == "ValueError" and "trust_remote_code=True" in result["text"], (name, result)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -567,6 +590,7 @@ FORMATS = {
         PICKLED,
     ),
     "older: shard above": ("older", sharded("../outside/model.safetensors"), "expected the plain name of a file"),
+    "older: kernels": ("older", both(EVIL, config(**FOREIGN)), None),
     "older: code of its tower": ("older", config(mm_image_tower="@evil-tower"), None),
     "older: code of its tokenizer": (
         "older",
@@ -575,11 +599,7 @@ FORMATS = {
     ),
     "older: tower of the system": ("older", config(mm_image_tower="/etc"), "tower '/etc', which cannot be had here"),
     "older: tower of the Hub": ("older", config(mm_image_tower="evil/repo"), "'evil/repo', which cannot be had here"),
-    "adapter of another base": (
-        "adapter",
-        edit("adapter_config.json", **{**ADAPTER, "target_modules": "q_proj"}),
-        None,
-    ),
+    "adapter of another base": ("adapter", edit("adapter_config.json", **OTHER_BASE), None),
     "adapter that imports": (
         "adapter",
         edit("adapter_config.json", megatron_config={"a": 1}, megatron_core="evil.core"),
@@ -603,6 +623,7 @@ FORMATS = {
     "pickle of an adapter": ("adapter", pickled("adapter_model.bin", "adapter_model.safetensors"), PICKLED),
     "nested adapter": ("adapter", write("adapter_config.json", "[" * 100000 + "]" * 100000), "is no valid JSON"),
     "tower: code": ("tower", both(EVIL, config(**FOREIGN), IMAGE_PROCESSOR_CODE), None),
+    "tower: kernels": ("tower", config(**{f"vision_config__{key}": value for key, value in FOREIGN.items()}), None),
     "tower: with a backbone": (
         "tower",
         config(model_type="dpt", backbone="evil/repo", use_pretrained_backbone=True, vision_config=None),
@@ -669,15 +690,16 @@ def cached(root: Path, name: str, checkpoint: Path, change) -> Path:
 
 
 @pytest.fixture(scope="module")
-def opened_formats(checkpoints, formats, tmp_path_factory) -> dict[str, dict]:
+def opened_formats(doors, checkpoints, formats, tmp_path_factory) -> dict[str, dict]:
     root, jobs = tmp_path_factory.mktemp("opened"), []
     for name in ("outside", "evil-tower"):
         (root / name).symlink_to(checkpoints.get(name) or formats[name])
+    (doors.root / "outside").symlink_to(checkpoints["outside"])
     bases = {"projector": formats["older"], "adapter": checkpoints["dense"]}
     for number, (name, (kind, change, _)) in enumerate(FORMATS.items()):
         job = {"name": name, "door": "load_pretrained_model", "also": [str(formats["tower"])]}
         if kind == "cached":
-            snapshot = cached(root, str(number), checkpoints["dense"], change)
+            snapshot = cached(doors.root, str(number), checkpoints["dense"], change)
             jobs += [
                 job | {"path": f"evil/{number}", "revision": COMMIT, "local_files_only": True},
                 job | {"name": f"{name}|folder", "path": str(snapshot), "also": [str(snapshot.parents[1])]},
@@ -701,8 +723,10 @@ def opened_formats(checkpoints, formats, tmp_path_factory) -> dict[str, dict]:
             job["also"] += [str(formats["evil-tower"])]
         if name == "older: tower of the system":
             job["also"] += ["/etc"]
+        if name == "older: tower of the Hub":  # which would be asked otherwise: an older checkpoint names its tower
+            job |= {"local_files_only": True}
         jobs.append(job)
-    results = open_all(root, jobs, checkpoints)
+    results = doors.open(jobs)
     assert not list(root.rglob("EXECUTED")) and not list(formats["evil-tower"].rglob("EXECUTED"))
     return results
 
@@ -712,9 +736,6 @@ def test_hostile_part_adapter_or_older_checkpoint(opened_formats, name):
     expected = FORMATS[name][2]
     for label in (name, f"{name}|folder", f"{name}|pushed") if FORMATS[name][0] == "cached" else (name,):
         result = opened_formats[label]
-        if name == "older: tower of the Hub":  # an older checkpoint names its tower, which is asked for
-            assert result["denied"], result
-            result["denied"] = []
         check_harmless(result)
         if expected is None:
             assert result["error"] is None, (label, result)
@@ -769,7 +790,7 @@ def exif() -> Image.Exif:
 
 
 @pytest.fixture(scope="module")
-def opened_pictures(checkpoints, tmp_path_factory):
+def opened_pictures(doors, checkpoints, tmp_path_factory):
     root, jobs = tmp_path_factory.mktemp("pictures"), []
     for number, (name, (make, _)) in enumerate(PICTURES.items()):
         path = root / f"{number}.png"
@@ -791,7 +812,7 @@ def opened_pictures(checkpoints, tmp_path_factory):
     shutil.copytree(checkpoints["dense"], linked)
     (linked / "LICENSE").symlink_to("/etc/passwd")
     jobs.append({"name": "linked", "door": "checkpoint_files", "path": str(linked), "also": ["/etc/passwd"]})
-    return open_all(root, jobs, checkpoints)
+    return doors.open(jobs)
 
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
@@ -838,7 +859,7 @@ DATA = {
 
 
 @pytest.fixture(scope="module")
-def opened_data(checkpoints, tmp_path_factory) -> dict[str, dict]:
+def opened_data(doors, checkpoints, tmp_path_factory) -> dict[str, dict]:
     root, jobs = tmp_path_factory.mktemp("data"), []
     picture().save(root / "picture.png")
     Image.new("1", (1, 100000)).save(root / "long.png")
@@ -856,17 +877,22 @@ def opened_data(checkpoints, tmp_path_factory) -> dict[str, dict]:
 
     with_code = changed("yaml", write("README.md", f"---\nlicense: {YAML_CODE}\n---\nMine.\n"))
     write("recipe.yaml", f"model: {YAML_CODE}\n")(Path(with_code))
-    pickled("router.bin")(Path(changed("router", both())))
+    pickled("router.bin", instead_of="nothing")(Path(changed("router", both())))
     linked = changed("linked", lambda folder: (folder / "LICENSE").symlink_to("/etc/passwd"))
     jobs += [
         {"name": "licence", "door": "licence", "path": with_code},
-        {"name": "card", "door": "moellava", "path": with_code, "arguments": ["card", "PATH"]},
+        {
+            "name": "card",
+            "door": "moellava",
+            "path": with_code,
+            "arguments": ["card", "PATH", "--out", "PATH/README.md"],
+        },
         {"name": "recipe", "door": "moellava", "path": with_code, "arguments": ["train", "PATH/recipe.yaml"]},
         {"name": "router", "door": "upcycle", "path": str(root / "router")}
         | {"router_path": str(root / "router" / "router.bin")},
         {"name": "linked", "door": "checkpoint_files", "path": linked, "also": ["/etc/passwd"]},
     ]
-    results = open_all(root, jobs, checkpoints)
+    results = doors.open(jobs)
     assert not list(root.rglob("EXECUTED"))
     return results
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from ..assembling import (
     PROJECTOR_PREFIX,
@@ -37,6 +37,7 @@ from ..assembling import (
     grow_embeddings,
     prepare_tokenizer,
     projector_shapes,
+    read_config,
     read_generation_config,
     read_tokenizer,
     read_vision_tower,
@@ -413,7 +414,7 @@ _LLAVA_HF_NAMES = (
 
 def _read_llava_hf(source: Source, changes: dict[str, Any]) -> Converted:
     """Reads a checkpoint of transformers' `LlavaForConditionalGeneration`, whose tree is ours."""
-    llava = AutoConfig.from_pretrained(source.name, **source.hub_options)
+    llava = read_config(source, "llava")
     tokenizer, image_processor = read_tokenizer(source), load_image_processor(source)
     template = _own_template(source, tokenizer)
     prepare_tokenizer(tokenizer)
