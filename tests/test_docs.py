@@ -528,6 +528,11 @@ def no_model() -> str:
     return "no-model"
 
 
+def with_text(model: MoellavaForCausalLM, **changes) -> MoellavaConfig:
+    fields = model.config.to_dict()
+    return MoellavaConfig.from_dict(fields | {"text_config": fields["text_config"] | changes})
+
+
 def projector_without_bias() -> str:
     weights = {"linear_1.weight": torch.zeros(64, 40), "linear_1.bias": torch.zeros(64)}
     save_file(weights | {"linear_2.weight": torch.zeros(64, 64)}, "projector.safetensors")
@@ -675,6 +680,8 @@ ERRORS: dict[str, Callable] = {
     "sparse already": lambda model, _: upcycle(upcycle(model)),
     "sparse layers": lambda model, _: load(moe_config={"layers": [70]}),
     "experts per token": lambda model, _: load(moe_config={"num_experts": 2, "num_experts_per_tok": 3}),
+    "heads": lambda model, _: with_text(model, num_attention_heads=-1),
+    "heads of keys": lambda model, _: with_text(model, num_attention_heads=2, num_key_value_heads=7),
     "no such path": lambda model, _: load(model_path="./no-such-model"),
     "no such repository": lambda model, _: load(model_path="no-such/model"),
     "no such projector": lambda model, _: load(projector_config={"path": "no-such-projector.bin"}),
