@@ -54,7 +54,7 @@ def plan(
         str | None, typer.Option(help="What one of them has, such as 80GB or 80GiB.", show_default=False)
     ] = None,
     strategy: Annotated[
-        Strategy, typer.Option(help="zero2 shares out gradients and the optimiser's state, zero3 parameters too.")
+        Strategy, typer.Option(help="zero2 shares all out and gathers the weights as a whole, zero3 layer by layer.")
     ] = Strategy.REPLICATED,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Rows of a device at once; by default the stage's.", show_default=False)

@@ -34,7 +34,8 @@ from .advice import Way, advice
 from .rehearsal import Batch, Rehearsal, rehearse
 
 
-# The peak in bf16 without sparsity, in operations per second, by NVIDIA's data sheets (the SXM modules).
+# The peak in bf16 without sparsity, in operations per second, by NVIDIA's data sheets (the SXM modules). That of
+# float32 as TF32 is half of it.
 GPUS = {"A100": 312e12, "H100": 989e12}
 # What is left for the CUDA context, the communication's buffers and what the allocator wastes.
 HEADROOM = 0.1
@@ -43,8 +44,8 @@ _ANYWHERE = {"report_to": "none", "use_cpu": True}
 
 STRATEGIES = {
     "replicated": "every device holds the whole model (DDP)",
-    "zero2": "gradients and the optimiser's state are shared out (FSDP's SHARD_GRAD_OP)",
-    "zero3": "parameters too are shared out (FSDP's FULL_SHARD)",
+    "zero2": "all is shared out, and the passes have a whole copy of the weights (FSDP's SHARD_GRAD_OP)",
+    "zero3": "of that copy, a device has a few layers at a time (FSDP's FULL_SHARD)",
 }
 
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]i?)?B?", re.IGNORECASE)
@@ -177,7 +178,8 @@ def plan(
         devices (`int`, *optional*, defaults to 1): How many devices train together.
         memory (`int` or `str`, *optional*): What one of them has, in bytes, or such as `"80GB"` or `"80GiB"`.
         strategy (`str`, *optional*, defaults to `"replicated"`): How they share the model: `"replicated"`, `"zero2"`
-            (gradients and the optimiser's state are shared out) or `"zero3"` (parameters too).
+            (weights, gradients and the optimiser's state are shared out, and a whole copy of the weights is computed
+            with) or `"zero3"` (which gathers that copy layer by layer).
         batch_size (`int`, *optional*): The rows that one device gets at once.
         accumulation (`int`, *optional*): After how many of these the optimizer takes a step.
         max_length (`int`, *optional*): The tokens that a row has at most.
@@ -233,6 +235,8 @@ def plan(
     )
     length = _length(config, max_length or recipe.max_length, text_tokens, images)
     mixed = mixed_precision and dtype == "float32"
+    itemsize = 2 if mixed or dtype == "bfloat16" else 4  # of what is computed in
+    peak = GPUS[gpu] * 2 / itemsize
     rehearsed = functools.partial(_rehearsed, json.dumps(config.to_dict(), sort_keys=True), stage, dtype, lora_rank)
 
     def planned(way: Way) -> Plan:
@@ -240,7 +244,7 @@ def plan(
         # The load-balancing loss of a batch in parts takes one more forward pass of each.
         in_parts = way.accumulation * devices > 1
         flops = way.accumulation * (one.flops + (one.counting_flops if in_parts else 0))
-        seconds = flops / (GPUS[gpu] * utilization)
+        seconds = flops / (peak * utilization)
         steps = None if rows is None else rows / (way.batch_size * way.accumulation * devices)
         return Plan(
             checkpoint=name,
@@ -252,7 +256,7 @@ def plan(
             dtype=dtype,
             mixed_precision="bfloat16" if mixed else None,
             parts=one.parts,
-            memory=_spread(one, way.strategy, devices, 2 if mixed or dtype == "bfloat16" else 4),
+            memory=_spread(one, way.strategy, devices, itemsize),
             available=available,
             flops=flops * devices,
             seconds_per_step=seconds,
