@@ -235,8 +235,9 @@ def _pass_through(model: nn.Module, inputs: dict[str, Any], mixed: bool) -> tupl
     with _Ledger(parameters) as ledger:
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             outputs = model(**inputs)
-        # accelerate hands out what a pass in mixed precision returns in float32.
-        loss = outputs.loss if not mixed else [outputs.logits.float(), outputs.loss][1]
+        loss = outputs.loss
+        if mixed:
+            outputs.logits.float()  # accelerate hands out what a pass in mixed precision returns in float32
         del outputs
         ledger.end_forward()
         loss.backward()
