@@ -627,17 +627,17 @@ FORMATS = {
     "tower: with a backbone": (
         "tower",
         config(model_type="dpt", backbone="evil/repo", use_pretrained_backbone=True, vision_config=None),
-        ".",
+        "backbone names 'evil/repo', from where a backbone would be fetched",
     ),
     "tower: of timm's hub": (
         "tower",
         write("config.json", '{"model_type": "timm_wrapper", "architecture": "hf-hub:evil/repo", "pretrained": true}'),
-        ".",
+        "architecture names 'hf-hub:evil/repo', from where a backbone would be fetched",
     ),
     "tower: pickle": ("tower", pickled(), PICKLED),
     "tower: shard above": ("tower", sharded("../outside/model.safetensors"), "expected the plain name"),
-    "tower: huge": ("tower", config(vision_config__hidden_size=HUGE), "."),
-    "tower: huge number of layers": ("tower", config(vision_config__num_hidden_layers=HUGE), "."),
+    "tower: huge": ("tower", config(vision_config__hidden_size=HUGE), "describes a model of .* weights, but"),
+    "tower: huge number of layers": ("tower", config(vision_config__num_hidden_layers=HUGE), "layers is 1000000000"),
     "language model: code": (
         "language model",
         both(EVIL, config(**FOREIGN), edit("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]})),
@@ -645,8 +645,8 @@ FORMATS = {
     ),
     "language model: pickle": ("language model", pickled(), PICKLED),
     "language model: shard above": ("language model", sharded("../outside/model.safetensors"), "the plain name"),
-    "language model: huge": ("language model", config(vocab_size=HUGE), "."),
-    "language model: huge number of layers": ("language model", config(num_hidden_layers=HUGE), "."),
+    "language model: huge": ("language model", config(vocab_size=HUGE), "describes a model of .* weights, but"),
+    "language model: huge number of layers": ("language model", config(num_hidden_layers=HUGE), "1000000000"),
     "cached": ("cached", both(), None),
     "cached shard elsewhere": (
         "cached",
