@@ -84,9 +84,9 @@ class Watch:
 
 
 class Guard:
-    """What of some folders is opened, by Linux's own account."""
+    """The files of some folders that are opened, by Linux's own account."""
 
-    IN_OPEN = 0x20
+    IN_OPEN, IS_FOLDER = 0x20, 0x40000000
 
     def __init__(self, folders: list[str]):
         system = ctypes.CDLL(None, use_errno=True)
@@ -106,8 +106,9 @@ class Guard:
         paths = []
         while events:
             # struct inotify_event: the folder, what, a number, and the length of the name that follows.
-            folder, _, _, length = struct.unpack_from("iIII", events)
-            paths.append(os.path.join(self.folders[folder], events[16 : 16 + length].rstrip(b"\0").decode()))
+            folder, what, _, length = struct.unpack_from("iIII", events)
+            if not what & self.IS_FOLDER:  # which anything on this machine may list
+                paths.append(os.path.join(self.folders[folder], events[16 : 16 + length].rstrip(b"\0").decode()))
             events = events[16 + length :]
         return paths
 

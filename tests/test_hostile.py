@@ -840,7 +840,7 @@ def test_large_scans_are_opened_where_pillow_opens_them(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match="decompression bomb .* set PIL.Image.MAX_IMAGE_PIXELS to half of its pixels"):
         load_picture(base64.b64encode(encoded(picture())).decode())
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 36 / 2)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 36)
     assert load_picture(base64.b64encode(encoded(picture())).decode()).size == (48, 36)
 
 
@@ -881,12 +881,8 @@ def opened_data(doors, checkpoints, tmp_path_factory) -> dict[str, dict]:
     linked = changed("linked", lambda folder: (folder / "LICENSE").symlink_to("/etc/passwd"))
     jobs += [
         {"name": "licence", "door": "licence", "path": with_code},
-        {
-            "name": "card",
-            "door": "moellava",
-            "path": with_code,
-            "arguments": ["card", "PATH", "--out", "PATH/README.md"],
-        },
+        {"name": "card", "door": "moellava", "path": with_code}
+        | {"arguments": ["card", "PATH", "--out", "PATH/README.md"]},
         {"name": "recipe", "door": "moellava", "path": with_code, "arguments": ["train", "PATH/recipe.yaml"]},
         {"name": "router", "door": "upcycle", "path": str(root / "router")}
         | {"router_path": str(root / "router" / "router.bin")},
