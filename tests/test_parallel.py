@@ -14,6 +14,7 @@
 """Two processes over gloo on the CPU: they compute what one process does, and what they save is a checkpoint like any
 other. What transformers and accelerate cannot do so is at the end."""
 
+import itertools
 import json
 import os
 import signal
@@ -174,11 +175,12 @@ print(model.config.moe_config.num_experts, [len(found) for found in info.values(
 
 
 RUNS = """
-import json, shutil, sys
+import itertools, json, shutil, sys
 from accelerate import PartialState
 from moellava import train
 
 runs, out = json.loads(sys.argv[1]), sys.argv[2]
+runs["streamed"]["data"] = itertools.chain(runs["streamed"]["data"])
 reports = [train(runs[name], output_dir=f"{out}/{name}").stages[0] for name in ("streamed", "adapted")]
 train(runs["resumed"] | {"max_steps": 2}, output_dir=f"{out}/resumed")
 if PartialState().is_main_process:  # as if it had been stopped then
@@ -195,7 +197,7 @@ def test_streamed_adapted_and_resumed(recipe, sparse, data, tmp_path):
     common = {key: value for key, value in recipe.items() if key not in ("stages", "save_steps")} | {
         "model": str(sparse), "stage": "moe", "lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 4,
     }  # fmt: skip
-    rows = {"path": "json", "data_files": str(data), "split": "train", "streaming": True}
+    rows = json.loads(data.read_text(encoding="utf-8"))
     runs = {
         "streamed": common | {"data": rows, "image_folder": str(data.parent), "train_sampling_strategy": "random"},
         "adapted": common | {"lora": {"r": 4}},
@@ -204,6 +206,7 @@ def test_streamed_adapted_and_resumed(recipe, sparse, data, tmp_path):
     (tmp_path / "runs.py").write_text(RUNS, encoding="utf-8")
     together = {name: run | TOGETHER for name, run in runs.items()}
     found = json.loads(launch(ACCELERATE, tmp_path / "runs.py", json.dumps(together), tmp_path / "two").stdout)
+    runs["streamed"]["data"] = itertools.chain(rows)
     for (name, run), report in zip(runs.items(), found, strict=True):
         (expected,) = train(run, output_dir=str(tmp_path / "one" / name), **ALONE).stages
         assert_same_training(report, expected)
