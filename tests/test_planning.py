@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What `plan` says against what real training steps take: every size within 10 %, mostly to the byte.
+"""What `plan` says against what real training steps take: every size within 2 %, mostly to the byte.
 
 The real steps run on the CPU; PyTorch's profiler counts every allocation of its allocator.
 """
@@ -156,7 +156,7 @@ def assert_near(needed, real):
     kept = needed.activations + needed.copies
     planned = {name: getattr(needed, name) for name in ("parameters", "gradients", "optimizer")}
     planned |= {"kept": kept, "peak": kept + needed.working}
-    assert planned == {name: pytest.approx(size, rel=0.1) for name, size in real.items()}
+    assert planned == {name: pytest.approx(size, rel=0.02) for name, size in real.items()}
 
 
 @pytest.mark.parametrize(
