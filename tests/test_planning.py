@@ -241,6 +241,12 @@ def test_balancing_a_batch_in_parts_takes_another_forward_pass():
     assert 1.2 < parts / balanced_apart < 1.5
 
 
+def test_a_router_from_a_file_is_as_large_as_a_new_one():
+    options = {"stage": "moe", "max_length": 64, "batch_size": 2}
+    new, read = (plan(config_of("llama"), moe=MOE | path, **options) for path in ({}, {"router_path": "router.bin"}))
+    assert read.memory == new.memory
+
+
 @pytest.mark.parametrize("text, size", [("80GB", 80 * 10**9), ("80GiB", 80 * 2**30), ("1.5 MB", 1500000), (7, 7)])
 def test_sizes(text, size):
     assert read_memory(text) == size
