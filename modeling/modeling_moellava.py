@@ -34,13 +34,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.modeling_utils import load_state_dict
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
-from transformers.utils import (
-    TransformersKwargs,
-    find_adapter_config_file,
-    is_peft_available,
-    logging,
-    torch_compilable_check,
-)
+from transformers.utils import TransformersKwargs, logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.checkpoint_moellava import run_save_hooks
@@ -75,13 +69,10 @@ from .sparse_moellava import (
     make_sparse,
     modular_experts,
 )
-from .weight_files_moellava import check_adapter, check_indices, check_size
+from .weight_files_moellava import check_adapter, check_indices, check_size, find_adapter_config
 
 
 logger = logging.get_logger(__name__)
-
-# By these `from_pretrained` is told where files are, and how to come by them.
-_HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 
 
 @dataclass
@@ -227,10 +218,7 @@ class MoellavaPreTrainedModel(PreTrainedModel):
             kwargs["quantization_config"] = with_unquantised_parts(quantization_config, modules_to_quantize)
         if pretrained_model_name_or_path is not None:
             check_indices(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
-            # The Auto classes pass on where the adapter is whose base they load; otherwise one may lie beside a model.
-            adapter = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path") or pretrained_model_name_or_path
-            hub_options = {name: kwargs[name] for name in _HUB_OPTIONS if kwargs.get(name) is not None}
-            adapter_config = find_adapter_config_file(adapter, **hub_options) if is_peft_available() else None
+            adapter_config = find_adapter_config(pretrained_model_name_or_path, kwargs)
             if adapter_config is not None:
                 check_adapter(adapter_config)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)

@@ -16,13 +16,18 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from torch import nn
+from transformers.utils import find_adapter_config_file, is_peft_available
 
 
 # No format stores a weight in less than half a byte, and a weight that is tied to another may be counted twice.
 _MOST_WEIGHTS_PER_BYTE = 4
 _ALWAYS_ALLOWED = 2**24
+# By these `from_pretrained` is told where in a repository files are, and how to come by them.
+_PLACES = ("revision", "subfolder")
+_HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", *_PLACES)
 
 
 def check_indices(folder: str | os.PathLike) -> None:
@@ -49,6 +54,24 @@ def check_indices(folder: str | os.PathLike) -> None:
                     f"{path} names {shard!r}; expected the plain name of a file beside it. Nothing outside the folder "
                     "is read."
                 )
+
+
+def find_adapter_config(name: str | os.PathLike, options: dict[str, Any]) -> str | None:
+    """Returns the path of the `adapter_config.json` that `from_pretrained` goes by, or `None` where there is none.
+
+    Args:
+        name (`str` or `os.PathLike`): What is loaded. An adapter may lie beside it.
+        options (`dict`): The options of `from_pretrained`. Where an Auto class has found that it was given an adapter,
+            and has put its base in its place, they say where the adapter is.
+    """
+    if not is_peft_available():  # transformers looks for none
+        return None
+    found = {option: options[option] for option in _HUB_OPTIONS if options.get(option) is not None}
+    of_adapter = options.get("adapter_kwargs") or {}
+    if "_adapter_model_path" in of_adapter:
+        name, found = of_adapter["_adapter_model_path"], {o: v for o, v in found.items() if o not in _PLACES}
+    found |= {option: of_adapter[option] for option in _HUB_OPTIONS if of_adapter.get(option) is not None}
+    return find_adapter_config_file(name, **found)
 
 
 def check_adapter(path: str | os.PathLike) -> None:
@@ -98,4 +121,4 @@ def check_size(model: nn.Module, stored: int) -> None:
         )
 
 
-__all__ = ["check_adapter", "check_indices", "check_size"]
+__all__ = ["check_adapter", "check_indices", "check_size", "find_adapter_config"]
