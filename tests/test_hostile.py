@@ -40,7 +40,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from moellava import load_pretrained_model, upcycle
+from moellava.evaluating import questions
 from moellava.processing.images_moellava import check_shape, load_picture
+from moellava.training import rows
 
 
 HERE = Path(__file__).resolve().parent
@@ -842,6 +844,15 @@ def test_large_scans_are_opened_where_pillow_opens_them(monkeypatch):
         load_picture(base64.b64encode(encoded(picture())).decode())
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 36)
     assert load_picture(base64.b64encode(encoded(picture())).decode()).size == (48, 36)
+
+
+@pytest.mark.parametrize("open_picture", [rows.open_picture, questions.open_picture])
+def test_pictures_of_rows_and_questions_are_known_to_fit_before_they_are_used(monkeypatch, open_picture):
+    """One row that cannot be padded is left out; it does not end the run."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert open_picture(picture(), "square").size == (48, 36)
+    with pytest.raises(ValueError, match="padded to a square it would have 2,304; expected at most 2,000"):
+        open_picture(picture(), "pad")
 
 
 YAML_CODE = '!!python/object/apply:os.mkdir ["EXECUTED"]'
