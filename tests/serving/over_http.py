@@ -30,7 +30,11 @@ async def main(job: dict) -> None:
     client = AsyncOpenAI(base_url=job["url"], api_key="none", max_retries=0, timeout=300)
     asked = (
         client.chat.completions.create(
-            model=job["model"], messages=messages, max_tokens=job["max_tokens"], temperature=0
+            model=job["model"],
+            messages=messages,
+            max_tokens=job["max_tokens"],
+            temperature=0,
+            extra_body={"add_special_tokens": True},  # as transformers does; not every chat template begins with one
         )
         for messages in job["messages"]
     )
