@@ -63,7 +63,7 @@ def launch(launcher: tuple[str, ...], *command: object, timeout: float = 180.0) 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Sixteen conversations; those of words alone are the shortest, so that whole batches are of no pictures."""
+    """Sixteen conversations; where two processes share the first four, one of them gets pictures and the other none."""
     folder = tmp_path_factory.mktemp("parallel-data")
     rows = []
     for number in range(12):
@@ -74,6 +74,7 @@ def data(tmp_path_factory):
     for number in range(12, 16):
         turns = [{"from": "human", "value": "Only words?"}, {"from": "gpt", "value": "Yes." * (number - 11)}]
         rows.append({"id": number, "conversations": turns})
+    rows = [*rows[:2], *rows[12:14], *rows[2:4], *rows[14:], *rows[4:12]]
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     return folder / "rows.json"
 
@@ -205,7 +206,8 @@ def test_streamed_adapted_and_resumed(recipe, sparse, data, tmp_path):
     }
     (tmp_path / "runs.py").write_text(RUNS, encoding="utf-8")
     together = {name: run | TOGETHER for name, run in runs.items()}
-    found = json.loads(launch(ACCELERATE, tmp_path / "runs.py", json.dumps(together), tmp_path / "two").stdout)
+    done = launch(ACCELERATE, tmp_path / "runs.py", json.dumps(together), tmp_path / "two")
+    found = json.loads(done.stdout.splitlines()[-1])  # after what the Trainer prints
     runs["streamed"]["data"] = itertools.chain(rows)
     for (name, run), report in zip(runs.items(), found, strict=True):
         (expected,) = train(run, output_dir=str(tmp_path / "one" / name), **ALONE).stages
