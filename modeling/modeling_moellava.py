@@ -233,8 +233,9 @@ class MoellavaPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        if state_dict:
-            check_size(model, sum(tensor.nbytes for tensor in state_dict.values()))
+        if state_dict:  # assembled, with a projector of the size that the caller has asked for
+            stored = sum(tensor.nbytes for tensor in state_dict.values())
+            check_size(model, stored, new_part="multi_modal_projector")
         elif checkpoint_files is not None:
             check_size(model, sum(os.path.getsize(file) for file in checkpoint_files))
         if any(isinstance(module, ModularExperts) for module in model.modules()):

@@ -15,6 +15,7 @@
 
 import json
 import os
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -103,17 +104,22 @@ def check_adapter(path: str | os.PathLike) -> None:
         )
 
 
-def check_size(model: nn.Module, stored: int) -> None:
+def check_size(model: nn.Module, stored: int, new_part: str | None = None) -> None:
     """Checks that a model, which has no memory yet, is not far larger than the files that it is filled from.
 
     Args:
         model (`nn.Module`): The model, of which every weight is on the meta device.
         stored (`int`): The bytes of the files, or of the weights in them.
+        new_part (`str`, *optional*): The name of a module that may have no weights yet, of whatever size.
 
     Raises:
         ValueError: It is; the config would have memory taken for weights that nobody has.
     """
-    described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    described = sum(
+        tensor.numel()
+        for name, tensor in chain(model.named_parameters(), model.named_buffers())
+        if new_part is None or new_part not in name.split(".")
+    )
     if described > _MOST_WEIGHTS_PER_BYTE * stored + _ALWAYS_ALLOWED:
         raise ValueError(
             f"The config describes a model of {described:,} weights, but the weight files have {stored:,} bytes. "

@@ -32,6 +32,7 @@ from transformers.models.idefics2.configuration_idefics2 import Idefics2Perceive
 from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from moellava import load_pretrained_model
 from moellava.configuration.registry_moellava import PROJECTORS
 from moellava.modeling import projectors_moellava
 from moellava.modeling.projectors_moellava import (
@@ -674,3 +675,16 @@ def test_one_layer_mlp_accepts_the_width_it_has():
         "linear_1.weight",
         "linear_1.bias",
     ]
+
+
+def test_a_new_projector_may_be_larger_than_the_parts(parts):
+    """A config that describes far more than its files hold is refused; a projector that is asked for has no files."""
+    model = load_pretrained_model(
+        parts.language_model("llama"),
+        vision_tower=parts.vision_tower("clip"),
+        projector_config={"type": "perceiver", "latent_dim": 1024},
+        dtype="bfloat16",
+        device="cpu",
+    ).model
+    own, others = (sum(p.numel() for p in part.parameters()) for part in (model.model.multi_modal_projector, model))
+    assert own > 2**25 > 50 * (others - own)
