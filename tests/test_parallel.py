@@ -188,7 +188,7 @@ if PartialState().is_main_process:  # as if it had been stopped then
     shutil.rmtree(f"{out}/resumed/moe/model")
     shutil.move(f"{out}/resumed/moe/stage.json", f"{out}/stopped.json")
 PartialState().wait_for_everyone()
-reports.append(train(runs["resumed"], output_dir=f"{out}/resumed", resume=True).stages[0])
+reports.append(train(runs["resumed"], output_dir=f"{out}/resumed", resume=True, allow_changes=True).stages[0])
 if PartialState().is_main_process:
     print(json.dumps([vars(report) for report in reports]))
 """
