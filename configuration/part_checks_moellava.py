@@ -87,7 +87,8 @@ def _check_size(place: str, name: str, value: Any) -> None:
     if wrong is not None:
         # Of a number with thousands of digits Python gives no text.
         shown = wrong if abs(wrong) < 10**20 else "a number of more than 20 digits"
-        raise ValueError(f"{place} is {shown}; expected from {low} to {high}.")
+        expected = f"at least {low}" if wrong < low else f"at most {high}"
+        raise ValueError(f"{place} is {shown}; expected {expected}.")
 
 
 def check_dtype(place: str, name: str) -> None:

@@ -395,7 +395,7 @@ def test_a_field_of_a_later_version_in_a_file_is_kept_without_effect_and_said(ca
         ({"text_config": VISION}, "text_config describes a 'clip_vision_model' model, which has no vocabulary"),
         ({"text_config": TEXT | {"num_attention_heads": -1}}, "num_attention_heads is -1; expected at least 1"),
         ({"vision_config": VISION | {"hidden_size": 0}}, "vision_config.hidden_size is 0; expected at least 1"),
-        ({"vision_config": VISION | {"image_size": -1}}, "vision_config.image_size is -1; expected a number of pixels"),
+        ({"vision_config": VISION | {"image_size": -1}}, "vision_config.image_size is -1; expected at least 1"),
         (
             {"text_config": TEXT | {"num_key_value_heads": 7}},
             "text_config.num_attention_heads is 2 and num_key_value_heads is 7; expected a multiple of it",
