@@ -40,4 +40,11 @@ def read_json_object(path: str | os.PathLike, advice: str = "") -> dict[str, Any
     return content
 
 
-__all__ = ["read_json_object"]
+def write_json_object(path: Path, content: dict[str, Any]) -> None:
+    """Writes an object to a JSON file, whose earlier content stays until the new one is whole."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+__all__ = ["read_json_object", "write_json_object"]

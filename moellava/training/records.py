@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..json_files import write_json_object
 from .checkpoints import last_checkpoint
 from .recipe import Recipe, Stage
 
@@ -38,9 +39,7 @@ _FREE = (
 def write_record(plan: Recipe, stage: Stage, folder: Path) -> None:
     """Writes down what a stage is begun with."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{_RECORD}"
-    partial.write_text(json.dumps(_record(plan, stage), indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / _RECORD)
+    write_json_object(folder / _RECORD, _record(plan, stage))
 
 
 def check_records(plan: Recipe) -> None:

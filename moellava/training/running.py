@@ -27,6 +27,7 @@ from accelerate import PartialState
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from ..configuration import MoellavaConfig
+from ..json_files import write_json_object
 from ..loading import context_length, load_pretrained_model
 from ..origins import with_training
 from ..sources import Source
@@ -288,9 +289,7 @@ def _run(stage: Stage, model: Any, train_data: Any, eval_data: Any, folder: Path
         adapters={part: dataclasses.asdict(found) for part, found in reach.items()},
     )
     if writes:
-        partial = folder / f".{_STAGE_REPORT}"
-        partial.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n", encoding="utf-8")
-        partial.replace(folder / _STAGE_REPORT)
+        write_json_object(folder / _STAGE_REPORT, dataclasses.asdict(report))
     PartialState().wait_for_everyone()  # the next stage reads what this one has made
     return report
 
