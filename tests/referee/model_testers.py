@@ -13,6 +13,7 @@
 # limitations under the License.
 """A tester for each combination of language model, tower and projector, and the suite that is run over it."""
 
+from contextlib import AbstractContextManager
 from unittest.mock import patch
 
 import torch
@@ -34,6 +35,12 @@ from moellava import MoellavaConfig, MoellavaForCausalLM, MoellavaModel
 MODEL_MAPPING_NAMES["moellava"] = "MoellavaModel"
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["moellava"] = "MoellavaForCausalLM"
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["moellava"] = "MoellavaForCausalLM"
+
+
+def vocab_size_at_the_top() -> AbstractContextManager:
+    """Lets mixins that are there for models of text alone read the size of the vocabulary off the config."""
+    vocab_size = property(lambda config: config.text_config.vocab_size)
+    return patch.object(MoellavaConfig, "vocab_size", vocab_size, create=True)
 
 
 class MoellavaModelTester:
@@ -140,7 +147,5 @@ class MoellavaModelTest(ModelTesterMixin, GenerationTesterMixin, TrainingTesterM
         super().test_training_gradient_checkpointing_use_reentrant_true()
 
     def test_training_overfit(self):
-        # The mixin, which is there for models of text alone, reads the size of the vocabulary off the config.
-        vocab_size = property(lambda config: config.text_config.vocab_size)
-        with patch.object(MoellavaConfig, "vocab_size", vocab_size, create=True):
+        with vocab_size_at_the_top():
             super().test_training_overfit()

@@ -19,11 +19,13 @@ import. Where the folder that `MOELLAVA_REFEREE` names has those too, as a clone
 
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -63,24 +65,60 @@ def run_distributed(world_size: int) -> Callable:
     def decorate(function: Callable) -> Callable:
         def run(*args) -> None:
             with tempfile.TemporaryDirectory() as folder:
-                # By its name: a new process has to make its module importable first.
-                what = (function.__module__, function.__name__, f"file://{folder}/store", world_size, args)
-                torch.multiprocessing.spawn(_run_rank, what, nprocs=world_size)
+                start_rank_processes(_in_group, (function, f"file://{folder}/store", world_size, args), world_size)
 
         return run
 
     return decorate
 
 
-def _run_rank(rank: int, module: str, function: str, store: str, world_size: int, args: tuple) -> None:
-    make_importable(os.environ["MOELLAVA_REFEREE"], Path(os.environ["TRANSFORMERS_TINY_MODEL_PATH"]))
-    torch.set_num_threads(1)
+def _in_group(rank: int, function: Callable, store: str, world_size: int, args: tuple) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     try:
-        getattr(importlib.import_module(module), function)(rank, *args)
+        function(rank, *args)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def start_rank_processes(function: Callable, args: tuple, nprocs: int) -> None:
+    """Runs a function in so many processes at once; it gets its rank first."""
+    torch.multiprocessing.spawn(_run_rank, _with_names((function, args)), nprocs=nprocs)
+
+
+def _run_rank(rank: int, function: "_Function", args: tuple) -> None:
+    make_importable(os.environ["MOELLAVA_REFEREE"], Path(os.environ["TRANSFORMERS_TINY_MODEL_PATH"]))
+    torch.set_num_threads(1)
+    function, args = _with_functions((function, args))
+    function(rank, *args)
+
+
+@dataclass
+class _Function:
+    """A function on its way to a new process, which has to make its module importable first."""
+
+    module: str
+    name: str
+
+
+def _with_names(values: tuple) -> tuple:
+    """Returns values with the names of functions in their place."""
+    return tuple(
+        _with_names(value) if isinstance(value, tuple)
+        else _Function(value.__module__, value.__name__) if inspect.isfunction(value)
+        else value
+        for value in values
+    )  # fmt: skip
+
+
+def _with_functions(values: tuple) -> tuple:
+    """Returns values with functions in the place of their names."""
+    return tuple(
+        _with_functions(value) if isinstance(value, tuple)
+        else getattr(importlib.import_module(value.module), value.name) if isinstance(value, _Function)
+        else value
+        for value in values
+    )  # fmt: skip
 
 
 def _local_picture(url: str) -> str:
@@ -93,7 +131,14 @@ def _local_picture(url: str) -> str:
 
 
 _STAND_INS = {
-    "tests.distributed_testing_utils": {"run_distributed": run_distributed},
+    "tests.distributed_testing_utils": {
+        "run_distributed": run_distributed,
+        "_get_distributed_backend": lambda: "gloo",
+        "_get_distributed_device_type": lambda: "cpu",
+        "_get_rank_device": lambda rank: torch.device("cpu"),
+        "_set_rank_device": lambda rank: None,
+        "_start_rank_processes": start_rank_processes,
+    },
     "tests.exporters.test_export": {"ExportTesterMixin": ExportTesterMixin},
     "tests.generation.test_utils": {"GenerationTesterMixin": GenerationTesterMixin},
     "tests.pipelines.test_pipelines_image_text_to_text": {"ImageTextToTextPipelineTests": ImageTextToTextPipelineTests},
