@@ -108,7 +108,7 @@ def kill(save: Save, state: Callable[[], State], kills: int, seed: int) -> Count
     return counts
 
 
-def saves_of(model, folder: str) -> Save:
+def saves_of(model, place: str, how: str = "save_pretrained") -> Save:
     """Saves of a model: as it is and in one file, or with other weights, another setting and in shards."""
     import torch
 
@@ -118,9 +118,7 @@ def saves_of(model, folder: str) -> Save:
                 for parameter in model.parameters():
                     parameter.add_(1)
             model.config.image_aspect_ratio = model.processor.image_aspect_ratio = "square"
-            model.save_pretrained(folder, max_shard_size="200KB")
-        else:
-            model.save_pretrained(folder)
+        getattr(model, how)(place, max_shard_size="200KB" if variant else "1GB")
 
     return save
 
@@ -166,12 +164,19 @@ def pushes(sources: list[str], repository: str) -> Save:
     return lambda variant: push(sources[variant], repository)
 
 
+def pushes_of_a_model(sources: list[str], repository: str) -> Save:
+    from moellava import load_pretrained_model
+
+    return saves_of(load_pretrained_model(sources[0], device="cpu").model, repository, "push_to_hub")
+
+
 KINDS = {
     "save": saves_with_the_package,
     "remote code": saves_of_remote_code,
     "processor": saves_of_a_processor,
     "convert": conversions,
     "push": pushes,
+    "push_to_hub": pushes_of_a_model,
 }
 
 
@@ -179,7 +184,7 @@ def main(kind: str, sources: list[str], place: str, kills: int, seed: int = 0) -
     """Prints the counts of one kind as JSON; `place` is a new folder, or a repository of a Hub that is made here."""
     # A child that is killed while it draws a progress bar takes tqdm's lock, which all share, into its grave.
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    state = _hub_state(place) if kind == "push" else _folder_state(Path(place))
+    state = _hub_state(place) if kind.startswith("push") else _folder_state(Path(place))
     from transformers.utils import logging  # late: the environment says where the Hub is
 
     logging.disable_progress_bar()
@@ -206,18 +211,20 @@ def _hub_state(repository: str) -> Callable[[], State]:
     return state
 
 
-def kill_where_files_are_replaced(place: str) -> None:
-    """Kills saves to the folder that the process stands in, at every step; prints how often which state was left."""
-    from moellava.configuration.staging_moellava import staged_folder
+_OLD = {"config.json": "old", "model.safetensors": "old", "code.py": "old", "notes.txt": "the user's own"}
+_NEW = {"config.json": "new", "code.py": "new", "model.safetensors.index.json": "new"}
+_NEW |= {f"model-0000{number}-of-00002.safetensors": "new" for number in (1, 2)}
+_AFTER = {"notes.txt": _OLD["notes.txt"]} | _NEW
 
-    old = {"config.json": "old", "model.safetensors": "old", "code.py": "old", "notes.txt": "the user's own"}
-    new = {"config.json": "new", "code.py": "new", "model.safetensors.index.json": "new"}
-    new |= {f"model-0000{number}-of-00002.safetensors": "new" for number in (1, 2)}
-    after = {"notes.txt": old["notes.txt"]} | new
-    folder = Path(place)
+
+def kill_at_every_step(folder: Path, replace: Callable[[], object], end: Callable[[State], str]) -> None:
+    """Kills the replacement of a checkpoint at its first rename or deletion, its second and so on; prints how often
+    which one was left; `end` looks at what is neither, and says what that is."""
+    import moellava.configuration.staging_moellava  # noqa: F401  once; the first import renames files of its own
+
     counts: Counter = Counter()
 
-    def save(last: int) -> None:
+    def replace_until(last: int) -> None:
         seen = 0
 
         def watch(event: str, arguments: tuple) -> None:
@@ -227,38 +234,71 @@ def kill_where_files_are_replaced(place: str) -> None:
                 if seen == last:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        os.chdir(folder)
         sys.addaudithook(watch)
-        with staged_folder(folder, replaces_weights=True) as staging:
-            for name, text in new.items():
-                (staging / name).write_text(text)
-
-    def texts() -> State:
-        return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+        replace()
 
     ended, last = False, 0
     while not ended:
         last += 1
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder.parent, ignore_errors=True)
         folder.mkdir(parents=True)
-        for name, text in old.items():
+        for name, text in _OLD.items():
             (folder / name).write_text(text)
-        ended = in_child(lambda last=last: save(last))
-        found = texts()
-        if found not in (old, after):
-            if "config.json" in found:
-                raise RuntimeError(f"a mixture that a reader takes for a checkpoint: {found}")
-            staging = next(folder.glob(".*.saving"))
-            if set(new) == {path.name for path in staging.iterdir()}:
-                (folder / "model.safetensors").unlink(missing_ok=True)
-            for path in staging.iterdir():
-                path.rename(folder / path.name)
-            if texts() != after:
-                raise RuntimeError(f"cannot be completed: {texts()}")
-            counts["to be completed"] += 1
-        else:
-            counts["new" if found == after else "earlier"] += 1
+        ended = in_child(lambda last=last: replace_until(last))
+        found = _texts(folder)
+        counts["earlier" if found == _OLD else "new" if found == _AFTER else end(found)] += 1
     print(json.dumps(counts))
+
+
+def _texts(folder: Path) -> State:
+    return {path.name: path.read_text() for path in folder.glob("*") if path.is_file()}
+
+
+def _replace(folder: Path) -> None:
+    from moellava.configuration.staging_moellava import staged_folder
+
+    with staged_folder(folder, replaces_weights=True) as staging:
+        for name, text in _NEW.items():
+            (staging / name).write_text(text)
+
+
+def kill_where_files_are_replaced(place: str) -> None:
+    """Kills saves to the folder that the process stands in."""
+    folder = Path(place)
+
+    def replace() -> None:
+        os.chdir(folder)
+        _replace(folder)
+
+    def end(found: State) -> str:
+        if "config.json" in found:
+            raise RuntimeError(f"a mixture that a reader takes for a checkpoint: {found}")
+        staging = next(folder.glob(".*.saving"))
+        if set(_NEW) == {path.name for path in staging.iterdir()}:
+            (folder / "model.safetensors").unlink(missing_ok=True)
+        for path in staging.iterdir():
+            path.rename(folder / path.name)
+        if _texts(folder) != _AFTER:
+            raise RuntimeError(f"cannot be completed: {_texts(folder)}")
+        return "to be completed"
+
+    kill_at_every_step(folder, replace, end)
+
+
+def kill_between_two_renames(place: str) -> None:
+    """Kills saves where a system cannot exchange two folders in one step."""
+    folder = Path(place)
+    sys.platform = "one without renameat2"
+
+    def end(found: State) -> str:
+        if found:
+            raise RuntimeError(f"a mixture: {found}")
+        in_child(lambda: _replace(folder))
+        if _texts(folder) != _AFTER:
+            raise RuntimeError(f"the next save has not got through: {_texts(folder)}")
+        return "put away"
+
+    kill_at_every_step(folder, lambda: _replace(folder), end)
 
 
 def race(sources: list[str], place: str, rounds: int) -> None:

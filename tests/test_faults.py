@@ -40,7 +40,7 @@ from moellava.configuration.staging_moellava import staged_folder
 
 TESTS = str(Path(__file__).parent)
 KILLS = int(os.environ.get("MOELLAVA_KILLS", "15"))
-SHARES = {"save": 0.3, "remote code": 0.2, "processor": 0.2, "convert": 0.1, "push": 0.2}
+SHARES = {"save": 0.3, "remote code": 0.2, "processor": 0.2, "convert": 0.1, "push": 0.1, "push_to_hub": 0.1}
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork, flock and the exchange of two folders")
 
@@ -88,7 +88,7 @@ def test_a_killed_save_leaves_the_earlier_checkpoint_or_the_new_one(
     kind, checkpoint, shards, parts, tmp_path, record_property
 ):
     kills = round(KILLS * SHARES[kind])
-    place = "me/model" if kind == "push" else str(tmp_path / "at" / "model")
+    place = "me/model" if kind.startswith("push") else str(tmp_path / "at" / "model")
     sources = {
         "convert": [str(parts.llava_hf()), str(parts.llava_hf("siglip"))],
         "push": [str(checkpoint), str(shards)],
@@ -99,7 +99,7 @@ def test_a_killed_save_leaves_the_earlier_checkpoint_or_the_new_one(
     assert counts.get("earlier", 0) + counts.get("new", 0) == kills
     record_property("counts", counts)
     logging.getLogger(__name__).info("%s, %d kills: %s", kind, kills, counts)
-    if kind != "push":
+    if not kind.startswith("push"):
         # The last save, which nobody killed, has removed what the killed ones have left behind.
         assert [path.name for path in (tmp_path / "at").iterdir()] == ["model"]
         assert (tmp_path / "at" / "model" / "notes.txt").read_text() == "the user's own"
@@ -109,10 +109,16 @@ def test_a_killed_save_leaves_the_earlier_checkpoint_or_the_new_one(
 
 def test_a_killed_save_where_files_are_replaced_leaves_no_mixture(tmp_path):
     """A folder that the process stands in is not swapped: in between it has no config, and can be completed."""
-    counts = run_killing(f"kill_where_files_are_replaced({str(tmp_path / 'model')!r})", block_moellava=False)
+    counts = run_killing(f"kill_where_files_are_replaced({str(tmp_path / 'at' / 'model')!r})", block_moellava=False)
     assert counts["earlier"] == 1
     assert counts["to be completed"] > 5
     assert counts["new"] >= 1
+
+
+def test_a_killed_save_without_an_exchange_leaves_no_mixture(tmp_path):
+    """Between two renames there is no checkpoint; the earlier one lies beside its place, and the next save finds it."""
+    counts = run_killing(f"kill_between_two_renames({str(tmp_path / 'at' / 'model')!r})", block_moellava=False)
+    assert counts["earlier"] == 1 and counts["put away"] == 1 and counts["new"] > 1
 
 
 def test_what_killed_saves_leave_behind(tmp_path):
