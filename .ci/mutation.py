@@ -84,7 +84,12 @@ TARGETS = {
         "tests/test_older_checkpoints.py -k 'bad_weights or bad_mixtures or bit_by_bit or told_by or names_of_llava or "
         "one_level_higher'",
     ),
-    "names": Target("configuration/names_moellava.py", (), "tests/test_config.py tests/test_request.py"),
+    "names": Target(
+        "configuration/names_moellava.py",
+        (),
+        "tests/test_config.py tests/test_request.py tests/test_upcycling.py "
+        "-k 'test_config or test_request or no_sense'",
+    ),
 }
 
 

@@ -250,8 +250,11 @@ def canonical_moe(fields: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: An unknown field, or layers with different numbers of experts.
     """
     fields = {key: value for key, value in fields.items() if value is not None}
-    if fields.get("moe_enable") is False:
-        raise ValueError("moe_enable is False, but moe_config describes sparse layers. Leave it out for a dense model.")
+    if not fields.get("moe_enable", True):
+        raise ValueError(
+            f"moe_enable is {fields['moe_enable']}, but moe_config describes sparse layers. Leave moe_config out for a "
+            "dense model."
+        )
     if "moe_layers_idx" in fields:
         fields.pop("moe_mode", None)
     canonical = {}

@@ -630,7 +630,9 @@ def test_a_config_that_is_used_twice():
         ({"experts": 4}, "Unknown field 'experts' in moe_config"),
         ({"num_experts_per_tok": 3, "top_k_experts": 1}, "num_experts_per_tok"),
         ({"top_k": 1, "top_k_experts": 2}, "twice"),
+        ({"top_k": 2, "top_k_experts": 1}, "twice"),
         ({"moe_enable": False}, "moe_enable is False"),
+        ({"moe_enable": 0}, "moe_enable is 0"),
     ],
 )  # fmt: skip
 def test_fields_that_make_no_sense(dense, dense_folder, fields, message):
