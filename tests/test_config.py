@@ -354,6 +354,17 @@ def test_an_unknown_field_of_a_projector():
         make(projector_config={"type": "qformr"})
 
 
+@pytest.mark.parametrize("projector, width", [("qformer", "qformer_hidden_size"), ("perceiver", "latent_dim")])
+def test_the_width_of_a_projector_has_one_value_under_both_names(projector, width):
+    # Not Python's own small numbers: two that are equal are two objects.
+    assert getattr(make(projector_config={"type": projector, "hidden_size": 1024}).projector_config, width) == 1024
+    both = {"type": projector, "hidden_size": 1024, width: int("1024")}
+    assert getattr(make(projector_config=both).projector_config, width) == 1024
+    for other in (512, 2048):
+        with pytest.raises(ValueError, match=f"hidden_size is 1024 and {width} is {other}; they are one field"):
+            make(projector_config=both | {width: other})
+
+
 def test_a_field_of_a_later_version_in_a_file_is_kept_without_effect_and_said(caplog):
     with caplog.at_level(logging.WARNING):
         config = MoellavaConfig.from_dict(make().to_dict() | {"field_of_tomorrow": {"a": 1}})
