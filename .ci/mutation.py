@@ -82,7 +82,7 @@ TARGETS = {
         "moellava/converting/older_weights.py",
         (),
         "tests/test_older_checkpoints.py -k 'bad_weights or bad_mixtures or bit_by_bit or told_by or names_of_llava or "
-        "one_level_higher'",
+        "one_level_higher or merge'",
     ),
     "names": Target(
         "configuration/names_moellava.py",

@@ -60,6 +60,8 @@ from typer.testing import CliRunner
 import moellava
 from moellava import load_pretrained_model
 from moellava.cli import app
+from moellava.converting import OlderCheckpointError
+from moellava.converting.older_weights import merge_lora
 
 
 TOLERANCE = 1e-4
@@ -295,6 +297,15 @@ def test_projectors(shop, kind):
     assert shop.load(older)[0].processor.num_image_tokens == (4 if kind.startswith(("pool", "qformer")) else 16)
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_the_weights_tell_whether_the_head_is_the_embedding_where_the_config_does_not(shop, tmp_path, is_tied):
+    older = shop.write("qwen1_5", tie_word_embeddings=is_tied)
+    folder = shop.copy(older, tmp_path / "untold", tie_word_embeddings=ABSENT)
+    model = load_pretrained_model(folder, device="cpu").model
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == is_tied
+    assert_same_answers(shop, older, model)
+
+
 def test_the_names_of_llava_for_tower_and_projector_are_understood(shop, tmp_path):
     older = shop.write("llama", moe={})
     config = older.config
@@ -470,6 +481,115 @@ def test_half_precision_is_kept_and_routers_lose_nothing(shop):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# LoRA weights among the others
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def whole_numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Of so few digits that float32 holds their products exactly, and bfloat16 does not."""
+    return torch.randint(-99, 100, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def lora_layer(rows: int = 5, columns: int = 3, rank: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
+    return {
+        "weight": whole_numbers(rows, columns, seed=seed),
+        "lora_A.weight": whole_numbers(rank, columns, seed=seed + 1),
+        "lora_B.weight": whole_numbers(rows, rank, seed=seed + 2),
+    }
+
+
+def merged(layer: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
+    """What a layer has to become, element by element."""
+    weight, a, b = (layer[name].double() for name in ("weight", "lora_A.weight", "lora_B.weight"))
+    total = weight.clone()
+    for row in range(weight.shape[0]):
+        for column in range(weight.shape[1]):
+            total[row, column] += scale * sum(b[row, k] * a[k, column] for k in range(a.shape[0]))
+    return total.to(layer["weight"].dtype)
+
+
+@pytest.mark.parametrize("scale", [2.5, 1.0, -0.5, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_merge_adds_the_scaled_product_in_float32_and_keeps_the_dtype(dtype, scale):
+    layer = lora_layer()
+    layer["weight"] = layer["weight"].to(dtype)
+    before = {name: tensor.clone() for name, tensor in layer.items()}
+    found = merge_lora({f"q.{name}": tensor for name, tensor in layer.items()}, scale, "a model")
+    assert_same_weights(found, {"q.weight": merged(layer, scale)})
+    assert_same_weights(layer, before)
+
+
+def test_merge_takes_several_adapters_and_leaves_the_rest(tmp_path):
+    """PEFT names the weight below an adapter `base_layer`, and the adapter's own with or without `default`."""
+    first, second = lora_layer(seed=10), lora_layer(4, 6, 3, seed=20)
+    bias, norm = torch.ones(5), torch.ones(3)
+    source = {
+        "model.q.base_layer.weight": first["weight"],
+        "model.q.base_layer.bias": bias,
+        "model.q.lora_A.default.weight": first["lora_A.weight"],
+        "model.q.lora_B.default.weight": first["lora_B.weight"],
+        "model.norm.weight": norm,
+        **{f"model.v.{name}": tensor for name, tensor in reversed(second.items())},
+    }
+    found = merge_lora(source, 0.5, "a model")
+    expected = {"model.q.weight": merged(first, 0.5), "model.v.weight": merged(second, 0.5)}
+    assert_same_weights(found, expected | {"model.q.bias": bias, "model.norm.weight": norm})
+    assert found["model.q.bias"] is bias and found["model.norm.weight"] is norm
+
+
+@pytest.mark.parametrize("scale", [None, 2.0])
+def test_merge_without_adapters_needs_no_scale_and_copies_nothing(scale):
+    weight = torch.ones(2)
+    found = merge_lora({"model.q.base_layer.weight": weight, "lm_head.bias": weight}, scale, "a model")
+    assert list(found) == ["model.q.weight", "lm_head.bias"]
+    assert all(tensor is weight for tensor in found.values())
+
+
+def test_merge_without_a_scale_is_refused():
+    with pytest.raises(
+        OlderCheckpointError, match=r"of a model hold LoRA weights \(q, \.\.\.\).*no lora_alpha and lora_r"
+    ):
+        merge_lora({f"q.{name}": tensor for name, tensor in lora_layer().items()}, None, "a model")
+
+
+BAD_LORA = {
+    # name -> what a layer of 5 x 3 with adapters of rank 2 has instead, and what the message says
+    "no A": ({"lora_A.weight": None}, "adapter of q in a model is not whole"),
+    "no B": ({"lora_B.weight": None}, "adapter of q in a model is not whole"),
+    "no weight": ({"weight": None}, "adapter of q in a model is not whole"),
+    "ranks that differ": ({"lora_B.weight": torch.ones(5, 4)}, r"\(5, 3\), \(2, 3\), \(5, 4\), which do not belong"),
+    "A of another width": ({"lora_A.weight": torch.ones(2, 4)}, r"\(5, 3\), \(2, 4\), \(5, 2\), which do not belong"),
+    "B of another height": ({"lora_B.weight": torch.ones(6, 2)}, r"\(5, 3\), \(2, 3\), \(6, 2\), which do not belong"),
+    "a row that would be spread": ({"weight": torch.ones(1, 3)}, r"\(1, 3\), \(2, 3\), .*which do not belong"),
+    "a column that would be spread": ({"weight": torch.ones(5, 1)}, r"\(5, 1\), \(2, 3\), .*which do not belong"),
+    "a number that would be spread": ({"weight": torch.ones(())}, r"\(\), \(2, 3\), .*which do not belong"),
+    "A that is no matrix": ({"lora_A.weight": torch.ones(2)}, r"\(5, 3\), \(2,\), \(5, 2\), which do not belong"),
+    "B that is no matrix": ({"lora_B.weight": torch.ones(5)}, r"\(5, 3\), \(2, 3\), \(5,\), which do not belong"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_LORA)
+def test_merge_refuses_what_does_not_belong_together(fault):
+    change, match = BAD_LORA[fault]
+    layers = {f"p.{name}": tensor for name, tensor in lora_layer().items()}
+    layers |= {f"q.{name}": tensor for name, tensor in (lora_layer() | change).items() if tensor is not None}
+    with pytest.raises(OlderCheckpointError, match=match):
+        merge_lora(layers, 1.0, "a model")
+
+
+def test_what_is_merged_counts_as_used(shop, tmp_path):
+    older = shop.write("phi", lora={"lora_r": 2, "lora_alpha": 5})
+    layer = "model.layers.1.self_attn.q_proj"
+    weights = lora_layer(HIDDEN, HIDDEN) | {"weight": older.state[f"{layer}.weight"]}
+    folder = shop.copy(older, tmp_path / "source")
+    change_weights(folder, lambda state: state | {f"{layer}.{name}": tensor for name, tensor in weights.items()})
+    report = moellava.convert(folder, tmp_path / "out")
+    assert report.num_used == len(older.state) + 2
+    found = load_pretrained_model(tmp_path / "out", device="cpu").model.get_submodule(ours(layer)).weight
+    torch.testing.assert_close(found, merged(weights, 2.5))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The tower and its pictures
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -527,6 +647,21 @@ def test_a_tower_on_somebody_elses_machine(shop, tmp_path, with_tower_weights):
     assert_same_answers(shop, older, model)
     moellava.convert(older.folder, tmp_path / "out", vision_tower=str(shop.tower()))
     assert_same_answers(shop, older, load_pretrained_model(tmp_path / "out", device="cpu").model)
+
+
+def test_a_given_tower_that_cannot_be_had(shop):
+    """The message is about what was given, not about what the config names."""
+    older = shop.write("stablelm", moe={}, image_tower=TRAINERS_TOWER)
+    with pytest.raises(FileNotFoundError, match="/nowhere/clip") as caught:
+        load_pretrained_model(older.folder, device="cpu", mm_vision_tower="/nowhere/clip")
+    assert TRAINERS_TOWER not in str(caught.value)
+
+
+def test_the_first_of_several_towers(shop, tmp_path):
+    """The older config may hold a list; its code takes the first."""
+    older = shop.write("phi")
+    folder = shop.copy(older, tmp_path / "listed", mm_image_tower=[str(older.tower_folder), TRAINERS_TOWER])
+    assert_same_answers(shop, older, load_pretrained_model(folder, device="cpu").model)
 
 
 def test_a_tower_that_the_checkpoints_weights_do_not_fit_is_refused(shop):
@@ -618,11 +753,15 @@ def test_the_report_counts_parameters(shop, tmp_path, family):
     assert report.num_parameters - report.num_active_parameters == experts // 2
 
 
-def test_marks_around_pictures(shop):
+@pytest.mark.parametrize("with_patch_token", [True, False])
+def test_marks_around_pictures(shop, with_patch_token):
     """Where the config says so, a picture stands between two tokens, which the older loader adds to the tokenizer."""
-    model, _, tokenizer, _ = shop.load(shop.write("phi", moe={}, mm_use_im_start_end=True))
-    marks = tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"])
-    assert len(set(marks)) == 2 and tokenizer.unk_token_id not in marks
+    older = shop.write("phi", moe={}, mm_use_im_start_end=True, mm_use_im_patch_token=with_patch_token)
+    model, _, tokenizer, _ = shop.load(older)
+    added = ["<im_patch>"] * with_patch_token + ["<im_start>", "<im_end>"]
+    ids = list(range(older.vocabulary, older.vocabulary + len(added)))
+    assert tokenizer.convert_tokens_to_ids(added) == ids
+    marks = ids[-2:]
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
     prompt = model.processor.apply_chat_template(messages, add_generation_prompt=True)
     assert "USER: <im_start><image><im_end>\nWhat? ASSISTANT:" in prompt
@@ -671,6 +810,14 @@ def test_qwens_own_tokenizer(shop, tmp_path):
     # Its code gives the ids after the last rank to these, and then to 205 tokens from <|extra_0|> on.
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra_0|>", "<|extra_204|>"]
     assert tokenizer.convert_tokens_to_ids(special) == [len(lines) + index for index in (0, 1, 2, 3, 207)]
+
+
+@pytest.mark.parametrize("line", ["IQ==", "IQ== 0 1", "IQ== first", "I?Q== 0", "IQ= 0", "é 0"])
+def test_a_tokenizer_of_qwens_own_that_cannot_be_read(shop, tmp_path, refused, line):
+    folder = shop.copy(shop.write("qwen", moe={}), tmp_path / "qwen")
+    (folder / "vocab.json").unlink()
+    (folder / "qwen.tiktoken").write_text(f"{line}\nIg== 1\n", encoding="utf-8")
+    refused(folder, "qwen.tiktoken cannot be read .* expected a token in base64 and its rank on every line")
 
 
 @torch.no_grad()
@@ -775,6 +922,23 @@ def test_layouts_of_files(shop, family, shards):
     assert_same_weights(shop.load(shop.write(family, moe={}, shards=shards))[0].state_dict(), expected)
 
 
+@pytest.mark.parametrize("shards", ["sharded_safetensors", "sharded_bin"])
+def test_shards_of_two_checkpoints(shop, tmp_path, refused, shards):
+    folder = shop.copy(shop.write("phi", moe={}, shards=shards), tmp_path / "source")
+    last = next(folder.glob("*-00003-of-00003.*"))
+    other = last.name.replace("00003-of-00003", "00004-of-00004")
+    shutil.copy(last, folder / other)
+    refused(folder, f"holds {other}, which its index does not list")
+
+
+def test_a_projector_beside_a_whole_checkpoint_is_left_alone(shop, tmp_path):
+    """LLaVA-1.5 is published with the projector of its first stage, which the weights have in them, trained further."""
+    older = shop.write("phi")
+    folder = shop.copy(older, tmp_path / "source")
+    torch.save({"model.mm_projector.0.weight": torch.zeros(HIDDEN, 3)}, folder / "mm_projector.bin")
+    assert_same_answers(shop, older, load_pretrained_model(folder, device="cpu").model)
+
+
 def test_a_second_copy_of_the_weights_is_left_alone(shop, tmp_path):
     """Runs of sparse models leave a whole pytorch_model.bin beside the shards; it is not read."""
     older = shop.write("phi", moe={}, shards="sharded_safetensors", duplicate_bin=True)
@@ -838,6 +1002,26 @@ def test_a_loaded_model_is_saved_as_one_of_ours(shop, tmp_path):
     again = load_pretrained_model(tmp_path / "saved", device="cpu").model
     assert_same_weights(again.state_dict(), model.state_dict())
     assert_same_answers(shop, older, again)
+
+
+def test_what_is_not_taken_over_is_noted(shop, tmp_path):
+    older = shop.write("phi", moe={})
+    folder = shop.copy(
+        older, tmp_path / "source", pad_token_id=-1, mm_video_tower="LanguageBind/LanguageBind_Video_merge"
+    )
+    change_weights(folder, lambda state: state | {"model.video_tower.video_tower.weight": torch.ones(3)})
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["convert", str(folder), str(out), "--json"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["left_out"] == {"model.video_tower.video_tower.weight": "videos are not supported"}
+    assert report["num_used"] == len(older.state) and report["out"] == str(out)
+    notes = "\n".join(report["notes"])
+    assert "pad_token_id -1 lies outside the vocabulary and is left out" in notes
+    assert "the video tower is left out: videos are not supported" in notes
+    model = load_pretrained_model(out, device="cpu").model
+    assert model.config.text_config.pad_token_id is None
+    assert_same_answers(shop, older, model)
 
 
 def test_convert_in_python(shop, tmp_path):
@@ -985,6 +1169,20 @@ def test_llava_hf(parts, tmp_path, tower):
     assert torch.equal(logits_of(again, row, inputs["pixel_values"]), found)
 
 
+def test_llava_hf_of_an_older_transformers(parts, tmp_path):
+    """Its files hold buffers too, which are computed anew."""
+    folder = parts.copy(parts.llava_hf("clip"), tmp_path / "source")
+    buffers = {
+        "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "vision_tower.vision_model.embeddings.position_ids": torch.arange(17)[None],
+    }
+    before = len(load_file(folder / "model.safetensors"))
+    change_weights(folder, lambda state: state | buffers)
+    report = moellava.convert(folder, tmp_path / "out")
+    assert report.left_out == dict.fromkeys(buffers, "computed anew")
+    assert report.num_used == before
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad sources
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1087,11 +1285,18 @@ def test_bad_weights(shop, tmp_path, refused, fault):
     refused(folder, match)
 
 
-def test_qwens_fused_attention_of_another_shape(shop, tmp_path, refused):
+@pytest.mark.parametrize(
+    ("rows", "match"),
+    [
+        (3 * HIDDEN + 3, "q_proj"),
+        (3 * HIDDEN + 1, r"c_attn.weight is \(193, 64\); expected queries, keys and values of one width"),
+    ],
+)
+def test_qwens_fused_attention_of_another_shape(shop, tmp_path, refused, rows, match):
     folder = shop.copy(shop.write("qwen", moe={}), tmp_path / "source")
     name = "transformer.h.1.attn.c_attn.weight"
-    change_weights(folder, lambda state: state | {name: torch.ones(3 * HIDDEN + 3, HIDDEN)})
-    refused(folder, "c_attn|q_proj")
+    change_weights(folder, lambda state: state | {name: torch.ones(rows, HIDDEN)})
+    refused(folder, match)
 
 
 BAD_CONFIGS = {
@@ -1101,6 +1306,8 @@ BAD_CONFIGS = {
     "a family that nobody knows": ({"model_type": "moe_llava_gemma"}, "gemma"),
     "MPT": ({"model_type": "llava_mpt", "architectures": ["LlavaMPTForCausalLM"]}, "mpt"),
     "experts in a dense type": ({"model_type": "llava_phi", "moe": ABSENT}, "expert|moe"),
+    "no experts in a sparse type": ({"moe": ABSENT}, "model_type 'moe_llava_phi', but under 'moe', .*it has none"),
+    "a width that is no number": ({"hidden_size": "wide"}, "does not describe a phi language model .*hidden_size"),
     "no tower": ({"mm_image_tower": None}, "tower"),
     "fewer layers than the file": ({"num_hidden_layers": 3}, "layers"),
     "no width": ({"hidden_size": ABSENT}, "hidden_size|shape|expected"),
@@ -1112,6 +1319,16 @@ BAD_MOE = {
     "layers with other numbers of experts": ({"num_experts": [4, 2]}, "num_experts"),
     "experts that are no number": ({"num_experts": "four"}, "num_experts"),
     "other layers than the file": ({"moe_layers_idx": [1, 3]}, "layer"),
+    "a layer fewer than the file": (
+        {"moe_layers_idx": [0], "num_experts": 4},
+        r"experts in the layers \[0, 2\], its config says \[0\]",
+    ),
+    "a layer more than the file": (
+        {"moe_layers_idx": [0, 2, 3], "num_experts": 4},
+        r"experts in the layers \[0, 2\], its config says \[0, 2, 3\]",
+    ),
+    "experts that are switched off": ({"moe_enable": False}, "under 'moe', .*moe_enable is false"),
+    "the experts of one process": ({"ep_size": 2}, "trained with ep_size 2: its files hold the experts of one process"),
     "a layer that is not there": ({"moe_layers_idx": [0, 2, 9], "num_experts": 4}, "9"),
     "an unknown mode and no layers": ({"moe_layers_idx": ABSENT, "moe_mode": "thirds"}, "thirds|moe_mode"),
     "a residual that the file has not": ({"use_residual": True}, "residual|coefficient"),
