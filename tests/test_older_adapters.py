@@ -19,6 +19,7 @@ them is compared with what `load_pretrained_model` and `moellava convert` make o
 
 import json
 import shutil
+import sys
 import tempfile
 import textwrap
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ import peft
 import pytest
 import torch
 import transformers
-from older import HIDDEN, Older, write_older, write_tower, write_weights
+from older import Older, write_older, write_tower, write_weights
 from older_reference import IMAGE, Reference, expand2square
 from parts import picture, run_python
 from safetensors.torch import load_file, save_file
@@ -308,19 +309,43 @@ def test_onto_an_older_dense_checkpoint(adapters, tmp_path, kind):
     assert_near(logits_of(model, WITH_PICTURE, pixels), reference.logits(WITH_PICTURE, pixels), 1e-4)
 
 
-def test_an_adapter_of_the_projector(adapters, copy):
-    """The older trainer's search for linear layers found the projector's too."""
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("mm_projector.image_spatial_proj.2", "multi_modal_projector.linear_2"),
+        (
+            "image_tower.image_tower.vision_model.encoder.layers.1.self_attn.q_proj",
+            "vision_tower.encoder.layers.1.self_attn.q_proj",
+        ),
+    ],
+)
+def test_an_adapter_of_the_projector_or_the_tower(adapters, copy, name, layer):
+    """The older trainer's search for linear layers found theirs too."""
     adapter = adapters("llama")
-    folder = copy(adapter)
-    path = folder / "adapter_model.safetensors"
-    name = "base_model.model.model.mm_projector.image_spatial_proj.2"
-    a, b = torch.randn(4, HIDDEN) * 0.1, torch.randn(HIDDEN, 4) * 0.1
-    save_file(load_file(path) | {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, path)
-    plain, found = load(adapter).state_dict(), load(adapter, folder).state_dict()
-    changed = {name for name in plain if not torch.equal(plain[name], found[name])}
-    assert changed == {"model.multi_modal_projector.linear_2.weight"}
-    layer = changed.pop()
+    plain, folder = load(adapter).state_dict(), copy(adapter)
+    path, layer = folder / "adapter_model.safetensors", f"model.{layer}.weight"
+    rows, columns = plain[layer].shape
+    a, b = torch.randn(4, columns) * 0.1, torch.randn(rows, 4) * 0.1
+    own = {f"base_model.model.model.{name}.lora_{kind}.weight": t for kind, t in (("A", a), ("B", b))}
+    save_file(load_file(path) | own, path)
+    found = load(adapter, folder).state_dict()
+    assert {name for name in plain if not torch.equal(plain[name], found[name])} == {layer}
     torch.testing.assert_close(found[layer], plain[layer] + 3 * b @ a)
+
+
+def test_onto_a_base_that_has_the_projector(adapters, copy, tmp_path):
+    """An adapter that was trained on an older checkpoint whose projector stayed as it was."""
+    adapter = adapters("phi")
+    base = write_older(tmp_path / "base", "phi", tower_folder=adapter.older.tower_folder)
+    write_weights(base.folder, base.state | adapter.older.state)
+    folder = copy(adapter)
+    (folder / "non_lora_trainables.bin").unlink()
+    model = load(adapter, folder, base=base.folder)
+    reference = Reference(
+        base.state | adapter.merged, adapter.older.config, base.tower_folder, base.projector_prefix, base.tower_prefix
+    )
+    pixels = pixels_of(adapter.older)
+    assert_near(logits_of(model, WITH_PICTURE, pixels), reference.logits(WITH_PICTURE, pixels), 1e-4)
 
 
 def test_weights_trained_in_full_beside_the_adapter(adapters, tmp_path):
@@ -536,6 +561,30 @@ def test_an_adapter_without_its_base(adapters):
         load_pretrained_model(str(adapters("phi").folder), device="cpu")
 
 
+def test_an_adapter_needs_peft_and_says_so_before_the_base_is_read(adapters, tmp_path, monkeypatch):
+    adapter = adapters("phi")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"A LoRA adapter needs PEFT.* `pip install moellava\[peft\]`"):
+        load(adapter, base=tmp_path)
+
+
+@pytest.mark.parametrize("content", ['{"r": 4}', "no JSON", "[]", '{"peft_type": "NEW"}'])
+def test_an_adapter_config_that_cannot_be_read(adapters, copy, content):
+    adapter = adapters("phi")
+    folder = copy(adapter)
+    (folder / "adapter_config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(OlderCheckpointError, match=r"adapter_config.json of .* cannot be read by PEFT"):
+        load(adapter, folder)
+
+
+def test_an_adapter_without_a_weight(adapters, copy):
+    adapter = adapters("phi")
+    folder = copy(adapter)
+    save_file({}, folder / "adapter_model.safetensors")
+    with pytest.raises(OlderCheckpointError, match="adapter_model.safetensors holds no weights"):
+        load(adapter, folder)
+
+
 @pytest.mark.parametrize(
     ("missing", "error", "message"),
     [
@@ -574,6 +623,8 @@ def test_a_folder_that_holds_neither_adapter_nor_projector(adapters, copy):
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"r": 8}, "do not fit the model"),
+        ({"r": "four"}, "says r='four'; expected a number"),
+        ({"lora_alpha": None}, "says lora_alpha=None; expected a number"),
     ],
 )
 def test_options_that_cannot_be_taken_over(adapters, copy, option, message):
@@ -587,6 +638,10 @@ def test_options_that_cannot_be_taken_over(adapters, copy, option, message):
     [
         (lambda name: name.replace("layers.3", "layers.9"), "does not have: model.layers.9"),
         (lambda name: name.replace("fc1", "up_proj"), "does not have: .*up_proj"),
+        (
+            lambda name: name.replace("model.layers.0.mlp.fc1", "model.mm_projector.image_spatial_proj.4"),
+            "does not have: model.mm_projector.image_spatial_proj.4",
+        ),
         (lambda name: name.replace("lora_A", "lora_E"), "is no weight of a LoRA layer"),
         (lambda name: name.replace("layers.0.mlp.fc1.lora_A", "layers.0.mlp.fc9.lora_A"), "alone"),
     ],

@@ -14,6 +14,7 @@
 """LoRA adapters of older checkpoints, put onto the converted model by PEFT."""
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,12 +35,32 @@ _REFUSED = (
 _INITIALISATIONS = (True, False, None, "gaussian")
 
 
-def attach_adapter(model: Any, source: Source, merge: bool) -> Any:
-    """Puts the LoRA adapter of an older checkpoint onto a model.
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter of an older checkpoint: PEFT's config of it, and A and B of each of its layers, by older names."""
+
+    source: Source
+    config: Any
+    pairs: dict[str, dict[str, torch.Tensor]]
+
+
+def read_adapter(source: Source) -> Adapter:
+    """Reads the LoRA adapter of an older checkpoint, which needs no model yet.
+
+    Raises:
+        FileNotFoundError: There are no weights of an adapter.
+        ImportError: PEFT is not installed.
+        OlderCheckpointError: It is damaged, or has options that cannot be taken over.
+    """
+    return Adapter(source, _read_adapter_config(source), _read_pairs(source))
+
+
+def attach_adapter(model: Any, adapter: Adapter, merge: bool) -> Any:
+    """Puts an adapter onto a model.
 
     Args:
         model (`MoellavaForCausalLM`): What the adapter's base has become.
-        source (`Source`): The adapter's folder.
+        adapter (`Adapter`): As `read_adapter` returns it; its config is changed.
         merge (`bool`): Whether it is added to the weights.
 
     Returns:
@@ -47,19 +68,14 @@ def attach_adapter(model: Any, source: Source, merge: bool) -> Any:
         with the model's processor.
 
     Raises:
-        FileNotFoundError: There are no weights of an adapter.
-        ImportError: PEFT is not installed.
-        OlderCheckpointError: The adapter does not fit the model, or has options that cannot be taken over.
+        OlderCheckpointError: The adapter does not fit the model.
     """
-    try:
-        from peft import PeftModel, set_peft_model_state_dict
-    except ImportError as error:
-        raise ImportError("A LoRA adapter needs PEFT, which is not installed: `pip install moellava[peft]`.") from error
-    config = _read_adapter_config(source)
-    pairs = _read_pairs(source)
+    from peft import PeftModel, set_peft_model_state_dict
+
+    config, source = adapter.config, adapter.source
     older = read_older_config(source.config_dict(), source.name)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    tensors = _renamed(pairs, older, layers, config.r, source)
+    tensors = _renamed(adapter.pairs, older, layers, config.r, source)
     config.target_modules = {name.removesuffix(".lora_A.weight") for name in tensors if ".lora_A." in name}
     # These choose among layers by number and name; the file tells which it was.
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
@@ -73,8 +89,10 @@ def attach_adapter(model: Any, source: Source, merge: bool) -> Any:
 
 
 def _read_adapter_config(source: Source) -> Any:
-    from peft import PeftConfig, PeftType
-
+    try:
+        from peft import PeftConfig, PeftType
+    except ImportError as error:
+        raise ImportError("A LoRA adapter needs PEFT, which is not installed: `pip install moellava[peft]`.") from error
     try:
         config = PeftConfig.from_pretrained(source.name, **source.hub_options)
     except (KeyError, TypeError, ValueError) as error:
@@ -87,6 +105,10 @@ def _read_adapter_config(source: Source) -> Any:
             f"The adapter of {source} is of PEFT's type {getattr(config.peft_type, 'value', config.peft_type)}; only "
             "LORA can be taken over."
         )
+    for name in ("r", "lora_alpha"):
+        value = getattr(config, name)
+        if not isinstance(value, int | float):
+            raise OlderCheckpointError(f"The adapter_config.json of {source} says {name}={value!r}; expected a number.")
     used = [name for name in _REFUSED if getattr(config, name, None)]
     if getattr(config, "bias", "none") != "none":
         used.append(f"bias={config.bias!r}")
@@ -172,4 +194,4 @@ def _renamed(
     return tensors
 
 
-__all__ = ["ADAPTER_FILES", "attach_adapter"]
+__all__ = ["ADAPTER_FILES", "Adapter", "attach_adapter", "read_adapter"]

@@ -49,7 +49,7 @@ from ..configuration.part_checks_moellava import check_part
 from ..origins import with_origin
 from ..projector_files import older_projector_tensors
 from ..sources import Source, load_image_processor, read_tensors
-from .adapters import ADAPTER_FILES, attach_adapter
+from .adapters import ADAPTER_FILES, attach_adapter, read_adapter
 from .conversations import conversation_for, prepare_older_tokenizer, stop_token_ids
 from .older_config import OlderCheckpointError, OlderModel, is_llava_hf, is_older, read_older_config
 from .older_weights import (
@@ -474,6 +474,7 @@ def load_older(
         merge (`bool`): Whether a LoRA adapter is added to the weights; otherwise a `PeftModel` is returned.
         options: Those of `from_pretrained`.
     """
+    adapter = None if base is None or source.find(ADAPTER_CONFIG) is None else read_adapter(source)
     converted = read_converted(source, base, vision_tower, changes)
     if not merge and converted.weights.num_merged:
         raise OlderCheckpointError(
@@ -497,8 +498,8 @@ def load_older(
     model.processor.space_after_image = converted.space_after_image
     for note in converted.notes:
         logger.info("%s: %s", source, note)
-    if base is not None and source.find(ADAPTER_CONFIG) is not None:
-        model = attach_adapter(model, source, merge)
+    if adapter is not None:
+        model = attach_adapter(model, adapter, merge)
     return model, converted
 
 
