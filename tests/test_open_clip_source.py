@@ -31,6 +31,8 @@ from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from parts import biomedclip_oracle, perturb_, picture
 from safetensors.torch import load_file, save_file
+from timm.layers import GluMlp
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import nn
 from transformers import AutoImageProcessor, CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
 
@@ -379,6 +381,25 @@ def test_a_field_that_open_clip_may_add_is_not_passed_over(parts, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "edit, error",
+    [
+        (
+            lambda weights: weights.update({"visual.adapter.weight": torch.zeros(2)}),
+            "no plain ViT: it has the weights adapter.weight",
+        ),
+        (lambda weights: weights.pop("visual.positional_embedding"), "lacks .* positional_embedding .*incomplete"),
+        (lambda weights: weights.pop("visual.transformer.resblocks.0.mlp.c_fc.weight"), "lacks .*c_fc.* incomplete"),
+        (lambda weights: weights.pop("visual.ln_pre.bias"), "do not fit its config: it lacks .*pre_layrnorm.bias"),
+    ],
+)
+def test_weights_of_a_native_vit_that_are_not_whole(parts, tmp_path, edit, error):
+    make_native(tmp_path, parts.biomedbert())
+    edit_weights(tmp_path, edit)
+    with pytest.raises(ValueError, match=error):
+        read_open_clip(tmp_path)
+
+
+@pytest.mark.parametrize(
     "edit, message",
     [
         ({"image_size": 64}, "position embeddings for 4 x 4 patches, but its config says image_size 64"),
@@ -429,12 +450,37 @@ def test_trunks_of_other_architectures_are_refused_even_without_timm(parts, monk
         ("test_vit_quick_gelu", {"act_layer": "quick_gelu"}, "activation of blocks.0 is .*, not the exact GELU"),
         ("test_vit_no_embed", {"no_embed_class": True}, "position embedding of the class token: False"),
         ("test_vit_rms", {"norm_layer": "rmsnorm"}, "lacks the weights .*norm1.bias"),
+        ("test_vit_res_post", {"block_fn": ResPostBlock}, "blocks.0 is a ResPostBlock"),
+        ("test_vit_glu", {"mlp_layer": GluMlp}, "blocks.0.mlp is a GluMlp"),
+        ("test_vit_group_norm", {"norm_layer": "groupnorm1"}, "norm is GroupNorm1.*, and its norms have to be alike"),
     ],
 )
 def test_vits_that_are_not_plain(parts, name, fields, found):
     folder = parts.biomedclip(timm_model_name=register_timm_variant(name, **fields), weights="safetensors")
     with pytest.raises(ValueError, match=rf"timm's {name}\) is no plain ViT: .*{found}"):
         read_open_clip(folder)
+
+
+def test_a_vit_of_a_class_of_its_own(parts):
+    """Its weights have the names of a plain one, and its forward may be any."""
+
+    class OwnViT(VisionTransformer):
+        pass
+
+    def test_vit_own_class(pretrained: bool = False, **kwargs):
+        options = {"img_size": 32, "patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 2}
+        return OwnViT(**options | {name: value for name, value in kwargs.items() if not name.startswith("pretrained")})
+
+    timm.models.register_model(test_vit_own_class)
+    folder = parts.biomedclip(timm_model_name="test_vit_own_class", weights="safetensors")
+    with pytest.raises(ValueError, match=r"timm's test_vit_own_class\) is no plain ViT: its class is OwnViT"):
+        read_open_clip(folder)
+
+
+def test_a_trunk_that_timm_cannot_build(copied):
+    edit_config(copied, vision_cfg={"timm_pool": "middle", "timm_proj": "none"})
+    with pytest.raises(ValueError, match=f"cannot be built by the installed timm {timm.__version__}"):
+        read_open_clip(copied)
 
 
 def test_a_trunk_whose_last_norm_stands_after_pooling(parts, copied):
