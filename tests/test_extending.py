@@ -33,7 +33,17 @@ import torch
 from parts import picture, run_python
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, CLIPImageProcessor, Dinov2Config, Dinov2Model, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    CLIPImageProcessor,
+    Dinov2Config,
+    Dinov2Model,
+    LlamaConfig,
+    ResNetConfig,
+    ResNetModel,
+)
 
 from moellava import (
     MoellavaConfig,
@@ -962,6 +972,17 @@ def test_read_source_has_to_return_fields_and_weights(parts):
         assemble(parts, encoder_type="misread")
 
 
+def test_image_processor_has_to_return_one(parts):
+    @register_encoder("unprocessed")
+    class Unprocessed(Layers):
+        @staticmethod
+        def image_processor():
+            return {"size": 32}
+
+    with pytest.raises(TypeError, match="Unprocessed.image_processor returned dict; expected an image processor"):
+        assemble(parts, None, encoder_type="unprocessed")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The older builder's form
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1025,6 +1046,36 @@ def test_an_older_class_may_be_a_module(parts, user):
     user("dino.py", source)
     model = assemble(parts, "dinov2", encoder_type="dino")
     assert (projected(model).isfinite()).all() and model.model.vision_tower.model is not None
+
+
+def without_image_processor(source: str) -> str:
+    return "".join(line for line in source.splitlines(keepends=True) if "self.image_processor" not in line)
+
+
+def test_an_older_class_without_an_image_processor_has_that_of_its_source(parts, user):
+    user("dino.py", without_image_processor(DINO))
+    model = assemble(parts, "dinov2", encoder_type="dino")
+    own = AutoImageProcessor.from_pretrained(parts.vision_tower("dinov2"))
+    assert model.processor.image_processor.image_mean == own.image_mean
+    assert model.config.vision_config.image_size == 32
+
+
+def test_an_older_class_whose_pictures_have_no_size(parts, user, tmp_path):
+    """A ResNet takes pictures of any size, and says none."""
+    user("dino.py", without_image_processor(DINO))
+    backbone = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic"))
+    backbone.save_pretrained(tmp_path / "resnet")
+    settings = {"encoder_type": "dino", "mm_vision_tower": str(tmp_path / "resnet")}
+    with pytest.raises(ValueError, match="'dino' does not tell the size of its pictures: give image_size"):
+        assemble(parts, None, **settings)
+    assert assemble(parts, None, image_size=64, **settings).config.vision_config.image_size == 64
+
+
+def test_an_older_class_that_cannot_be_run(parts, user):
+    user("dino.py", DINO.replace("hidden_states[-2]", "hidden_states[-99]"))
+    message = r"DINOEncoder.forward cannot be run on pictures of shape \(1, 3, 32, 32\): IndexError: "
+    with pytest.raises(ValueError, match=message):
+        assemble(parts, "dinov2", encoder_type="dino")
 
 
 @pytest.mark.parametrize(
