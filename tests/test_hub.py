@@ -23,11 +23,16 @@ import threading
 from pathlib import Path
 
 import pytest
-from hub_server import OWNER_TOKEN, READER_TOKEN, Fault, HubServer
+from hub_server import OWNER_TOKEN, READER_TOKEN, Blob, Fault, HubServer, Repository
+from huggingface_hub import save_torch_state_dict
+from older import write_older, write_tower
 from parts import picture, run_python
+from safetensors.torch import load_file
 
 from moellava import load_pretrained_model, push
 from moellava.configuration.checkpoint_moellava import is_weight_file
+from moellava.hub import checkpoint_files
+from moellava.sources import Source
 
 
 STRAY = ("notes.txt", "train.py", "optimizer.pt", ".gitignore", "pictures/other.png")
@@ -380,6 +385,21 @@ def test_an_incomplete_checkpoint_is_not_sent(checkpoint, tmp_path, damage, erro
     assert text in str(raised.value)
 
 
+def test_a_checkpoint_that_lies_in_shards_is_sent_with_their_index(checkpoint, tmp_path):
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_torch_state_dict(weights, folder, max_shard_size="200KB")
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"of another save")
+    shards = {path.name for path in folder.glob("model-*-of-0000[3-9].safetensors")}
+    files = set(checkpoint_files(Source(folder)))
+    assert len(shards) > 2
+    assert {name for name in files if is_weight_file(name)} == {*shards, "model.safetensors.index.json"}
+    assert files - shards - {"model.safetensors.index.json"} == {*checkpoint_files(Source(checkpoint))} - {
+        "model.safetensors"
+    }
+
+
 def test_a_hub_id_is_no_checkpoint_to_push(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="There is no folder 'me/model': expected a checkpoint that was saved"):
@@ -648,3 +668,85 @@ def test_load_pretrained_model_by_id(server, loaded, checkpoint, tmp_path):
     assert "me/processor" in result["no token"] and "missing" in result["wrong revision"]
     assert result["full"].startswith("model.safetensors of me/private cannot be stored in ")
     assert "(File too large). Free space there, or set HF_HOME or cache_dir to a folder" in result["full"]
+
+
+PARTS_BY_ID = """
+import json, sys
+sys.path.insert(0, {folder!r})
+import torch
+import encoder_of_an_older_shape
+from moellava import inspect_checkpoint, load_pretrained_model
+
+
+def logits(name, **options):
+    model = load_pretrained_model(name, device="cpu", **options).model
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[17, 203, 45]])).logits[0, -1, :9].tolist()
+
+
+def features(name, **options):
+    options |= {{"encoder_type": "older_shape", "mm_vision_tower": name}}
+    model = load_pretrained_model({language!r}, device="cpu", **options).model
+    with torch.no_grad():
+        return model.model.encoder.features(model.model.vision_tower, torch.ones(1, 3, 32, 32))[0, 0, :9].tolist()
+
+
+result = {{
+    "older": [logits({older!r}), logits("me/older", token={reader!r})],
+    "tower": [features({tower!r}), features("me/tower", token={reader!r})],
+}}
+for name in ("me/bins", "me/damaged"):
+    try:
+        inspect_checkpoint(name)
+    except ValueError as error:
+        result[name] = str(error)
+print(json.dumps(result))
+"""
+
+ENCODER = """
+from transformers import AutoImageProcessor, AutoModel
+from moellava import register_encoder
+
+
+@register_encoder("older_shape")
+class Encoder:
+    def __init__(self, path, config=None):
+        self.path, self.is_loaded = path, False
+
+    def load_model(self):
+        self.model = AutoModel.from_pretrained(self.path)
+        self.image_processor = AutoImageProcessor.from_pretrained(self.path)
+        self.is_loaded = True
+
+    def forward(self, images):
+        return self.model(images).last_hidden_state
+"""
+
+
+def put(server: HubServer, name: str, files: dict[str, bytes], private: bool = False) -> None:
+    """A repository with some files."""
+    server.repositories[name] = Repository(name, private)
+    server.repositories[name].commit("main", {path: Blob(content) for path, content in files.items()}, None, "files")
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_parts_and_older_checkpoints_by_id(server, parts, checkpoint, tmp_path):
+    """A class of the older builder's shape knows no options of the Hub: it is given the folder that was downloaded."""
+    older = write_older(tmp_path / "older", "phi", tower_folder=write_tower(tmp_path / "clip"), moe={}).folder
+    tower, config = parts.vision_tower("dinov2"), (checkpoint / "config.json").read_bytes()
+    put(server, "me/older", files_of(older), private=True)
+    put(server, "me/tower", files_of(tower), private=True)
+    put(server, "me/bins", {"config.json": config, "pytorch_model.bin": b"no header"})
+    put(server, "me/damaged", {"config.json": config, "model.safetensors": b"\xff" * 100})
+    (tmp_path / "encoder_of_an_older_shape.py").write_text(ENCODER, encoding="utf-8")
+    names = {"folder": tmp_path, "language": parts.language_model("llama"), "older": older, "tower": tower}
+    code = PARTS_BY_ID.format(reader=READER_TOKEN, **{key: str(path) for key, path in names.items()})
+    environment = server.environment(tmp_path / "home", token=None)
+    result = last_line(run_python(code, block_moellava=False, env=environment))
+    for local, by_id in (result["older"], result["tower"]):
+        assert local == by_id
+    assert result["me/bins"].startswith("me/bins has no safetensors weights, whose headers could be read. Download")
+    assert result["me/damaged"].startswith("The weights of me/damaged are damaged: ")

@@ -27,6 +27,7 @@ import threading
 import pytest
 import torch
 from parts import run_python
+from safetensors.torch import load_file, save_file
 
 from moellava import MoellavaConfig, MoellavaForCausalLM, inspect_checkpoint, load_pretrained_model
 
@@ -370,6 +371,14 @@ def unknown_text_model(folder):
     (folder / "config.json").write_text(json.dumps(fields))
 
 
+def somebodys_projector(folder):
+    """Only its author's code could make a whole config of what is left."""
+    fields = json.loads((folder / "config.json").read_text())
+    fields["projector_config"] = {"type": "gated_by_somebody"}
+    del fields["text_config"], fields["image_seq_length"]
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
@@ -379,6 +388,7 @@ def unknown_text_model(folder):
         (no_config, ValueError, r"is no model: it has no config\.json"),
         (missing_shard, FileNotFoundError, "lacks model-00001-of-00002"),
         (unknown_text_model, ValueError, "text_config.model_type is 'nobodys'"),
+        (somebodys_projector, ValueError, "config of .* has no text_config, image_seq_length. Save or download"),
     ],
 )
 def test_what_is_wrong_with_a_checkpoint_is_said(checkpoint, tmp_path, damage, error, message):
@@ -386,6 +396,23 @@ def test_what_is_wrong_with_a_checkpoint_is_said(checkpoint, tmp_path, damage, e
     damage(folder)
     with pytest.raises(error, match=message):
         inspect_checkpoint(folder)
+
+
+def test_the_weights_tell_the_dtype_where_the_config_does_not(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    fields = json.loads((folder / "config.json").read_text())
+    for part in (fields, fields["text_config"], fields["vision_config"]):
+        del part["dtype"]
+    (folder / "config.json").write_text(json.dumps(fields))
+    tensors = load_file(folder / "model.safetensors")
+    halved = {name: tensor if name == "lm_head.weight" else tensor.half() for name, tensor in tensors.items()}
+    mask = torch.ones(7, dtype=torch.bool)  # a dtype without a number in its name
+    save_file(halved | {"model.vision_tower.mask": mask}, folder / "model.safetensors", {"format": "pt"})
+    summary = inspect_checkpoint(folder)
+    assert summary.dtype == "float16"
+    (tower,) = (part for part in summary.parts if part.name == "vision_tower")
+    assert [group for group in tower.groups if group.dtype == "bool"][0].shape == (7,)
+    assert tower.bytes.disk == 7 + sum(t.nbytes for name, t in halved.items() if "vision_tower" in name)
 
 
 def test_a_path_that_does_not_exist(tmp_path):
