@@ -105,8 +105,8 @@ class Source:
         if config is None and not self.is_local:
             raise FileNotFoundError(
                 f"There is no folder {self.name!r}, and no {CONFIG_NAME} of a Hub repository of that name could be "
-                "had: it has none, or neither the Hub can be reached nor the local cache holds it. Give the path of a "
-                "folder with a model, or check the id and the connection."
+                "had: it has none, or the Hub cannot be reached or refuses it, and the local cache does not hold it. "
+                "Give the path of a folder with a model, or check the id, the connection and the token."
             )
         if config is None:
             held = ", ".join(sorted(os.listdir(self.name))[:8]) or "nothing"

@@ -14,12 +14,15 @@
 """What the Hub answers when something is wrong, in one sentence: from a server on this machine that answers so."""
 
 import http.server
+import json
 import os
 import subprocess
 import threading
 
 import pytest
-from commands import SCRIPT
+from commands import SCRIPT, fails
+from hub_server import Blob, HubServer, Repository
+from parts import run_python
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -82,6 +85,69 @@ def test_answers_of_the_hub(hub, status, code, message):
     assert "hf_nobody" not in line
 
 
+# What the Hub answers when it is asked for sizes, after config and headers were had, and what is said: 0 is no answer.
+LATER = {
+    400: "The Hub refuses the request.",
+    403: "Your token does not allow this: give one that does with --token, or log in anew with `hf auth login`.",
+    404: "The Hub has no such file: check the names of the repository and of the revision.",
+    429: "The Hub has had too many requests from here: wait for some minutes, or log in, which allows more.",
+    500: "The Hub has trouble of its own: try again later.",
+    0: "The Hub cannot be reached (",
+}
+
+INSPECTS = """
+import json, urllib.request
+from typer.testing import CliRunner
+from moellava.cli import app
+
+told = {{}}
+for status in {statuses!r}:
+    fault = json.dumps({{"pattern": "POST .*/paths-info/", "status": status}}).encode()
+    urllib.request.urlopen(urllib.request.Request({url!r} + "/faults", fault, method="POST")).close()
+    result = CliRunner().invoke(app, ["inspect", "me/model"])
+    told[status] = [result.exit_code, result.stdout, result.stderr]
+print(json.dumps(told))
+"""
+
+
+def test_answers_of_the_hub_to_a_later_request(checkpoint, tmp_path):
+    server = HubServer()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.repositories["me/model"] = Repository("me/model", private=False)
+    files = {name: Blob((checkpoint / name).read_bytes()) for name in ("config.json", "model.safetensors")}
+    server.repositories["me/model"].commit("main", files, None, "files")
+    try:
+        code = INSPECTS.format(statuses=list(LATER), url=server.url)
+        output = run_python(code, block_moellava=False, env=server.environment(tmp_path))
+    finally:
+        server.shutdown()
+        server.server_close()
+    for status, (exit_code, stdout, stderr) in json.loads(output.splitlines()[-1]).items():
+        line = stderr.splitlines()[-1]
+        assert (exit_code, stdout) == (1, "") and line.startswith(f"Error: {LATER[int(status)]}"), (status, stderr)
+        address = f"{server.url}/api/models/me/model/paths-info/main"
+        end = f"(The Hub's answer: {status} for {address}.)"
+        assert line.endswith(end if int(status) else "what was downloaded before is found with --local-files-only.")
+
+
+def test_what_is_no_answer_of_the_hub(checkpoint, tmp_path):
+    """Of errors without an answer, each says what it is; the tests run offline."""
+    assert fails("push", checkpoint, "me/model") == (
+        "Error: The Hub is not asked, since HF_HUB_OFFLINE is set: unset it.\n"
+    )
+    assert "me/no/id" in fails("push", checkpoint, "me/no/id")
+    (tmp_path / "file").write_text("no folder")
+    assert fails("space", checkpoint, tmp_path / "file" / "space") == (
+        f"Error: {tmp_path / 'file' / 'space'}: Not a directory.\n"
+    )
+
+
+def test_a_first_answer_that_transformers_takes_for_none(hub):
+    hub.status, hub.headers = 403, {}
+    line = told(f"http://127.0.0.1:{hub.server_port}", "inspect", "nobody/nothing")
+    assert "the Hub cannot be reached or refuses it" in line and "check the id, the connection and the token" in line
+
+
 def test_no_connection():
     line = told("http://127.0.0.1:9", "inspect", "nobody/nothing")
-    assert "neither the Hub can be reached nor the local cache holds it" in line
+    assert "the Hub cannot be reached or refuses it, and the local cache does not hold it" in line
