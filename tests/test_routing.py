@@ -14,6 +14,7 @@
 """`moellava.routing` and the commands `upcycle` and `routing`: which expert took what."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -85,6 +86,21 @@ def test_a_collapsed_layer_is_told():
     assert trace.to_dict()["collapsed_layers"] == [0]
 
 
+def test_drawing_needs_matplotlib(sparse, tmp_path, monkeypatch):
+    trace = trace_routing(sparse, [], "What?")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"Drawing needs matplotlib: pip install moellava\[demo\]"):
+        draw_routing(trace, tmp_path / "routing.svg")
+
+
+@pytest.mark.parametrize("times", [1, 60])
+def test_of_a_long_prompt_the_end_is_drawn(sparse, tmp_path, times):
+    question = "What is shown in this picture? " * times
+    draw_routing(trace_routing(sparse, [], question), tmp_path / "routing.svg")
+    drawing = (tmp_path / "routing.svg").read_text(encoding="utf-8")
+    assert ("earlier lines not shown" in drawing) == (times > 1)
+
+
 @pytest.mark.parametrize("projector", ["mlp", "qformer"])
 def test_the_drawing_is_a_picture_with_the_colours_of_the_experts(parts, tmp_path, projector):
     small = {"num_query_tokens": 5, "qformer_hidden_size": 32} if projector == "qformer" else {}
@@ -111,6 +127,17 @@ def test_upcycle_and_routing_commands(parts, tmp_path):
     trace = json.loads(traced.stdout)
     assert [layer["layer"] for layer in trace["layers"]] == [0, 3]
     assert (tmp_path / "routing.png").stat().st_size > 5000
+
+    model = load_pretrained_model(str(tmp_path / "sparse"), device="cpu").model
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            torch.nn.init.zeros_(parameter)  # no expert is preferred, so that all tokens go to the same one
+    model.save_pretrained(tmp_path / "collapsed")
+    traced = run(app, ["routing", str(tmp_path / "collapsed"), str(tmp_path / "picture.png"), "What?",
+                       "--out", str(tmp_path / "routing.png")])  # fmt: skip
+    assert traced.exit_code == 0, traced.stderr
+    assert "layer 3: " in traced.stdout and "100%" in traced.stdout
+    assert "The layers [0, 3] send nearly everything to the same experts: no mixture." in traced.stderr
 
     again = run(app, ["upcycle", str(tmp_path / "sparse"), str(tmp_path / "other")])
     assert again.exit_code == 1

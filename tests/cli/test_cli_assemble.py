@@ -195,6 +195,44 @@ def test_assemble_where_nothing_can_be_saved(parts, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("imported", ["parts_of_mine/gated.py", "parts_of_mine.gated"])
+def test_an_imported_package(parts, tmp_path, monkeypatch, imported):
+    """By its file, whose siblings are found; by its name, from where the command is run."""
+    (tmp_path / "parts_of_mine").mkdir()
+    for name, source in {
+        "__init__": "from . import gated",
+        "gates": "from torch import nn\n\ngate = nn.Sigmoid()",
+        "gated": """
+from torch import nn
+from moellava import register_projector
+from .gates import gate
+
+@register_projector("gated_in_a_package")
+class GatedProjector(nn.Module):
+    def __init__(self, vision_hidden_size, text_hidden_size):
+        super().__init__()
+        self.linear = nn.Linear(vision_hidden_size, text_hidden_size)
+
+    def forward(self, image_features):
+        return gate(self.linear(image_features))
+""",
+    }.items():
+        (tmp_path / "parts_of_mine" / f"{name}.py").write_text(source)
+    done = run_process(
+        "assemble", "--language-model", parts.language_model("llama"), "--vision-tower", parts.vision_tower("clip"),
+        "--projector", "gated_in_a_package", "--import", imported, "--out", "model", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert inspect_checkpoint(tmp_path / "model").projector.type == "gated_in_a_package"
+
+
+@pytest.mark.parametrize("imported", ["absent.py", "absent_module"])
+def test_an_import_that_is_not_there(parts, tmp_path, imported):
+    arguments = ["assemble", "--language-model", parts.language_model("llama"), "--out", tmp_path / "model"]
+    assert imported in fails(*arguments, "--import", imported)
+    assert not (tmp_path / "model").exists()
+
+
 def test_an_imported_file_that_another_module_hides(parts, tmp_path):
     (tmp_path / "json.py").write_text("")
     message = fails(

@@ -16,6 +16,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -76,6 +77,29 @@ def test_answers_are_text_without_json(checkpoint, scans, answers):
     assert "/picture FILE" in result.stderr
 
 
+def test_verbose_tells_tokens_and_time(checkpoint):
+    result = run("chat", checkpoint, "--max-new-tokens", 3, "--verbose", stdin="What?\n")
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"^\d+ \+ 3 tokens, \d+\.\d s$", result.stderr, re.MULTILINE)
+
+
+def test_ctrl_c_ends_a_conversation_from_a_pipe(checkpoint):
+    process = subprocess.Popen(
+        [SCRIPT, "chat", checkpoint, "--max-new-tokens", "1500"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    process.stdin.write("What?\nAnd then?\n")
+    process.stdin.flush()
+    assert process.stdout.read(1)  # the answer has begun
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr and "(stopped)" not in stderr
+
+
 def test_temperature(checkpoint):
     lines = "What?\n" + "/reset\nWhat?\n" * 3
     result = run("chat", checkpoint, "--max-new-tokens", 8, "--temperature", 3, "--json", stdin=lines)
@@ -102,10 +126,14 @@ def test_a_picture_that_is_none_is_found_before_the_model_is_loaded(scans):
 class Terminal:
     """The command line in a terminal of its own."""
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments, stdout=None):
         self.ours, theirs = pty.openpty()
         self.process = subprocess.Popen(
-            [SCRIPT, *map(str, arguments)], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+            [SCRIPT, *map(str, arguments)],
+            stdin=theirs,
+            stdout=theirs if stdout is None else stdout,
+            stderr=theirs,
+            start_new_session=True,
         )
         os.close(theirs)
         self.shown = ""
@@ -145,3 +173,20 @@ def test_a_conversation_in_a_terminal(checkpoint, scans, answers):
     finally:
         terminal.process.kill()
         os.close(terminal.ours)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="terminals are made otherwise there")
+def test_answers_that_go_to_a_file_are_typed_for_in_a_terminal(checkpoint, answers, tmp_path):
+    with (tmp_path / "answers.txt").open("w", encoding="utf-8") as file:
+        terminal = Terminal("chat", checkpoint, "--max-new-tokens", 6, stdout=file)
+    try:
+        terminal.until("\n> ")
+        terminal.type("What is shown?\n")
+        terminal.until("\n> ")
+        terminal.type("/quit\n")
+        assert terminal.process.wait(timeout=60) == 0
+    finally:
+        terminal.process.kill()
+        os.close(terminal.ours)
+    (expected,) = answers(("What is shown?",), max_new_tokens=6)
+    assert (tmp_path / "answers.txt").read_text(encoding="utf-8").strip() == expected

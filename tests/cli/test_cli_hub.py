@@ -104,7 +104,7 @@ told = {{}}
 for status in {statuses!r}:
     fault = json.dumps({{"pattern": "POST .*/paths-info/", "status": status}}).encode()
     urllib.request.urlopen(urllib.request.Request({url!r} + "/faults", fault, method="POST")).close()
-    result = CliRunner().invoke(app, ["inspect", "me/model"])
+    result = CliRunner().invoke(app, ["inspect", "me/model", "--cache-dir", {cache!r}])
     told[status] = [result.exit_code, result.stdout, result.stderr]
 print(json.dumps(told))
 """
@@ -117,11 +117,12 @@ def test_answers_of_the_hub_to_a_later_request(checkpoint, tmp_path):
     files = {name: Blob((checkpoint / name).read_bytes()) for name in ("config.json", "model.safetensors")}
     server.repositories["me/model"].commit("main", files, None, "files")
     try:
-        code = INSPECTS.format(statuses=list(LATER), url=server.url)
+        code = INSPECTS.format(statuses=list(LATER), url=server.url, cache=str(tmp_path / "downloads"))
         output = run_python(code, block_moellava=False, env=server.environment(tmp_path))
     finally:
         server.shutdown()
         server.server_close()
+    assert [path.name for path in (tmp_path / "downloads").glob("models--*/snapshots/*/*")] == ["config.json"]
     for status, (exit_code, stdout, stderr) in json.loads(output.splitlines()[-1]).items():
         line = stderr.splitlines()[-1]
         assert (exit_code, stdout) == (1, "") and line.startswith(f"Error: {LATER[int(status)]}"), (status, stderr)
