@@ -15,6 +15,7 @@
 
 import copy
 import importlib
+import re
 
 import torch
 from torch import nn
@@ -44,7 +45,8 @@ def with_unquantised_parts(quantization_config: object, modules_to_quantize: lis
 
     Raises:
         TypeError: `modules_to_quantize` is no list.
-        ValueError: `modules_to_quantize` names something else.
+        ValueError: `modules_to_quantize` names something else, or the config's own list something that transformers
+            cannot compare names with.
     """
     if isinstance(modules_to_quantize, str):
         raise TypeError(f"modules_to_quantize is {modules_to_quantize!r}; expected a list of names.")
@@ -80,6 +82,14 @@ def default_skips(chosen: set[str] = frozenset()) -> list[str]:
 
 
 def _joined(own: list[str] | None, skipped: list[str], chosen: set[str]) -> list[str]:
+    for name in own or []:
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise ValueError(
+                f"The list of modules that are not to be quantised has {name!r}, which is no regular expression "
+                f"({error}). Expected names of modules, whole, their beginning or their end, or such as '.*q_proj'."
+            ) from error
     # Some configs name the head by themselves, without their user having said so.
     own = [name for name in own or [] if name.removeprefix("model.") not in chosen]
     return [*own, *(name for name in skipped if name not in own)]

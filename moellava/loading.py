@@ -343,10 +343,7 @@ def _with_part(tensors: dict[str, torch.Tensor], prefix: str, part: dict[str, to
 
 
 def _with_changes(config: MoellavaConfig, changed: dict[str, Any]) -> MoellavaConfig:
-    fields = config.to_dict() | {"image_seq_length": None}
-    if "vision_config" in changed and "encoder_type" not in changed:
-        fields["encoder_type"] = None
-    return MoellavaConfig.from_dict(fields | changed)
+    return MoellavaConfig.from_dict(config.to_dict() | {"image_seq_length": None} | changed)
 
 
 def _changed_projector(config: MoellavaConfig, request: LoadRequest) -> dict[str, Any] | None:

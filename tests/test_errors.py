@@ -380,6 +380,13 @@ def test_a_processor_that_asks_for_code_is_not_given_any(without_weights):
     assert not list(folder.rglob("EXECUTED"))
 
 
+def test_a_processor_of_another_model(without_weights):
+    path = without_weights["model"] / "processor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_image_tokens": 9}))
+    with pytest.raises(ValueError, match="makes 9 tokens of a picture, its model 16. Save the processor and the model"):
+        load(without_weights["model"])
+
+
 def test_a_checkpoint_without_its_processor(parts, checkpoint, tmp_path):
     folder = parts.copy(checkpoint, tmp_path / "model")
     for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

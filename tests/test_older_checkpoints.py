@@ -1215,6 +1215,18 @@ def test_a_missing_shard(shop, tmp_path, refused, shards):
     refused(folder, gone.name)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [{"moe_config": {"num_experts": 2}}, {"projector_config": {"type": "linear"}}, {"projector_type": "qformer"}],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_other_parts_than_its_own_are_asked_for_after_the_conversion(shop, tmp_path, asked):
+    folder = shop.copy(shop.write("phi"), tmp_path / "source")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"is an older checkpoint, whose projector and experts.*`moellava convert`"):
+        load_pretrained_model(folder, device="cpu", **asked)
+
+
 def test_no_weights_at_all(shop, tmp_path, refused):
     folder = shop.copy(shop.write("phi", moe={}), tmp_path / "source")
     (folder / "model.safetensors").unlink()

@@ -21,6 +21,7 @@ import torch
 from older import write_older, write_tower
 from parts import picture, run_python
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 from typer.testing import CliRunner
 
@@ -214,6 +215,31 @@ def test_ones_own_list_adds_to_the_defaults(checkpoints, as_dict):
         "named by the list of what is left alone": 7
     }  # all of layer 0, one of the others
     assert parts["vision_tower"].left == {"left by default": parts["vision_tower"].modules}
+
+
+def test_a_list_with_a_pattern_that_is_none(checkpoints, tmp_path, parts):
+    """transformers would fail at the first module, with what `re` says; a config that says so can be inspected."""
+    config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["*.q_proj"])
+    message = r"has '\*.q_proj', which is no regular expression .*Expected names of modules"
+    with pytest.raises(ValueError, match=message):
+        load_pretrained_model(checkpoints / "dense", device="cpu", quantization_config=config)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(checkpoints / "dense", quantization_config=config)
+
+    load_pretrained_model(checkpoints / "dense", device="cpu", load_4bit=True).model.save_pretrained(tmp_path / "small")
+    expected = inspect_checkpoint(tmp_path / "small").coverage
+    path = tmp_path / "small" / "config.json"
+    fields = json.loads(path.read_text())
+    fields["quantization_config"]["llm_int8_skip_modules"].insert(0, "*.q_proj")
+    path.write_text(json.dumps(fields))
+    assert inspect_checkpoint(tmp_path / "small").coverage == expected
+
+
+def test_bytes_of_tensors_that_are_made_of_others():
+    """As torchao's are: what they are made of is what they take."""
+    layer = nn.Linear(8, 4, bias=False)
+    layer.weight = nn.Parameter(TwoTensor(torch.zeros(4, 8), torch.zeros(4, 8, dtype=torch.float32)))
+    assert resident_bytes(layer) == 2 * 4 * 8 * 4
 
 
 @pytest.mark.parametrize("bits", [4, 8])
