@@ -201,6 +201,7 @@ def test_devices_share():
         ({"gradient_checkpointing": False}, "90MB", ["compute activations anew (gradient_checkpointing: true)"]),
         ({}, "75MB", ["per_device_train_batch_size: 2, gradient_accumulation_steps: 4"]),
         ({"devices": 8}, "50MB", ["share the parameters out (strategy zero3)"]),
+        ({}, "62MB", ["train adapters instead of the weights (lora)", *NOTHING_ELSE]),  # not even one row at once fits
         ({}, "50MB", ["train adapters instead of the weights (lora)", *NOTHING_ELSE]),
     ],
 )
@@ -214,7 +215,8 @@ def test_what_does_not_fit_is_told_what_to_change(options, memory, advice):
 def test_what_fits_needs_no_advice():
     easy = plan(config_of("llama"), batch_size=4, max_length=256, memory="1GB")
     assert easy.fits and not easy.advice
-    assert plan(config_of("llama"), batch_size=4, max_length=256).fits is None
+    unknown = plan(config_of("llama"), batch_size=4, max_length=256)
+    assert unknown.fits is None and unknown.fits_without_batch is None
 
 
 def test_time_follows_operations():

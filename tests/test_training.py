@@ -38,7 +38,7 @@ from moellava.training.data import Collator, Examples
 from moellava.training.encoding import Encoder
 from moellava.training.parts import PARTS, PartNames, set_trained, trained_parameters
 from moellava.training.rows import open_data
-from moellava.training.trainer import MoellavaTrainer
+from moellava.training.trainer import FirstChoices, MoellavaTrainer
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -312,9 +312,25 @@ def test_gradient_accumulation_is_the_large_batch(sparse, data, tmp_path, exact)
     assert (whole[gate] - before[gate]).abs().max() > 1e-4
 
 
+def test_first_choices_without_a_mask_are_those_of_all_tokens():
+    """A collator that packs rows gives no mask."""
+    logits = torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    losses = []
+    for mask in (None, torch.ones(3, 4, dtype=torch.long)):
+        choices = FirstChoices()
+        choices.add(logits, mask)
+        losses.append(choices.loss(logits, mask))
+    shares = [torch.bincount(layer.argmax(dim=-1), minlength=4) / 12 for layer in logits]
+    means = [layer.softmax(dim=-1).mean(dim=0) for layer in logits]
+    expected = sum(4 * (share * mean).sum() for share, mean in zip(shares, means, strict=True))
+    torch.testing.assert_close(losses, [expected, expected])
+
+
 def test_router_statistics_are_the_models_own(sparse, data, tmp_path):
     model = load_pretrained_model(sparse, device="cpu").model
     trainer = trainer_for(model, data, tmp_path, per_device_train_batch_size=13, max_steps=1, learning_rate=0.0)
+    trainer.log({"loss": 1.0})  # of somebody's own, before any step
+    assert "router_loss" not in trainer.state.log_history[0]
     trainer.train()
     log = trainer.state.log_history[0]
     batch = Collator(model.processor)(list(trainer.train_dataset))
@@ -478,7 +494,22 @@ def test_weights_alone_are_nothing_to_go_on_from(dense, data, tmp_path):
     message = r"checkpoint-1 holds weights alone \(save_only_model\), so that no run can go on from it. Give it as the"
     with pytest.raises(ValueError, match=message):
         train(recipe, resume=True)
-    assert train(recipe, model=tmp_path / "align" / "checkpoint-1", output_dir=tmp_path / "new").stages[0].steps == 2
+    # Where there is nothing to go on from, a run begins.
+    again = {"model": tmp_path / "align" / "checkpoint-1", "output_dir": tmp_path / "new", "resume": True}
+    assert train(recipe, **again).stages[0].steps == 2
+
+
+def test_what_is_no_checkpoint_of_a_run_is_left_alone(tmp_path, caplog):
+    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-30", "checkpoint-best", ".model.saving"):
+        (tmp_path / name).mkdir()
+    for name in ("checkpoint-2", "checkpoint-10"):
+        (tmp_path / name / "trainer_state.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "checkpoint-30" / "trainer_state.json").write_text('{"global_st', encoding="utf-8")
+    (tmp_path / "checkpoint-40").write_text("notes", encoding="utf-8")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    left = {"checkpoint-2", "checkpoint-10", "checkpoint-best", "checkpoint-40"}
+    assert {path.name for path in tmp_path.iterdir()} == left
+    assert caplog.text.count("was not written to its end, and is removed") == 2
 
 
 # Every child goes on where the last was killed. The kernel kills it when a file gets larger than it may: in the middle
@@ -715,10 +746,12 @@ def test_example_recipe():
 def test_older_names_and_repeated_stages(tmp_path):
     given = {"model": "m", "data": "d", "output_dir": tmp_path, "report_to": "none", "use_cpu": True}
     stages = [{"stage": "instruct"}, {"stage": "instruct", "group_by_length": False}, {"stage": "instruct"}]
+    stages.append({"stage": "align", "group_by_length": True})
     recipe = read_recipe(given | {"stages": stages}, gradient_checkpointing=False, warmup_ratio=0.5, lora=True)
-    assert [stage.name for stage in recipe.stages] == ["instruct", "instruct-2", "instruct-3"]
+    assert [stage.name for stage in recipe.stages] == ["instruct", "instruct-2", "instruct-3", "align"]
     arguments = [stage.training_arguments(tmp_path) for stage in recipe.stages]
-    assert [args.train_sampling_strategy for args in arguments] == ["group_by_length", "random", "group_by_length"]
+    sampling = [args.train_sampling_strategy for args in arguments]
+    assert sampling == ["group_by_length", "random", "group_by_length", "group_by_length"]
     assert all(args.warmup_steps == 0.5 for args in arguments) and recipe.stages[0].lora == LoraRecipe()
     assert not any(
         getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None)

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Training data: the forms it comes in, what is learnt of it, and the rows that cannot be used, by name."""
 
+import base64
 import json
 
 import datasets
@@ -214,6 +215,8 @@ def forms(folder, tmp_path):
         for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
     dataset = datasets.Dataset.from_dict({"messages": [plain], "images": [[picture(0)]]}, features=features)
+    paths = datasets.Dataset.from_dict({"messages": [plain], "images": [[str(folder / "0.png")]]}, features=features)
+    url = f"data:image/png;base64,{base64.b64encode((folder / '0.png').read_bytes()).decode()}"
     dataset.save_to_disk(str(tmp_path / "saved"))
     dataset.to_parquet(str(tmp_path / "parquet" / "rows.parquet"))
     return {
@@ -222,6 +225,8 @@ def forms(folder, tmp_path):
         "a mapping": open_data({"path": str(tmp_path / "rows.json"), "image_folder": str(folder)}),
         "parts": open_data([{"messages": messages(), "images": [picture(0)]}]),
         "a dataset": open_data(dataset),
+        "a dataset of paths": open_data(paths),
+        "a picture within the row": open_data([llava(image=url)]),
         "saved": open_data(str(tmp_path / "saved")),
         "parquet": open_data({"path": str(tmp_path / "parquet"), "split": "train"}),
         "streamed": open_data({"path": str(tmp_path / "parquet"), "split": "train", "streaming": True}),
@@ -233,7 +238,7 @@ def test_all_forms_are_one_conversation(processor_of, folder, tmp_path):
     processor = processor_of()
     batches = {}
     for form, rows in forms(folder, tmp_path).items():
-        assert rows.is_streamed is (form == "streamed")
+        assert rows.is_streamed is (form == "streamed") and (rows.is_streamed or len(rows) == 1)
         examples = (StreamedExamples if rows.is_streamed else Examples)(rows, Encoder(processor))
         (example,) = examples
         batches[form] = Collator(processor)([example])
