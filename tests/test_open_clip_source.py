@@ -32,6 +32,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from parts import biomedclip_oracle, perturb_, picture
 from safetensors.torch import load_file, save_file
 from timm.layers import GluMlp
+from timm.models import build_model_with_cfg
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import nn
 from transformers import AutoImageProcessor, CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
@@ -468,8 +469,8 @@ def test_a_vit_of_a_class_of_its_own(parts):
         pass
 
     def test_vit_own_class(pretrained: bool = False, **kwargs):
-        options = {"img_size": 32, "patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 2}
-        return OwnViT(**options | {name: value for name, value in kwargs.items() if not name.startswith("pretrained")})
+        fields = {"img_size": 32, "patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 2}
+        return build_model_with_cfg(OwnViT, "test_vit_own_class", pretrained, **fields, **kwargs)
 
     timm.models.register_model(test_vit_own_class)
     folder = parts.biomedclip(timm_model_name="test_vit_own_class", weights="safetensors")
