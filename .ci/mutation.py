@@ -81,8 +81,8 @@ TARGETS = {
     "older_weights": Target(
         "moellava/converting/older_weights.py",
         (),
-        "tests/test_older_checkpoints.py -k 'bad_weights or bad_mixtures or bit_by_bit or told_by or names_of_llava or "
-        "one_level_higher or merge'",
+        "tests/test_older_checkpoints.py tests/test_older_adapters.py -k 'bad_weights or bad_mixtures or bit_by_bit or "
+        "told_by or names_of_llava or one_level_higher or merge or pefts_own or the_projector_or_the_tower'",
     ),
     "names": Target(
         "configuration/names_moellava.py",
