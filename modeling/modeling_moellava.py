@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import load_state_dict
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -514,10 +515,11 @@ class MoellavaModel(MoellavaPreTrainedModel):
             unseen = torch.cat(blank.pooler_output).sum() * 0
             inputs_embeds = inputs_embeds + unseen.to(inputs_embeds.device, inputs_embeds.dtype)
 
+        # Continuous batching's own cache passes through the language model to its attention, by one name everywhere.
         inputs = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            CACHE: cache,
+            "cache" if isinstance(cache, PagedAttentionCache) else CACHE: cache,
             "inputs_embeds": inputs_embeds,
             "return_dict": True,
             **kwargs,
@@ -530,7 +532,7 @@ class MoellavaModel(MoellavaPreTrainedModel):
             outputs = self.language_model(**inputs)
             router_logits = outputs.get("router_logits")
         else:
-            outputs, router_logits = self._run_sparse(inputs, output_router_logits)
+            outputs, router_logits = self._run_sparse(inputs, cache, output_router_logits)
         return MoellavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.get("hidden_states"),
@@ -541,13 +543,13 @@ class MoellavaModel(MoellavaPreTrainedModel):
         )
 
     def _run_sparse(
-        self, inputs: dict[str, object], output_router_logits: bool | None
+        self, inputs: dict[str, object], cache: Cache | None, output_router_logits: bool | None
     ) -> tuple[BaseModelOutputWithPast, tuple[torch.Tensor, ...] | None]:
         """Runs the language model with our sparse layers in it; returns its output and the router logits, if wanted."""
         moe = self.config.moe_config
         mask = None
         if moe.capacity_factor is not None or moe.eval_capacity_factor is not None:
-            mask = token_mask(inputs["attention_mask"], inputs["inputs_embeds"].shape[:2], inputs[CACHE])
+            mask = token_mask(inputs["attention_mask"], inputs["inputs_embeds"].shape[:2], cache)
         with TokenMask(mask):
             if not (moe.output_router_logits if output_router_logits is None else output_router_logits):
                 return self.language_model(**inputs), None
@@ -752,6 +754,8 @@ def token_mask(
     Returns:
         `torch.Tensor` of shape `(batch_size * sequence_length)`: 0 for padding; `None` where there is none.
     """
+    if isinstance(cache, PagedAttentionCache):  # rows are packed into one, without padding
+        return None
     if isinstance(attention_mask, dict):  # by kind of layer; what a token sees of itself is the same in all
         attention_mask = next(iter(attention_mask.values()), None)
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() not in (2, 4):

@@ -18,7 +18,7 @@ from threading import Thread
 import pytest
 import torch
 from parts import MAIN_FAMILIES, pictures
-from transformers import DynamicCache, TextIteratorStreamer
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, TextIteratorStreamer
 
 from moellava import load_pretrained_model
 from moellava.configuration.versions_moellava import CACHE
@@ -122,6 +122,22 @@ def test_static_cache_equals_dynamic(assembled, family):
     static = answers(model, batch, cache_implementation="static", **GREEDY)
     assert torch.equal(static, answers(model, batch, **GREEDY))
     assert torch.equal(static[2:4], answers_alone(model, rows[2:4], cache_implementation="static", **GREEDY))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+def test_continuous_batching_says_what_generate_says(assembled, family):
+    model, rows = assembled(family), [row for row in rows_of() if not row[1]]
+    prompts = [batch_of(model, [row])["input_ids"][0].tolist() for row in rows]
+    answered = model.generate_batch(
+        prompts,
+        generation_config=GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=128),
+        progress_bar=False,
+    )
+    answered = sorted(answered.values(), key=lambda answer: prompts.index(answer.prompt_ids))
+    assert [answer.error for answer in answered] == [None] * len(prompts)
+    expected = answers_alone(model, rows, **{**GREEDY, "eos_token_id": -1})
+    assert [answer.generated_tokens for answer in answered] == expected.tolist()
 
 
 @pytest.mark.parametrize(
