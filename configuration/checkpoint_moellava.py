@@ -68,13 +68,32 @@ _ROOM_IMPORT = re.compile(
     rf"^(\s*)from (?:\.|\.\.(?:{'|'.join(ROOMS)})\.|moellava\.(?:{'|'.join(ROOMS)})\.)(\w+) import", flags=re.MULTILINE
 )
 _WEIGHT_FILE = re.compile(
-    r"(model|pytorch_model)(\.[\w-]+)?(-\d{5}-of-\d{5})?\.(safetensors|bin)|[^/]+\.(safetensors|bin)\.index\.json"
+    r"(?:model|pytorch_model)(?:\.([\w-]+?))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
+    r"|[^/]+\.(?:safetensors|bin)\.index(?:\.([\w-]+))?\.json"
 )
 
 
 def is_weight_file(name: str) -> bool:
     """Whether a file holds a checkpoint's weights, or tells which files hold them; those of a subfolder are others."""
     return _WEIGHT_FILE.fullmatch(name) is not None
+
+
+def replaced_weights(held: Iterable[str], saved: Iterable[str]) -> list[str]:
+    """Returns which of the files of an earlier checkpoint must not stay beside those of a save: its weights, of every
+    `variant` that has been saved anew. transformers would read an earlier `model.safetensors` rather than new shards.
+
+    Args:
+        held (`Iterable[str]`): The files of the earlier checkpoint.
+        saved (`Iterable[str]`): Those of the save: with weights, of a processor alone, or of an adapter.
+    """
+    saved = set(saved)
+    variants = {_variant(name) for name in saved if is_weight_file(name)}
+    return [name for name in held if name not in saved and is_weight_file(name) and _variant(name) in variants]
+
+
+def _variant(name: str) -> str | None:
+    file, index = _WEIGHT_FILE.fullmatch(name).groups()
+    return file or index
 
 
 def is_flat() -> bool:
@@ -159,6 +178,7 @@ __all__ = [
     "export_code",
     "is_flat",
     "is_weight_file",
+    "replaced_weights",
     "run_save_hooks",
     "travelling_files",
 ]

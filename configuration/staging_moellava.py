@@ -31,7 +31,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from .checkpoint_moellava import is_weight_file
+from .checkpoint_moellava import replaced_weights
 
 
 try:
@@ -50,17 +50,15 @@ _NO_SWAP = (errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 
 
 @contextmanager
-def staged_folder(save_directory: str | os.PathLike, replaces_weights: bool = False) -> Iterator[Path]:
+def staged_folder(save_directory: str | os.PathLike) -> Iterator[Path]:
     """Yields an empty folder to save into, and puts it in the place of `save_directory` when the block ends well.
 
-    Whatever else lies in `save_directory` is kept. When the block raises, or the process dies, `save_directory` is what
-    it was before. Several processes may save to one folder: it becomes what the last one has saved. Within the block, a
-    save to the yielded folder writes into it directly.
+    Whatever else lies in `save_directory` is kept, but for weights that those of the block replace. When the block
+    raises, or the process dies, `save_directory` is what it was before. Several processes may save to one folder: it
+    becomes what the last one has saved. Within the block, a save to the yielded folder writes into it directly.
 
     Args:
         save_directory (`str` or `os.PathLike`): Where the checkpoint goes; made if it is not there.
-        replaces_weights (`bool`, *optional*, defaults to `False`): Whether the block writes weights, so that the weight
-            files of an earlier checkpoint must not stay.
 
     Raises:
         NotADirectoryError: `save_directory` is a file.
@@ -90,10 +88,10 @@ def staged_folder(save_directory: str | os.PathLike, replaces_weights: bool = Fa
         yield staging
         names = sorted(path.name for path in staging.iterdir())
         with _locked(home):
-            if home == target or not _swap(staging, target, replaces_weights):
+            if home == target or not _swap(staging, target):
                 logger.warning("%s cannot be replaced in one step; its files are replaced one by one.", target)
                 keeps_rest = True
-                _replace_files(staging, target, names, replaces_weights)
+                _replace_files(staging, target, names)
                 keeps_rest = False
             shutil.rmtree(staging, ignore_errors=True)  # what it holds now is of no use to anybody
     except BaseException:
@@ -116,13 +114,13 @@ def _has_to_stay(target: Path) -> bool:
     return is_here or os.path.ismount(target) or not os.access(target.parent, os.W_OK)
 
 
-def _swap(staging: Path, target: Path, replaces_weights: bool) -> bool:
+def _swap(staging: Path, target: Path) -> bool:
     """Puts the new folder in the place of the earlier one, which then lies in its; returns whether that can be done."""
     if not target.exists():
         staging.rename(target)
         return True
     try:
-        _carry_over(target, staging, replaces_weights)
+        _carry_over(target, staging)
         _exchange(staging, target)
     except OSError as error:
         if error.errno not in _NO_SWAP:
@@ -131,12 +129,13 @@ def _swap(staging: Path, target: Path, replaces_weights: bool) -> bool:
     return True
 
 
-def _carry_over(earlier: Path, staging: Path, replaces_weights: bool) -> None:
+def _carry_over(earlier: Path, staging: Path) -> None:
     """Links what the earlier folder holds and the new one does not into the new one."""
     shutil.copymode(earlier, staging)
+    files = [path.name for path in earlier.iterdir() if path.is_file()]
+    stale = replaced_weights(files, [path.name for path in staging.iterdir()])
     for path in earlier.iterdir():
-        is_stale = replaces_weights and path.is_file() and is_weight_file(path.name)
-        if not is_stale and not _STAGING.fullmatch(path.name) and not os.path.lexists(staging / path.name):
+        if path.name not in stale and not _STAGING.fullmatch(path.name) and not os.path.lexists(staging / path.name):
             _link(path, staging / path.name)
 
 
@@ -175,11 +174,11 @@ def _exchange(staging: Path, target: Path) -> None:
     aside.rename(staging)
 
 
-def _replace_files(staging: Path, target: Path, names: list[str], replaces_weights: bool) -> None:
+def _replace_files(staging: Path, target: Path, names: list[str]) -> None:
     """Moves files into a folder that has to stay. Its config goes first and comes last: what is half one checkpoint and
     half another is none to a reader."""
     heads = [name for name in _HEADS if name in names]
-    stale = [path.name for path in target.iterdir() if is_weight_file(path.name)] if replaces_weights else []
+    stale = replaced_weights([path.name for path in target.iterdir()], names)
     try:
         for name in [*reversed(heads), *stale]:
             (target / name).unlink(missing_ok=True)

@@ -283,7 +283,7 @@ class MoellavaPreTrainedModel(PreTrainedModel):
         if getattr(self, "hf_quantizer", None) and getattr(self, "_weight_conversions", None):
             # Packed weights are saved as they are; what reads them while loading has no way back.
             self._weight_conversions = [kept for kept in self._weight_conversions if not reads_packed_weights(kept)]
-        with staged_folder(save_directory, replaces_weights=True) as staging:
+        with staged_folder(save_directory) as staging:
             try:
                 super().save_pretrained(staging, state_dict=state_dict, **kwargs)
             except SafetensorError as error:  # which is no OSError, though it tells of one

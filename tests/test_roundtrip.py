@@ -28,6 +28,7 @@ from pathlib import Path
 import pytest
 import torch
 from parts import LANGUAGE_MODELS, MAIN_FAMILIES, VISION_TOWERS, Parts, pictures, run_python
+from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -493,8 +494,8 @@ def changed(model: MoellavaForCausalLM) -> MoellavaForCausalLM:
     return model
 
 
-def assert_loads_as(folder: Path, weights: dict[str, torch.Tensor]):
-    assert_same_weights(AutoModelForCausalLM.from_pretrained(folder).state_dict(), weights)
+def assert_loads_as(folder: Path, weights: dict[str, torch.Tensor], **options):
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(folder, **options).state_dict(), weights)
     assert type(AutoProcessor.from_pretrained(folder)) is MoellavaProcessor
 
 
@@ -539,6 +540,35 @@ def test_foreign_files_stay_and_stale_weights_go(model, tmp_path):
     assert not (folder / "model.safetensors").exists()
     assert_loads_as(folder, model.state_dict())
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_variants_lie_side_by_side(model, tmp_path):
+    folder = tmp_path / "model"
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(folder)
+    model.save_pretrained(folder, variant="small-1", max_shard_size="200KB")
+    changed(model).save_pretrained(folder, variant="small-1")
+    assert {path.name for path in folder.glob("model*.safetensors*")} == {
+        "model.safetensors", "model.small-1.safetensors"
+    }  # fmt: skip
+    assert_loads_as(folder, weights)
+    assert_loads_as(folder, model.state_dict(), variant="small-1")
+
+    model.save_pretrained(folder, max_shard_size="200KB")
+    assert not (folder / "model.safetensors").exists()
+    assert_loads_as(folder, model.state_dict())
+    assert_loads_as(folder, model.state_dict(), variant="small-1")
+
+
+def test_an_adapter_saved_beside_its_base_leaves_the_base(model, tmp_path):
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    weights = contents(folder)["model.safetensors"]
+    tuned = MoellavaForCausalLM.from_pretrained(folder)
+    tuned.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    tuned.save_pretrained(folder)
+    assert (folder / "adapter_model.safetensors").exists()
+    assert contents(folder)["model.safetensors"] == weights
 
 
 def test_saving_into_the_folder_that_the_weights_are_mapped_from(model, tmp_path):
