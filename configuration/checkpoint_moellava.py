@@ -30,13 +30,14 @@ from .custom_code_moellava import CUSTOM_MODULE, custom_sources
 ENTRY_MODULE = "moellava_entry"
 ROOMS = ("configuration", "modeling", "processing")
 
-# One entry file for all five: with several, transformers imports the same class once per file from a local folder, and
+# One entry file for all: with several, transformers imports the same class once per file from a local folder, and
 # `type(config) is model.config_class` no longer holds.
 AUTO_MAP = {
     "AutoConfig": f"{ENTRY_MODULE}.MoellavaConfig",
     "AutoModel": f"{ENTRY_MODULE}.MoellavaModel",
     "AutoModelForCausalLM": f"{ENTRY_MODULE}.MoellavaForCausalLM",
     "AutoModelForImageTextToText": f"{ENTRY_MODULE}.MoellavaForCausalLM",
+    "AutoModelForMultimodalLM": f"{ENTRY_MODULE}.MoellavaForCausalLM",
     "AutoProcessor": f"{ENTRY_MODULE}.MoellavaProcessor",
 }
 

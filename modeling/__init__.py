@@ -13,7 +13,7 @@
 # limitations under the License.
 """What a model computes: encoders, projectors, the language model's head, and the models made of them."""
 
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 from ..configuration import MoellavaConfig
 from ..configuration.checkpoint_moellava import SAVE_HOOKS
@@ -24,6 +24,7 @@ from .modeling_moellava import MoellavaForCausalLM, MoellavaModel, MoellavaPreTr
 AutoModel.register(MoellavaConfig, MoellavaModel, exist_ok=True)
 AutoModelForCausalLM.register(MoellavaConfig, MoellavaForCausalLM, exist_ok=True)
 AutoModelForImageTextToText.register(MoellavaConfig, MoellavaForCausalLM, exist_ok=True)
+AutoModelForMultimodalLM.register(MoellavaConfig, MoellavaForCausalLM, exist_ok=True)
 SAVE_HOOKS.append(write_card_of_save)
 
 __all__ = ["MoellavaForCausalLM", "MoellavaModel", "MoellavaPreTrainedModel"]

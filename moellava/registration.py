@@ -54,8 +54,8 @@ def _then_import(exec_module: Callable, room: str) -> Callable:
 
 
 def register() -> None:
-    """Registers the model's classes with AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText and
-    AutoProcessor: now, as far as transformers has loaded them, and otherwise when it does."""
+    """Registers the model's classes with the Auto classes that `AUTO_MAP` names: now, as far as transformers has loaded
+    them, and otherwise when it does."""
     for table, room in _ROOM_OF_TABLE.items():
         if table in sys.modules:
             importlib.import_module(room)

@@ -171,7 +171,8 @@ def test_what_the_parts_are_is_written_in_full(tmp_path):
     assert written["vision_config"]["model_type"] == "clip_vision_model"
     assert written.get("moe_config") is None
     assert set(written["auto_map"]) == {
-        "AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoProcessor"
+        "AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM",
+        "AutoProcessor",
     }  # fmt: skip
 
 

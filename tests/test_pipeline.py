@@ -336,6 +336,7 @@ said = dict(
 )
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+said["any_to_any"] = texts(pipeline("any-to-any", model=folder, trust_remote_code=True)(text=chats, **greedy))
 said["by_object"] = texts(pipeline("image-text-to-text", model=model, processor=processor)(text=chats, **greedy))
 said["unsupported"] = [text for text in records if "not supported" in text]
 print(json.dumps(said))
@@ -361,6 +362,6 @@ def test_pipeline_in_a_fresh_process_without_the_package(folder, model, processo
     code = FRESH.format(folder=str(folder), pictures=str(tmp_path), chats=json.dumps(written), new_tokens=NEW_TOKENS)
     said = json.loads(run_python(code).splitlines()[-1])
     assert said["module"].startswith("transformers_modules.")
-    assert said["alone"] == said["listed"] == said["by_object"] == expected
+    assert said["alone"] == said["listed"] == said["by_object"] == said["any_to_any"] == expected
     assert said["batched"] == expected[:-1]
     assert said["unsupported"] == []

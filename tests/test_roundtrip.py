@@ -35,6 +35,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
     AutoTokenizer,
     CLIPTextConfig,
@@ -67,7 +68,7 @@ TOWERS = {
 }
 # Wherever a projector has these fields, they are small.
 SMALL = {"num_query_tokens": 4, "qformer_hidden_size": 32, "num_latents": 4, "latent_dim": 32}
-AUTO_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText)
+AUTO_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 
 PICTURES = pictures(3)
 TEXT = ["<image> What is it?", "No picture here, only words.", "Is <image> like <image> or not?"]
