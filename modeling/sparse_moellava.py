@@ -743,6 +743,8 @@ def make_sparse(language_model: nn.Module, config) -> None:
         ValueError: A layer cannot be made sparse.
     """
     mlps = dense_mlps(language_model)
+    # Not yet indices where a config has been given its sparse layers after it was made.
+    config.moe_config.layers = config.moe_config.resolved_layers(len(mlps))
     for index in config.moe_config.layers:
         name, mlp = mlps[index]
         language_model.set_submodule(name, SparseMoeBlock(config, mlp))

@@ -29,7 +29,7 @@ from transformers import (
     SwinConfig,
 )
 
-from moellava import MoellavaConfig, MoellavaForCausalLM, MoellavaProjectorConfig
+from moellava import MoellavaConfig, MoellavaForCausalLM, MoellavaMoeConfig, MoellavaProjectorConfig
 
 
 TEXT = {
@@ -240,6 +240,14 @@ def test_the_number_of_tokens_follows_from_size_and_projector(projector, tokens)
 def test_the_number_of_tokens_is_not_what_somebody_writes():
     assert make(image_seq_length=7).image_seq_length == 16
     assert MoellavaConfig.from_dict(make().to_dict() | {"image_seq_length": 7}).image_seq_length == 16
+
+
+def test_experts_given_to_a_config_later():
+    config = make()
+    config.moe_config = MoellavaMoeConfig(layers="second_half")
+    names = [name for name, _ in MoellavaForCausalLM(config).named_parameters() if "experts" in name]
+    assert {name.partition("experts")[0] for name in names} == {"model.language_model.layers.1.mlp."}
+    assert config.moe_config.layers == [1]
 
 
 @pytest.mark.parametrize("tied", [True, False])
