@@ -390,7 +390,11 @@ class MoellavaModel(MoellavaPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
         Encodes and projects pictures.
@@ -398,6 +402,8 @@ class MoellavaModel(MoellavaPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, channels, image_size, image_size)`):
                 Pictures as the processor prepares them.
+            vision_feature_layer, vision_feature_select_strategy (*optional*):
+                For callers of LLaVA, who may repeat what the config says.
             output_hidden_states (`bool`, *optional*):
                 Whether to return the tower's hidden states, up to the last feature layer: the layers behind it are
                 not run.
@@ -408,7 +414,21 @@ class MoellavaModel(MoellavaPreTrainedModel):
             [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state` holds the tower's
             features, of shape `(num_images, tokens, feature_size)`; `pooler_output` the projected ones, as a list of
             one tensor of shape `(image_seq_length, hidden_size)` per picture.
+
+        Raises:
+            ValueError: Another feature layer or strategy than the config's.
         """
+        features = {
+            "vision_feature_layer": vision_feature_layer,
+            "vision_feature_select_strategy": vision_feature_select_strategy,
+        }
+        for name, asked in features.items():
+            own = getattr(self.config, name)
+            if asked not in (None, own):
+                raise ValueError(
+                    f"{name} is {asked!r}, but the model is made for {own!r}: its tower ends there, and its projector "
+                    f"was trained on it. Load it for another by from_pretrained(..., {name}={asked!r})."
+                )
         # Not among the named arguments: `generate` would take those of its own call for the pictures' alone.
         asked = {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
         pixel_values = pixel_values.to(_floating_dtype(self.vision_tower))
@@ -461,6 +481,8 @@ class MoellavaModel(MoellavaPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         output_router_logits: bool | None = None,
         cache: Cache | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoellavaModelOutputWithPast:
         r"""
@@ -484,6 +506,8 @@ class MoellavaModel(MoellavaPreTrainedModel):
                 Whether to return the logits of the routers of a sparse model.
             cache (`Cache`, *optional*):
                 The name of `past_key_values` from transformers 5.24 on. Either is taken on every version.
+            vision_feature_layer, vision_feature_select_strategy (*optional*):
+                See `get_image_features`.
 
         Raises:
             ValueError: Both or neither of `input_ids` and `inputs_embeds`, both of `pixel_values` and
@@ -501,7 +525,12 @@ class MoellavaModel(MoellavaPreTrainedModel):
 
         image_features = None
         if pixel_values is not None and pixel_values.shape[0] > 0:
-            encoded = self.get_image_features(pixel_values, return_dict=True)
+            encoded = self.get_image_features(
+                pixel_values,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                return_dict=True,
+            )
         if encoded is not None:
             # per picture (image_seq_length, hidden_size) -> (num_images * image_seq_length, hidden_size)
             image_features = torch.cat(list(encoded.pooler_output), dim=0)

@@ -87,6 +87,24 @@ def test_hidden_states_end_at_the_feature_layer():
     torch.testing.assert_close(encoded.last_hidden_state, encoded.hidden_states[2][:, 1:])
 
 
+@pytest.mark.parametrize(("name", "other"), [("vision_feature_layer", -1), ("vision_feature_select_strategy", "full")])
+def test_features_asked_for_as_of_llava_are_the_models_own(name, other):
+    """LLaVA takes these fields of its config by call too: what would not be followed is not taken in silence."""
+    model = MoellavaForCausalLM(make_config(vision_feature_layer=-2)).eval()
+    pixel_values, input_ids = torch.randn(1, 3, 8, 8), torch.tensor([[1, 3, 3, 3, 3, 5]])
+    own = {name: getattr(model.config, name)}
+    with torch.no_grad():
+        (expected,) = model.get_image_features(pixel_values).pooler_output
+        (repeated,) = model.get_image_features(pixel_values, **own).pooler_output
+        passed_on = model(input_ids=input_ids, pixel_values=pixel_values, **own).image_hidden_states
+    assert torch.equal(repeated, expected) and torch.equal(passed_on, expected)
+    message = rf"{name} is {other!r}, .* from_pretrained\(\.\.\., {name}={other!r}\)"
+    with pytest.raises(ValueError, match=message):
+        model.get_image_features(pixel_values, **{name: other})
+    with pytest.raises(ValueError, match=message):
+        model(input_ids=input_ids, pixel_values=pixel_values, **{name: other})
+
+
 @pytest.mark.parametrize("projector", [QFORMER, PERCEIVER, OLDER_QFORMER], ids=lambda fields: fields["type"])
 def test_the_attention_of_a_projector_follows_the_models(projector, tmp_path):
     model = MoellavaForCausalLM(make_config(projector_config=projector)).eval()
