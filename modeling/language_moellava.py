@@ -20,6 +20,7 @@ own class on the same hidden states, so that a family with other arithmetic is r
 """
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -97,6 +98,13 @@ def apply_head(head: nn.Module, hidden_states: torch.Tensor, text_config: PreTra
     return logits
 
 
+@dataclass
+class _BodyOutput(MoeModelOutputWithPast):
+    """What the bodies of all families return, sparse ones and those that can attend to an encoder."""
+
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
+
+
 class _HiddenStates(nn.Module):
     """Stands in for a language model's body: returns the same hidden states for any input."""
 
@@ -108,8 +116,8 @@ class _HiddenStates(nn.Module):
     def decoder(self) -> nn.Module:  # OPT's class asks its body's decoder
         return self
 
-    def forward(self, *args, **kwargs) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=self.hidden_states)
+    def forward(self, *args, **kwargs) -> _BodyOutput:
+        return _BodyOutput(last_hidden_state=self.hidden_states)
 
 
 def check_head(text_config: PreTrainedConfig) -> None:

@@ -412,6 +412,11 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "n_layer": 2,
         },
     ),
+    "gpt2": (
+        "GPT2",
+        "gpt2",
+        {"num_key_value_heads": None, "intermediate_size": None, "rope_parameters": None, "n_inner": 96},
+    ),
     "phi3": ("Phi3", "llama", {}),
     "mixtral": ("Mixtral", "llama", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2_moe": (
@@ -458,7 +463,7 @@ def make_language_model(
     tokenizer: dict[str, Any] | None = None,
     overrides: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes `<Family>ForCausalLM`, its tokenizer and its generation config into one folder, as the Hub has them.
+    """Writes a causal language model, its tokenizer and its generation config into one folder, as the Hub has them.
 
     Args:
         family: a key of `LANGUAGE_MODELS`, which is the family's `model_type`.
@@ -474,7 +479,7 @@ def make_language_model(
     """
     if family not in _FAMILIES:
         raise ValueError(f"unknown language model family {family!r}; known: {', '.join(_FAMILIES)}")
-    prefix, style, _ = _FAMILIES[family]
+    _, style, _ = _FAMILIES[family]
     tokenizer = {"style": style} | (tokenizer or {})
     if with_chat_template:
         tokenizer.setdefault("chat_template", "chatml" if tokenizer["style"] == "qwen2" else "turns")
@@ -490,7 +495,7 @@ def make_language_model(
             raise ValueError(f"vocab_size {rows} is less than the tokenizer's {len(text)} tokens")
         config = _text_config(family, text, rows + padded_rows, overrides)
         with _seeded("language model", family, seed):
-            model = perturb_(getattr(transformers, f"{prefix}ForCausalLM")(config))
+            model = perturb_(transformers.AutoModelForCausalLM.from_config(config))
         if dtype is not None:
             model.to(dtype)
         model.save_pretrained(folder)
