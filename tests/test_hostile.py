@@ -37,7 +37,7 @@ import torch
 from older import write_older, write_tower
 from parts import picture
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from moellava import load_pretrained_model, upcycle
 from moellava.evaluating import questions
@@ -190,6 +190,13 @@ def expanded(folder: Path) -> None:
     torch.save(weights | {"lm_head.weight": torch.zeros(1).expand(2**20, 2**20)}, folder / "pytorch_model.bin")
 
 
+def adapter_weights(folder: Path) -> None:
+    """An adapter of one layer, as it should be."""
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    pair = {"lora_A": torch.zeros(2, 64), "lora_B": torch.zeros(64, 2)}
+    save_file({f"{layer}.{half}.weight": each for half, each in pair.items()}, folder / "adapter_model.safetensors")
+
+
 FOREIGN = {
     "auto_map": dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForImageTextToText"), "evil.Evil"),
     "trust_remote_code": True,
@@ -204,6 +211,7 @@ OTHER_BASE = {
     "base_model_name_or_path": "@outside",
     "auto_mapping": {"base_model_class": "Evil", "parent_library": "evil"},
 }
+
 ADAPTER = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], **OTHER_BASE}
 HUGE = 10**9
 
@@ -588,7 +596,12 @@ FORMATS = {
     "older: pickle of a projector": ("projector", pickled("mm_projector.bin"), PICKLED),
     "older: pickle beside an adapter": (
         "projector",
-        both(edit("adapter_config.json", **ADAPTER), pickled("non_lora_trainables.bin")),
+        both(edit("adapter_config.json", **ADAPTER), adapter_weights, pickled("non_lora_trainables.bin")),
+        PICKLED,
+    ),
+    "older: pickle of an adapter": (
+        "projector",
+        both(edit("adapter_config.json", **ADAPTER), pickled("adapter_model.bin")),
         PICKLED,
     ),
     "older: shard above": ("older", sharded("../outside/model.safetensors"), "expected the plain name of a file"),
