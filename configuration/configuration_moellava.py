@@ -520,10 +520,15 @@ class MoellavaConfig(PreTrainedConfig):
         projector = PROJECTORS[self.projector_config.type]
         fields, tokens = self.projector_config.fields, encoder.num_selected_tokens
         if is_own_class(projector):
-            widths = (encoder.feature_size, self.text_config.hidden_size)
+            widths = (encoder.feature_size, self.text_embedding_size)
             self.image_seq_length = measured_output_tokens(projector, fields, tokens, widths)
         else:
             self.image_seq_length = projector.num_output_tokens(tokens, **fields)
+
+    @property
+    def text_embedding_size(self) -> int:
+        """The width of the language model's input embeddings, which is not that of its layers in OPT-350M."""
+        return getattr(self.text_config, "word_embed_proj_dim", None) or self.text_config.hidden_size
 
     @property
     def _experts_implementation(self) -> str | None:
@@ -650,7 +655,28 @@ def _part_config(key: str, given: dict | PreTrainedConfig | None, default: dict[
         raise ValueError(
             f"{key}.num_attention_heads is {heads} and num_key_value_heads is {groups}; expected a multiple of it."
         )
+    _check_rotary_channels(key, config)
     return config
+
+
+def _check_rotary_channels(key: str, config: PreTrainedConfig) -> None:
+    """Refuses heads that rotary embeddings cannot turn: they take channels in pairs (Su et al. 2021, arXiv:2104.09864).
+
+    Where they turn a part of the channels, some families round it up.
+    """
+    fields = config.to_dict()
+    rope, heads, head_dim = (fields.get(name) for name in ("rope_parameters", "num_attention_heads", "head_dim"))
+    differ = any("head" in name and "dim" in name and name != "head_dim" for name in fields)
+    if not rope or not isinstance(heads, int) or differ:
+        return
+    if head_dim is None:
+        head_dim = config.hidden_size // heads
+    kinds = [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]  # of layers
+    if head_dim % 2 and any(kind.get("partial_rotary_factor", 1) == 1 for kind in kinds):
+        raise ValueError(
+            f"{key} has heads of {head_dim} channels, which rotary embeddings turn in pairs; expected an even number. "
+            "It is head_dim or, without one, hidden_size divided by num_attention_heads."
+        )
 
 
 def _read_part_config(key: str, given: dict | PreTrainedConfig | None, default: dict[str, Any]) -> PreTrainedConfig:

@@ -61,7 +61,7 @@ def make_projector(config, vision_hidden_size: int) -> nn.Module:
     """Calls the constructor of a `MoellavaConfig`'s projector."""
     return PROJECTORS[config.projector_config.type](
         vision_hidden_size=vision_hidden_size,
-        text_hidden_size=config.text_config.hidden_size,
+        text_hidden_size=config.text_embedding_size,
         **config.projector_config.fields,
     )
 

@@ -542,7 +542,7 @@ def fit_projector(
     if faults:
         raise ValueError(
             f"{origin} does not fit a {config.projector_config.type!r} projector from "
-            f"{encoder_for(config).feature_size} to {config.text_config.hidden_size}: {'; '.join(faults)}. Name the "
+            f"{encoder_for(config).feature_size} to {config.text_embedding_size}: {'; '.join(faults)}. Name the "
             "type and the fields of the projector that was saved, or give another file."
         )
     return tensors

@@ -564,7 +564,7 @@ def _log_parts(model: Any, request: LoadRequest) -> None:
         logger.info(
             "projector: from %s features of width %s to %s tokens of width %s per picture",
             inner.encoder.num_selected_tokens, inner.encoder.feature_size, config.image_seq_length,
-            config.text_config.hidden_size,
+            config.text_embedding_size,
         )  # fmt: skip
         _log_shapes("projector", inner.multi_modal_projector)
 

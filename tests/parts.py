@@ -393,7 +393,8 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "initializer_range": None,
             "rope_parameters": None,
             "ffn_dim": 96,
-            "word_embed_proj_dim": 64,
+            "word_embed_proj_dim": 32,  # as in OPT-350M, narrower than the layers
+            "do_layer_norm_before": False,
             "init_std": 0.2,
         },
     ),

@@ -420,6 +420,10 @@ def test_a_field_of_a_later_version_in_a_file_is_kept_without_effect_and_said(ca
             {"text_config": TEXT | {"num_key_value_heads": 7}},
             "text_config.num_attention_heads is 2 and num_key_value_heads is 7; expected a multiple of it",
         ),
+        (
+            {"text_config": TEXT | {"model_type": "qwen2", "hidden_size": 7, "num_key_value_heads": 1}},
+            "text_config has heads of 3 channels, which rotary embeddings turn in pairs; expected an even number",
+        ),
         ({"vision_config": TEXT}, "A llama tower does not tell its picture size"),
         ({"vision_config": TEXT, "image_size": 32}, "A llama model cannot be a vision tower here"),
     ],
