@@ -36,7 +36,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from ..configuration.names_moellava import canonical_encoder_type
 from ..configuration.registry_moellava import ENCODERS, is_older_encoder, register_encoder
 from ..configuration.versions_moellava import SELECTS_HIDDEN_STATES
-from .language_moellava import build_body
+from .library_parts_moellava import build_library_part
 
 
 class LayersInUse(nn.ModuleList):
@@ -207,7 +207,7 @@ class VisionEncoder:
 
     def build(self) -> nn.Module:
         """Builds the tower, with its initial weights, and makes it end behind the last feature layer."""
-        tower = build_body("vision_config", self.vision_config, **self._constructor_arguments)
+        tower = build_library_part("vision_config", self.vision_config, **self._constructor_arguments)
         if self.ends_early:
             self._end_early(tower)
         # transformers installs what captures hidden states at the first call, under a lock that torch.compile cannot
@@ -359,7 +359,7 @@ def _as_key(vision_config) -> str:
 def _meta_tower(model_type: str, fields: str) -> nn.Module:
     config = AutoConfig.for_model(model_type, **{k: v for k, v in json.loads(fields).items() if k != "model_type"})
     with torch.device("meta"):
-        return build_body("vision_config", config).eval()
+        return build_library_part("vision_config", config).eval()
 
 
 @functools.lru_cache(maxsize=32)

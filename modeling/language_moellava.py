@@ -24,31 +24,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import MoeModelOutputWithPast
-
-
-def build_body(key: str, config: PreTrainedConfig, **arguments: object) -> PreTrainedModel:
-    """Builds the model that a part's config describes, with its initial weights.
-
-    Args:
-        key (`str`): What `MoellavaConfig` calls the config, for the error message.
-        config (`PreTrainedConfig`): The part's config.
-        arguments (*optional*): For the model's class.
-
-    Raises:
-        ValueError: The config passes its own checks, but no model can be built of it.
-    """
-    try:
-        return AutoModel.from_config(config, **arguments)
-    except torch.OutOfMemoryError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
-        raise ValueError(
-            f"{key} does not describe a {config.model_type!r} model ({type(error).__name__}: {error}). Expected the "
-            f"fields of transformers' {type(config).__name__}."
-        ) from error
 
 
 def own_causal_lm(text_config: PreTrainedConfig) -> PreTrainedModel:
@@ -154,4 +132,4 @@ def check_head(text_config: PreTrainedConfig) -> None:
         )
 
 
-__all__ = ["apply_head", "build_body", "build_head", "check_head", "own_causal_lm"]
+__all__ = ["apply_head", "build_head", "check_head", "own_causal_lm"]

@@ -46,7 +46,8 @@ from ..configuration.registry_moellava import PROJECTORS
 from ..configuration.staging_moellava import staged_folder
 from ..configuration.versions_moellava import CACHE
 from .encoders_moellava import encoder_for
-from .language_moellava import apply_head, build_body, build_head
+from .language_moellava import apply_head, build_head
+from .library_parts_moellava import build_library_part
 from .own_encoders_moellava import CustomEncoder
 from .own_parts_moellava import build_projector, initialize_part, make_projector
 from .parallel_moellava import add_plans, sparse_plans
@@ -339,7 +340,7 @@ class MoellavaModel(MoellavaPreTrainedModel):
         self.encoder = encoder_for(config)
         self.vision_tower = self.encoder.build()
         self.multi_modal_projector = build_projector(config, self.encoder.feature_size)
-        self.language_model = build_body("text_config", config.text_config)
+        self.language_model = build_library_part("text_config", config.text_config)
         # CODEPATH: sparse checkpoints (MoE-LLaVA's kind) have a moe_config, dense ones (LLaVA's kind) have none.
         if config.moe_config is not None:
             make_sparse(self.language_model, config)
