@@ -59,6 +59,16 @@ VICUNA_SYSTEM_TEXT = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
+# What is neither a user's message nor an answer, and the end of the loop over messages.
+END_OF_TURNS = """\
+{%- elif message['role'] == 'system' -%}
+{{- raise_exception('Only the first message can be a system message.') -}}
+{%- else -%}
+{{- raise_exception('A message has the role "' ~ message['role'] ~ '"; expected "system", "user" or "assistant".') -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+
 # Vicuna v1.1, as LLaVA-1.5 and MoE-LLaVA were trained with: turns joined by one space, answers closed by STOP_TEXT,
 # nothing between an answer and the next turn. `generation` marks what `return_assistant_tokens_mask` returns; it must
 # not stand inside a macro, where transformers counts its offsets wrongly.
@@ -83,12 +93,7 @@ EOS_CHECK\
 {{- message['content'] + STOP_TEXT -}}
 {%- endgeneration -%}
 {%- set vicuna.separator = '' -%}
-{%- elif message['role'] == 'system' -%}
-{{- raise_exception('Only the first message can be a system message.') -}}
-{%- else -%}
-{{- raise_exception('A message has the role "' ~ message['role'] ~ '"; expected "system", "user" or "assistant".') -}}
-{%- endif -%}
-{%- endfor -%}
+END_OF_TURNS\
 {%- if add_generation_prompt -%}
 {{- vicuna.separator + 'ASSISTANT:' -}}
 {%- endif -%}
@@ -173,7 +178,8 @@ def vicuna_text_template(system: str = VICUNA_SYSTEM_TEXT, stop: str | None = No
         system (`str`, *optional*): The system text of conversations that bring none.
         stop (`str`, *optional*): What closes every answer; `None`: the tokenizer's `eos_token`.
     """
-    template = _VICUNA_TEXT_TEMPLATE.replace("EOS_CHECK", _EOS_CHECK if stop is None else "")
+    template = _VICUNA_TEXT_TEMPLATE.replace("END_OF_TURNS", END_OF_TURNS)
+    template = template.replace("EOS_CHECK", _EOS_CHECK if stop is None else "")
     if stop is None:
         template = template.replace("STOP_TEXT", "eos_token")
     return filled(template, SYSTEM_TEXT=system, **({} if stop is None else {"STOP_TEXT": stop}))
@@ -192,6 +198,7 @@ def _jinja_string(text: str) -> str:
 VICUNA_CHAT_TEMPLATE = multimodal_chat_template(None)
 
 __all__ = [
+    "END_OF_TURNS",
     "VICUNA_CHAT_TEMPLATE",
     "VICUNA_SYSTEM_TEXT",
     "filled",

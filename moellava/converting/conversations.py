@@ -24,7 +24,13 @@ and LLaMA 2's (`llama_2`): no checkpoint that is known to be published was train
 from dataclasses import dataclass
 from typing import Any
 
-from ..chat_templates import VICUNA_SYSTEM_TEXT, filled, multimodal_chat_template, vicuna_text_template
+from ..chat_templates import (
+    END_OF_TURNS,
+    VICUNA_SYSTEM_TEXT,
+    filled,
+    multimodal_chat_template,
+    vicuna_text_template,
+)
 
 
 @dataclass(frozen=True)
@@ -67,16 +73,6 @@ _BEGINNING = """\
 {%- endif -%}
 """
 
-# What is neither a user's message nor an answer.
-_ENDING = """\
-{%- elif message['role'] == 'system' -%}
-{{- raise_exception('Only the first message can be a system message.') -}}
-{%- else -%}
-{{- raise_exception('A message has the role "' ~ message['role'] ~ '"; expected "system", "user" or "assistant".') -}}
-{%- endif -%}
-{%- endfor -%}
-"""
-
 # The style SINGLE: everything is closed alike.
 _SINGLE = f"""\
 {_BEGINNING}\
@@ -89,7 +85,7 @@ _SINGLE = f"""\
 {{%- generation -%}}
 {{{{- message['content'] + STOP_TEXT -}}}}
 {{%- endgeneration -%}}
-{_ENDING}\
+{END_OF_TURNS}\
 {{%- if add_generation_prompt -%}}
 {{{{- 'Assistant:' -}}}}
 {{%- endif -%}}
@@ -107,7 +103,7 @@ _MPT = f"""\
 {{%- generation -%}}
 {{{{- message['content'] + STOP_TEXT -}}}}
 {{%- endgeneration -%}}
-{_ENDING}\
+{END_OF_TURNS}\
 {{%- if add_generation_prompt -%}}
 {{{{- '<|im_start|>assistant\\n' -}}}}
 {{%- endif -%}}
@@ -131,7 +127,7 @@ _LLAMA_2 = f"""\
 {{%- generation -%}}
 {{{{- message['content'] + ' ' + STOP_TEXT -}}}}
 {{%- endgeneration -%}}
-{_ENDING}"""
+{END_OF_TURNS}"""
 
 # The style PLAIN, as the first stage of training writes it: a picture, and at once what it shows.
 _PLAIN = f"""\
@@ -144,7 +140,7 @@ _PLAIN = f"""\
 {{%- generation -%}}
 {{{{- message['content'] + STOP_TEXT -}}}}
 {{%- endgeneration -%}}
-{_ENDING}"""
+{END_OF_TURNS}"""
 
 _VICUNA_STOPS = {
     "vicuna_v1": "</s>",
