@@ -35,7 +35,6 @@ API_MODULE = "moellava_api"
 CUSTOM_PREFIX = "custom_"
 
 _PACKAGE = "moellava"
-_ROOMS = ("configuration", "modeling", "processing")
 _IS_INSTALLED = __name__.endswith(".configuration.custom_code_moellava")
 
 # transformers finds the files that a file needs by looking for such lines (`get_relative_imports`), in strings too.

@@ -126,7 +126,11 @@ class VisionEncoder:
 
     @property
     def native_image_size(self) -> int:
-        """The side in pixels of the square pictures that the tower was made for."""
+        """The side in pixels of the square pictures that the tower was made for.
+
+        Raises:
+            ValueError: Its config and the model's do not tell one, or tell one that is not square.
+        """
         size = getattr(self.vision_config, "image_size", None)
         if size is None:
             size = self._image_size
@@ -146,7 +150,11 @@ class VisionEncoder:
 
     @property
     def patch_size(self) -> int:
-        """The side of a patch in pixels."""
+        """The side of a patch in pixels.
+
+        Raises:
+            ValueError: Patches are not square.
+        """
         patch = self.vision_config.patch_size
         height, width = (patch, patch) if isinstance(patch, int) else tuple(patch)
         if height != width:
@@ -389,7 +397,7 @@ def _measured_shapes(model_type: str, fields: str, image_size: int) -> list[tupl
 
 
 def as_tokens(hidden_state: torch.Tensor) -> torch.Tensor:
-    """Lays out a feature map `(batch, width, height, width)` as tokens `(batch, tokens, width)`; tokens stay."""
+    """Lays out a feature map `(batch, width, rows, columns)` as tokens `(batch, tokens, width)`; tokens stay."""
     return hidden_state if hidden_state.dim() == 3 else hidden_state.flatten(2).transpose(1, 2)
 
 

@@ -267,7 +267,13 @@ class MoellavaPreTrainedModel(PreTrainedModel):
         """Saves weights, config, code and, where the model has one, its processor; arguments as in transformers.
 
         The folder is written beside `save_directory` and moved into place, so that an interrupted save leaves an
-        earlier checkpoint as it was.
+        earlier checkpoint as it was; but for `distributed_checkpoint=True`, with which each process writes its part in
+        place. What else lies there is kept, the weights of another `variant` included.
+
+        Raises:
+            NotADirectoryError: `save_directory` is a file.
+            OSError: The folder, or the disk that it is on, cannot be written to.
+            ValueError: A part of the model's author's own is defined where it cannot travel.
         """
         if not is_main_process or (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0):
             super().save_pretrained(save_directory, is_main_process=False, state_dict=state_dict, **kwargs)
@@ -512,8 +518,8 @@ class MoellavaModel(MoellavaPreTrainedModel):
 
         Raises:
             ValueError: Both or neither of `input_ids` and `inputs_embeds`, both of `pixel_values` and
-                `mm_encoder_outputs`, both of `past_key_values` and `cache`, or numbers of placeholders and of features
-                that differ.
+                `mm_encoder_outputs`, both of `past_key_values` and `cache`, numbers of placeholders and of features
+                that differ, or another feature layer or strategy than the config's.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")

@@ -137,13 +137,17 @@ def _measured_shapes(
     if wrong:
         raise ValueError(
             f"The encoder {encoder_type!r} makes features of shape {wrong[0]} of pictures of shape {given}; expected "
-            "(2, tokens, width), or a map (2, width, height, width)."
+            "(2, tokens, width), or a map (2, width, rows, columns)."
         )
     return [tuple(as_tokens(hidden_state).shape) for hidden_state in hidden_states]
 
 
 def as_hidden_states(output: Any) -> tuple[torch.Tensor, ...]:
-    """The features of every layer, of what a module returns: one tensor, several, or an output of transformers."""
+    """Returns the features of every layer, of what a module returns: one tensor, several, or an output of transformers.
+
+    Raises:
+        TypeError: It returns something else.
+    """
     if isinstance(output, dict):  # an output of transformers is one
         layers = output.get("hidden_states")
         output = output.get("last_hidden_state") if layers is None else layers

@@ -473,6 +473,11 @@ def load_older(
         source, base, vision_tower, changes: As for `read_converted`.
         merge (`bool`): Whether a LoRA adapter is added to the weights; otherwise a `PeftModel` is returned.
         options: Those of `from_pretrained`.
+
+    Raises:
+        FileNotFoundError, ValueError: As of `read_converted` and `read_adapter`; or the weights, the base or `merge` do
+            not go with the checkpoint.
+        ImportError: It is an adapter, and PEFT is not installed.
     """
     adapter = None if base is None or source.find(ADAPTER_CONFIG) is None else read_adapter(source)
     converted = read_converted(source, base, vision_tower, changes)

@@ -277,7 +277,11 @@ class Recipe:
 
 
 def merges(stage: Stage) -> bool:
-    """Whether a stage's adapters become part of the model at its end."""
+    """Whether a stage's adapters become part of the model at its end.
+
+    Raises:
+        ValueError: They are to, though the model is quantised.
+    """
     quantised = stage.load_4bit or stage.load_8bit
     if quantised and stage.lora.merge:
         raise ValueError(
