@@ -24,11 +24,12 @@ Nothing here is downloaded, and nothing here imports `moellava`.
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -1104,8 +1105,18 @@ class Parts:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A process that has no moellava
+# A port, and a process that has no moellava
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def taken_port() -> Iterator[int]:
+    """Listens on a port of this machine; behind the block it is free."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
 
 _BLOCK = 'import sys\nsys.modules["moellava"] = None  # from here on, "import moellava" raises\n'
 

@@ -15,13 +15,12 @@
 
 import re
 import shutil
-import socket
 import threading
 from queue import Queue
 
 import pytest
 import torch
-from parts import picture, run_python
+from parts import picture, run_python, taken_port
 from PIL import Image
 
 from moellava import load_pretrained_model
@@ -428,10 +427,7 @@ def test_what_cannot_be_served(parts, checkpoints):
         build_page([])
     with pytest.raises(ValueError, match="type 'llama', not a checkpoint of this package"):
         build_page([str(checkpoints / "dense"), str(parts.language_model("llama"))])
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
+    with taken_port() as port:
         with pytest.raises(OSError, match=rf"Port {port} of 127.0.0.1 cannot be listened on .* or 0 for any"):
             launch(["no-such-checkpoint"], port=port)
 

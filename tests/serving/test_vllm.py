@@ -23,7 +23,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -33,6 +32,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parts import taken_port
 from taught import CHECKPOINTS, QUESTIONS, prompt, shown, write_checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -159,9 +159,8 @@ def test_the_answers_are_those_of_transformers(name, checkpoint, environment, tm
 @contextmanager
 def vllm_serve(folder: Path, environment: dict[str, str], log: Path):
     """Runs `vllm serve` on a free port, waits until it answers, and ends it and all its processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    with taken_port() as port:
+        pass  # free again, and nobody else's yet
     options = "--trust-remote-code --model-impl transformers --dtype bfloat16 --enforce-eager --max-model-len 256"
     with log.open("w") as output:
         server = subprocess.Popen(
