@@ -41,7 +41,7 @@ from .configuration.names_moellava import (
     stacked_projector,
     translate_fields,
 )
-from .configuration.registry_moellava import PROJECTORS, known_names
+from .configuration.registry_moellava import ENCODERS, PROJECTORS, known_names
 
 
 logger = logging.getLogger(__name__)
@@ -321,7 +321,6 @@ def _read_vision(value: Any, flat_encoder: str | None) -> dict[str, dict[str, An
 
 def is_custom_encoder(encoder_type: str) -> bool:
     """Whether a registered encoder is a module of the user's own."""
-    from .configuration.registry_moellava import ENCODERS
     from .modeling.encoders_moellava import VisionEncoder
 
     return encoder_type in ENCODERS and not issubclass(ENCODERS[encoder_type], VisionEncoder)

@@ -65,13 +65,12 @@ class RouterStatistics:
     @torch.no_grad()
     def add(self, outputs: Any, attention_mask: torch.Tensor | None) -> None:
         """Takes the outputs of one forward pass, which hold `router_logits` and `aux_loss`."""
-        mask = None if attention_mask is None else attention_mask.flatten().bool()
+        kept = _kept(outputs["router_logits"][0], attention_mask)
         for position, logits in enumerate(outputs["router_logits"]):  # (tokens, experts)
-            choices = logits.detach().topk(self.num_choices, dim=-1).indices
-            choices = choices if mask is None else choices[mask.to(choices.device)]
+            choices = logits.detach().topk(self.num_choices, dim=-1).indices[kept.to(logits.device)]
             counts = torch.bincount(choices.flatten(), minlength=logits.shape[-1])
             self._counts[position] = self._counts[position] + counts
-            tokens = len(choices)
+        tokens = int(kept.sum())
         self._loss = self._loss + outputs["aux_loss"].detach().float() * tokens
         self._weight += tokens
 
