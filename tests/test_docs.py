@@ -39,6 +39,7 @@ import torch
 from parts import HUB_NAMES, LANGUAGE_MODELS, picture, run_python
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig, DynamicCache
 
 from moellava import (
     MoellavaConfig,
@@ -48,6 +49,7 @@ from moellava import (
     check_data,
     evaluate,
     load_pretrained_model,
+    plan,
     register_projector,
     train,
     upcycle,
@@ -127,7 +129,7 @@ NOT_RUN = {
     ),
     ("docs/quickstart.md", "pip install ."): "changes the environment that the tests run in",
     ("docs/quickstart.md", 'model.push_to_hub("me/my-model")'): "needs the Hub",
-    ("docs/web.md", "pip install 'moellava[web]'"): "changes the environment that the tests run in",
+    ("docs/web.md", "pip install '.[web]'"): "changes the environment that the tests run in",
     ("docs/web.md", "moellava web my-model"): "serves until it is interrupted",
     ("docs/web.md", "from moellava.web import launch"): "serves until it is interrupted",
     ("docs/web.md", "moellava web my-model my-sparse-model"): "serves until it is interrupted",
@@ -552,13 +554,17 @@ def sharded_elsewhere() -> str:
     return "sharded"
 
 
+def with_config(model: MoellavaForCausalLM, folder: str, **changes) -> str:
+    """A checkpoint whose config says something else."""
+    model.save_pretrained(folder)
+    path = Path(folder, "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
 def oversized(model: MoellavaForCausalLM) -> str:
-    model.save_pretrained("my-oversized-model")
-    path = Path("my-oversized-model/config.json")
-    fields = json.loads(path.read_text())
-    fields["text_config"]["vocab_size"] = 10**9
-    path.write_text(json.dumps(fields))
-    return "my-oversized-model"
+    text_config = model.config.text_config.to_dict() | {"vocab_size": 10**9}
+    return with_config(model, "my-oversized-model", text_config=text_config)
 
 
 def adapter_of_another_kind() -> str:
@@ -588,13 +594,15 @@ class GatedProjector(nn.Module):
 """
 
 
-def unknown_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def of_an_unknown_part(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A checkpoint with a projector that is registered no more."""
     Path("docs_gated_projector.py").write_text(GATED)
     monkeypatch.syspath_prepend(Path.cwd())
+    monkeypatch.delitem(sys.modules, "docs_gated_projector", raising=False)
     importlib.import_module("docs_gated_projector")
     load(projector_type="gated").save_pretrained("my-gated-model")
     monkeypatch.delitem(PROJECTORS._classes, "gated")
-    load(model_path="my-gated-model")
+    return "my-gated-model"
 
 
 def local_part() -> None:
@@ -617,9 +625,9 @@ def large_scan(model: MoellavaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> N
     model.processor(text="<image>", images="scan.png")
 
 
-def without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "timm", None)
-    load(vision_tower=BIOMEDCLIP)
+def load_without(module: str, monkeypatch: pytest.MonkeyPatch, **fields) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    load(**fields)
 
 
 def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -632,6 +640,7 @@ def cut_prompt(model: MoellavaForCausalLM) -> None:
     model(input_ids=inputs["input_ids"][:, :-1], pixel_values=inputs["pixel_values"])
 
 
+NO_TOKENS = DynamicCache()
 ROWS = [{"id": "a", "conversations": [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "One."}]}]
 BROKEN_ROWS = [ROWS[0] | {"image": "a.png"}]
 
@@ -694,11 +703,16 @@ ERRORS: dict[str, Callable] = {
     "oversized": lambda model, _: load(model_path=oversized(model)),
     "adapter of another kind": lambda model, _: load(model_path=adapter_of_another_kind(), model_base=LANGUAGE_MODEL),
     "link": lambda model, _: checkpoint_files(linked(model)),
-    "extra": lambda model, monkeypatch: without_timm(monkeypatch),
+    "extra": lambda model, monkeypatch: load_without("timm", monkeypatch, vision_tower=BIOMEDCLIP),
+    "extra for adapters": lambda model, monkeypatch: load_without("peft", monkeypatch, model_base=LANGUAGE_MODEL),
+    "extra for 4 bits": lambda model, monkeypatch: load_without("bitsandbytes", monkeypatch, load_4bit=True),
     "4 and 8 bits": lambda model, _: load(load_4bit=True, load_8bit=True),
     "cuda": lambda model, monkeypatch: without_cuda(monkeypatch),
     "device and device_map": lambda model, _: load(device_map="auto"),
-    "part of its author's own": lambda model, monkeypatch: unknown_part(monkeypatch),
+    "not to be quantised": lambda model, _: load(
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["*.q_proj"])
+    ),
+    "part of its author's own": lambda model, monkeypatch: load(model_path=of_an_unknown_part(monkeypatch)),
     "local class": lambda model, _: local_part(),
     "placeholders": lambda model, _: model.processor(text="<image> or <image>", images=[picture(0)]),
     "placeholders of a row": lambda model, _: model.processor(text=["<image>", ""], images=[[picture(0)]] * 2),
@@ -710,6 +724,8 @@ ERRORS: dict[str, Callable] = {
     "long picture": lambda model, _: model.processor(text="<image>", images=Image.new("1", (14000, 10))),
     "large square": lambda model, _: model.processor(text="<image>", images=Image.new("1", (14000, 100))),
     "range": lambda model, _: model.processor(text="<image>", images=np.linspace(0.0, 255.0, 64).reshape(8, 8)),
+    "both names of a cache": lambda model, _: model(torch.tensor([[1]]), past_key_values=NO_TOKENS, cache=NO_TOKENS),
+    "other features": lambda model, _: model.get_image_features(torch.zeros(1, 3, 32, 32), vision_feature_layer=-1),
     "key of a recipe": lambda model, _: training(lerning_rate=1),
     "adapter apart": lambda model, _: training(
         stage=..., stages=[{"stage": "instruct", "lora": {"merge": False}}, {"stage": "moe"}]
@@ -721,8 +737,16 @@ ERRORS: dict[str, Callable] = {
     "no row": lambda model, _: training(model, data=BROKEN_ROWS),
     "broken row": lambda model, _: training(model, data=ROWS + BROKEN_ROWS, unusable_rows="error"),
     "no question": lambda model, _: evaluating(model, [{"question": "Which?"}]),
+    "planned memory": lambda model, _: plan(model.config, memory="80 gigs"),
+    "planned rows": lambda model, _: plan(model.config, images=4, max_length=32),
+    "planned sparse model": lambda model, _: plan(upcycle(model).config, stage="moe", moe={"num_experts": 2}),
+    "planned quantised model": lambda model, _: plan(
+        with_config(model, "my-quantised-model", quantization_config={"quant_method": "bitsandbytes"})
+    ),
+    "planned part of its author's own": lambda model, monkeypatch: plan(of_an_unknown_part(monkeypatch)),
     "data for no checkpoint": lambda model, _: check_data(ROWS, model=LANGUAGE_MODEL),
     "evaluated language model": lambda model, _: evaluate(LANGUAGE_MODEL, []),
+    "planned language model": lambda model, _: plan(LANGUAGE_MODEL),
 }
 
 
