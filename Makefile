@@ -130,7 +130,7 @@ fixture: $(STAMP) ## the checkpoints of this version that every later one has to
 
 # transformers' source distribution has the tests that all of its models share; the wheel has not. They run against the
 # installed transformers, and what they need besides lies beside them.
-test-referee: $(REFEREE)/.done ## the tests that all models of transformers share, over ours; six minutes
+test-referee: $(REFEREE)/.done ## the tests that all models of transformers share, over ours; seven minutes
 	@MOELLAVA_REFEREE=$(CURDIR)/$(REFEREE)/source PYTHONPATH=$(CURDIR)/$(REFEREE)/site \
 		$(PYTEST) -n $(WORKERS) --dist worksteal -q tests/referee $(PYTEST_ARGS)
 
