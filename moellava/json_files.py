@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""JSON files that hold an object: a config, an index, the fields that a user has written down."""
+"""JSON files: an object, as configs and indices are, or rows of data."""
 
 import json
 import os
@@ -40,6 +40,35 @@ def read_json_object(path: str | os.PathLike, advice: str = "") -> dict[str, Any
     return content
 
 
+def read_json_rows(path: Path) -> list[Any]:
+    """Returns the rows that a `.json` file lists, or that a `.jsonl` file has one a line.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is no UTF-8 or no valid JSON, or a `.json` file holds something other than a list.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}). Save it again as UTF-8.") from error
+    if path.suffix.lower() == ".jsonl":
+        # Not splitlines, which also ends lines at characters that JSON strings may hold as they are.
+        lines = enumerate(text.split("\n"), start=1)
+        return [_parsed(line, f"Line {number} of {path}") for number, line in lines if line.strip()]
+    rows = _parsed(text, str(path))
+    if not isinstance(rows, list):
+        kind = "object" if isinstance(rows, dict) else type(rows).__name__
+        raise ValueError(f"{path} holds a JSON {kind}; expected a list of rows.")
+    return rows
+
+
+def _parsed(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # also of numbers with thousands of digits
+        raise ValueError(f"{name} is no valid JSON ({error}). Correct it, or save the file again.") from error
+
+
 def write_json_object(path: Path, content: dict[str, Any]) -> None:
     """Writes an object to a JSON file, whose earlier content stays until the new one is whole."""
     partial = path.with_name(f".{path.name}")
@@ -47,4 +76,4 @@ def write_json_object(path: Path, content: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-__all__ = ["read_json_object", "write_json_object"]
+__all__ = ["read_json_object", "read_json_rows", "write_json_object"]

@@ -279,6 +279,29 @@ def test_batches(processor_of, folder):
     assert "Be brief." in text and f"Here {image}" in text and text.count(image) == 2
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_line_of_jsonl_ends_with_its_line_end_alone(tmp_path, encoding):
+    """Not at the other characters that end lines of text, which JSON strings may hold as they are."""
+    said = "One\u2028two\u2029three\u0085four."
+    rows = [llava([("Which?", said)], image=None), llava(image=None)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "rows.JSONL").write_text("\r\n".join([*lines, "  ", ""]), encoding=encoding, newline="")
+    opened = open_data(tmp_path / "rows.JSONL")
+    assert len(opened) == 2 and opened[0].messages[1]["content"][0]["text"] == said
+
+
+def test_the_working_folder_is_data(tmp_path, monkeypatch):
+    datasets.Dataset.from_list([llava(image=None)]).to_parquet(str(tmp_path / "rows.parquet"))
+    monkeypatch.chdir(tmp_path)
+    assert open_data(".")[0].messages == Rows([llava(image=None)])[0].messages
+
+
+def test_the_misspelt_name_of_llava_med_is_known(folder):
+    row = llava()
+    row["conversatons"] = row.pop("conversations")
+    assert Rows([row], folder)[0].messages == Rows([llava()], folder)[0].messages
+
+
 def test_urls_are_not_fetched():
     with pytest.raises(RowError, match="names https://example.org/a.png; download it, training fetches nothing"):
         Rows([llava(image="https://example.org/a.png")])[0]
@@ -291,14 +314,19 @@ def test_urls_are_not_fetched():
         ({"path": "x.json", "splitt": "train"}, ValueError, "Unknown field 'splitt' in data; did you mean 'split'?"),
         (3, TypeError, "data is a int; expected the path of a .json file"),
         ("missing.json", FileNotFoundError, "There is no file missing.json"),
-        ("broken.json", ValueError, r"broken.json is no valid JSON \(.*\). Expected a list of rows"),
-        ("object.json", ValueError, "object.json holds a dict; expected a list of rows"),
+        ("broken.json", ValueError, r"broken.json is no valid JSON \(.*\)"),
+        ("object.json", ValueError, "object.json holds a JSON object; expected a list of rows"),
+        ("latin.json", ValueError, "latin.json is no text in UTF-8"),
+        ("", ValueError, "data is empty: give the file"),
+        ("splits", ValueError, "Unknown split 'train' of splits.* Known: validation"),
     ],
 )
 def test_data_that_cannot_be_opened(tmp_path, monkeypatch, data, error, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.json").write_text("[", encoding="utf-8")
     (tmp_path / "object.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "latin.json").write_text('["\u00e4"]', encoding="latin-1")
+    datasets.DatasetDict({"validation": datasets.Dataset.from_list([{"id": 1}])}).save_to_disk(str(tmp_path / "splits"))
     with pytest.raises(error, match=message):
         open_data(data)
 
@@ -316,11 +344,13 @@ BAD = [
     ("roles", {"conversations": llava()["conversations"][1:], "image": "0.png"}, "turn 0 is of the assistant"),
     ("roles", {"conversations": llava(image=None)["conversations"][:-1]}, "ends without an answer"),
     ("roles", {"conversations": [{"from": "tool", "value": "x"}]}, "message 0 is of 'tool'; expected one of human"),
+    ("roles", {"conversations": [{"from": ["human"], "value": "x"}]}, r"message 0 is of \['human'\]; expected one of"),
     ("empty answer", llava([("What?", " \n")]), "turn 1 of the assistant is empty"),
     ("too long", llava([("What? " * 2000, "That.")]), r"tokens, of which \d+ fit"),
     ("form", {"text": "x"}, "has neither conversations nor messages, but text"),
     ("form", ["x"], "is a list; expected an object"),
     ("form", {"conversations": ["x"]}, "turn 0 has no 'from' and 'value'"),
+    ("form", {"conversations": 5}, "has a int as its conversations; expected a list of turns"),
     ("form", {"messages": ["x"]}, "message 0 has no role"),
     ("form", {"messages": [{"role": "user", "content": 3}]}, "message 0 has a int as its content"),
     ("form", {"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "neither text nor image"),
@@ -349,7 +379,7 @@ def test_check_names_every_row(checkpoint, folder, tmp_path):
         with pytest.raises(AssertionError, match=message):
             raise AssertionError(problem.detail)
     assert (report.rows, report.usable, report.pictures) == (len(BAD) + 2, 2, 1)
-    assert sum(report.kinds.values()) == len(BAD) and report.kinds["form"] == 6
+    assert sum(report.kinds.values()) == len(BAD) and report.kinds["form"] == 7
     assert report.tokens > report.longest > report.answer_tokens > 20
 
     report.save(tmp_path / "report.json")
@@ -360,7 +390,7 @@ def test_check_names_every_row(checkpoint, folder, tmp_path):
     }  # fmt: skip
     lines = report.lines(most=3)
     assert lines[0] == f"2 of {len(BAD) + 2} rows can be used, with 1 pictures"
-    assert "form: 6 row(s)" in lines and lines[-1] == f"... and {len(BAD) - 3} more"
+    assert "form: 7 row(s)" in lines and lines[-1] == f"... and {len(BAD) - 3} more"
     assert f"row 1 (id bad-0): missing picture: there is no file {folder / 'gone.png'}" in lines
 
 

@@ -25,7 +25,6 @@ Both may have `answer_type` (`OPEN`, `CLOSED`).
 
 import base64
 import itertools
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from typing import Any
 
 from ..asking import user_turn
 from ..building import IMAGE_TOKEN
+from ..json_files import read_json_rows
 from ..processing.images_moellava import check_shape, to_rgb
 from .scoring import CLOSED, OPEN, words
 
@@ -175,32 +175,7 @@ def _read_rows(path: Path) -> list[Any]:
             f"{path} ends in {path.suffix!r}; expected a .json file with a list of rows, or a .jsonl file with a row a "
             "line."
         )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8 ({error}). Save it again as UTF-8.") from error
-    if path.suffix.lower() == ".jsonl":
-        return [_parsed(line, f"Line {number} of {path}") for number, line in _lines(text)]
-    rows = _parsed(text, str(path))
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} holds a JSON {_json_type(rows)}; expected a list of rows.")
-    return rows
-
-
-def _lines(text: str) -> list[tuple[int, str]]:
-    # Not splitlines, which also ends lines at characters that JSON strings may hold as they are.
-    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-
-
-def _parsed(text: str, name: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # also of numbers with thousands of digits
-        raise ValueError(f"{name} is no valid JSON ({error}). Correct it, or save the file again.") from error
-
-
-def _json_type(value: Any) -> str:
-    return "object" if isinstance(value, dict) else type(value).__name__
+    return read_json_rows(path)
 
 
 def _questions_of(row: Any, number: int, folder: Path) -> list[Question]:
@@ -248,7 +223,7 @@ def _turns_of(row: Mapping[str, Any], name: str, conversation: Any, number: int,
 
 def _said(turn: Any, place: int) -> tuple[str, str]:
     role = turn.get("from", turn.get("role")) if isinstance(turn, Mapping) else None
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise _RowError(f"has a turn {place} that is not from human or gpt, but {role!r}")
     return _ROLES[role], _text(turn.get("value", turn.get("content")), f"text in turn {place}")
 
@@ -290,7 +265,7 @@ def _pictures_of(pictures: Any, name: str | None, folder: Path) -> list[Any]:
                 raise _RowError(f"has a dictionary without bytes as {name!r}; expected a picture's name")
         elif isinstance(picture, str | os.PathLike):
             picture = folder / picture
-            if not picture.is_file():
+            if not os.path.isfile(picture):  # which, unlike Path.is_file, takes names of any length
                 raise _RowError(f"names the picture {picture}, and there is no such file")
         elif not hasattr(picture, "convert"):  # a PIL picture has it
             raise _RowError(f"has a {type(picture).__name__} as {name!r}; expected a picture's name")

@@ -14,7 +14,6 @@
 """Rows of training data: LLaVA's JSON, and `messages` with `images`, in one form; what is wrong in a row is named."""
 
 import io
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import PIL.Image
 
 from ..building import IMAGE_TOKEN
 from ..configuration.registry_moellava import known_names
+from ..json_files import read_json_rows
 from ..processing.images_moellava import check_shape, load_picture, to_rgb
 
 
@@ -88,8 +88,10 @@ def open_data(data: Any, image_folder: str | os.PathLike | None = None) -> "Rows
             raise ValueError("data has no path: give the file, the folder or the dataset that holds the rows.")
         data = data["path"]
     if isinstance(data, str | os.PathLike):
+        if not os.fspath(data):
+            raise ValueError("data is empty: give the file, the folder or the dataset that holds the rows.")
         path = Path(data).expanduser()
-        if path.suffix in (".json", ".jsonl"):
+        if path.suffix.lower() in (".json", ".jsonl"):
             return Rows(_read_json(path), path.parent if image_folder is None else image_folder)
         data = _load_dataset(str(data), path, options)
     elif not isinstance(data, Iterable):
@@ -103,14 +105,7 @@ def open_data(data: Any, image_folder: str | os.PathLike | None = None) -> "Rows
 def _read_json(path: Path) -> list[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}. Give a .json file with a list of rows, or a .jsonl file.")
-    text = path.read_text(encoding="utf-8")
-    try:
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
-    except (ValueError, RecursionError) as error:  # also of numbers with thousands of digits
-        raise ValueError(f"{path} is no valid JSON ({error}). Expected a list of rows.") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} holds a {type(rows).__name__}; expected a list of rows.")
-    return rows
+    return read_json_rows(path)
 
 
 def _load_dataset(name: str, path: Path, options: dict[str, Any]) -> Any:
@@ -122,9 +117,14 @@ def _load_dataset(name: str, path: Path, options: dict[str, Any]) -> Any:
         ) from error
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         loaded = datasets.load_from_disk(str(path))
+        if not isinstance(loaded, datasets.DatasetDict):
+            return loaded
         split = options.get("split") or "train"
-        return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-    return datasets.load_dataset(name, **{"split": "train", **options})
+        if split not in loaded:
+            raise ValueError(f"Unknown split {split!r} of {name}{known_names(split, loaded)}")
+        return loaded[split]
+    # By its whole path, since the library takes no ".".
+    return datasets.load_dataset(str(path.resolve()) if path.is_dir() else name, **{"split": "train", **options})
 
 
 class Rows:
@@ -162,10 +162,10 @@ class Rows:
         """
         if not isinstance(raw, Mapping):
             raise RowError("form", f"is a {type(raw).__name__}; expected an object")
-        if raw.get("conversations"):
-            messages = [_llava_message(turn, number) for number, turn in enumerate(raw["conversations"])]
-        elif raw.get("messages"):
-            messages = [_message(turn, number) for number, turn in enumerate(raw["messages"])]
+        if turns := _turns(raw, "conversations", "conversatons"):  # the latter in some of LLaVA-Med's files
+            messages = [_llava_message(turn, number) for number, turn in enumerate(turns)]
+        elif turns := _turns(raw, "messages"):
+            messages = [_message(turn, number) for number, turn in enumerate(turns)]
         else:
             raise RowError(
                 "form", f"has neither conversations nor messages, but {', '.join(map(str, raw)) or 'nothing'}"
@@ -247,6 +247,14 @@ def _undecoded(source: Any) -> Any:
     return source
 
 
+def _turns(raw: Mapping[str, Any], *names: str) -> list[Any]:
+    """Returns the turns that a row has under one of some names, or none."""
+    name, turns = next(((name, raw[name]) for name in names if raw.get(name)), ("", []))
+    if not isinstance(turns, list | tuple):
+        raise RowError("form", f"has a {type(turns).__name__} as its {name}; expected a list of turns")
+    return list(turns)
+
+
 def _llava_message(turn: Any, number: int) -> dict[str, Any]:
     if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
         raise RowError("form", f"turn {number} has no 'from' and 'value'")
@@ -256,7 +264,7 @@ def _llava_message(turn: Any, number: int) -> dict[str, Any]:
 def _message(turn: Any, number: int) -> dict[str, Any]:
     if not isinstance(turn, Mapping) or "role" not in turn:
         raise RowError("form", f"message {number} has no role")
-    role = _ROLES.get(turn["role"])
+    role = _ROLES.get(turn["role"]) if isinstance(turn["role"], str) else None
     if role is None:
         raise RowError("roles", f"message {number} is of {turn['role']!r}; expected one of {', '.join(_ROLES)}")
     content = turn.get("content")
