@@ -40,7 +40,11 @@ _SPREAD = ("low", "high", "n")  # kept as the metric's `args`, where the Hub's m
 
 
 def render_card(
-    checkpoint: str | os.PathLike, *, repo_id: str | None = None, evaluation: list[dict[str, Any]] | None = None
+    checkpoint: str | os.PathLike,
+    *,
+    repo_id: str | None = None,
+    evaluation: list[dict[str, Any]] | None = None,
+    **hub_options,
 ) -> ModelCard:
     r"""
     Returns the model card of a saved checkpoint, from its config and the headers of its weights.
@@ -53,6 +57,7 @@ def render_card(
             may have a `split`, the dataset's Hub id as `dataset_id`, the ends of an interval as `low` and `high`, and
             the number of questions as `n` (what `EvaluationReport.for_card` returns). By default what the checkpoint's
             present card says, where this package wrote it, as the weights are the same; `[]` for none.
+        hub_options: `revision`, `token`, `cache_dir` and `local_files_only`, as in transformers' `from_pretrained`.
 
     Raises:
         FileNotFoundError: A path that does not exist, or a checkpoint without weights.
@@ -69,8 +74,9 @@ def render_card(
     >>> card.data.pipeline_tag
     'image-text-to-text'
     ```"""
-    results = _eval_results(_present_evaluation(checkpoint) if evaluation is None else evaluation)
-    facts = read_facts(checkpoint, repo_id)
+    source = Source(checkpoint, hub_options)
+    results = _eval_results(_present_evaluation(source) if evaluation is None else evaluation)
+    facts = read_facts(source, repo_id)
     card = ModelCard.from_template(
         _metadata(facts, results),
         template_path=str(TEMPLATE),
@@ -98,9 +104,9 @@ def is_ours(content: str) -> bool:
     return MARKER in content.splitlines()
 
 
-def _present_evaluation(checkpoint: str | os.PathLike) -> list[dict[str, Any]]:
+def _present_evaluation(source: Source) -> list[dict[str, Any]]:
     """Returns what the card of a checkpoint says was measured, as `render_card` takes it."""
-    path = Source(checkpoint).find(constants.REPOCARD_NAME)
+    path = source.find(constants.REPOCARD_NAME)
     content = "" if path is None else path.read_text(encoding="utf-8", errors="replace")
     if not is_ours(content):
         return []

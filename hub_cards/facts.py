@@ -177,20 +177,20 @@ class CardFacts:
         return linked(origin), f"[{name}]({link})" if link.startswith("https://") else name
 
 
-def read_facts(checkpoint: str | os.PathLike, repo_id: str | None = None) -> CardFacts:
+def read_facts(source: Source, repo_id: str | None = None) -> CardFacts:
     """Reads what a card says of a checkpoint; no weight is read and no code of it is run.
 
     Args:
-        checkpoint (`str` or `os.PathLike`): A folder or a Hub id.
-        repo_id (`str`, *optional*): The Hub id that the card is for. Defaults to `checkpoint`, of a folder to its name.
+        source (`Source`): The checkpoint.
+        repo_id (`str`, *optional*): The Hub id that the card is for. Defaults to that of `source`, of a folder to its
+            name.
 
     Raises:
         FileNotFoundError: A path that does not exist, or a checkpoint without weights.
         OSError: A Hub repository that does not exist, cannot be reached or may not be read.
         ValueError: A folder that is no model, a model of another kind, or a damaged file.
     """
-    source = Source(checkpoint)
-    summary = inspect_checkpoint(checkpoint)
+    summary = inspect_checkpoint(source.name, **source.hub_options)
     config = source.config_dict()
     name = repo_id or (os.path.basename(os.path.realpath(source.name)) if source.is_local else source.name)
     return CardFacts(

@@ -19,6 +19,7 @@ from pathlib import Path
 import jinja2
 from huggingface_hub import SpaceCardData
 
+from ..sources import Source
 from .facts import CardFacts, plain, read_facts
 
 
@@ -27,7 +28,9 @@ _TEMPLATES = Path(__file__).parent / "templates"
 _REQUIREMENTS = ("torch", "torchvision", "transformers>=5.19,<6", "accelerate", "pillow")
 
 
-def render_space(checkpoint: str | os.PathLike, out: str | os.PathLike, *, repo_id: str | None = None) -> list[Path]:
+def render_space(
+    checkpoint: str | os.PathLike, out: str | os.PathLike, *, repo_id: str | None = None, **hub_options
+) -> list[Path]:
     r"""
     Writes a Hugging Face Space for a checkpoint: `app.py`, `requirements.txt` and `README.md`.
 
@@ -39,6 +42,7 @@ def render_space(checkpoint: str | os.PathLike, out: str | os.PathLike, *, repo_
         out (`str` or `os.PathLike`): The folder to write to; made if it is not there.
         repo_id (`str`, *optional*): The Hub id that the Space loads. Defaults to `checkpoint`, of a folder to its path,
             with which the page runs on this machine only.
+        hub_options: `revision`, `token`, `cache_dir` and `local_files_only`, as in transformers' `from_pretrained`.
 
     Returns:
         `list[Path]`: The files.
@@ -54,7 +58,7 @@ def render_space(checkpoint: str | os.PathLike, out: str | os.PathLike, *, repo_
 
     >>> render_space("my-model", "my-space", repo_id="me/my-model")
     ```"""
-    facts = read_facts(checkpoint, repo_id)
+    facts = read_facts(Source(checkpoint, hub_options), repo_id)
     is_local = repo_id is None and os.path.isdir(checkpoint)
     loaded = os.path.abspath(checkpoint) if is_local else facts.name
     files = {

@@ -18,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Checkpoint, Debug
+from .options import Checkpoint, Debug, Hub
 from .printing import print_json
 
 
@@ -41,6 +41,7 @@ def card(
             show_default=False,
         ),
     ] = None,
+    hub: Hub,
     as_json: Annotated[bool, typer.Option("--json", help="Print the card's metadata as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -59,7 +60,7 @@ def card(
     from ..hub_cards import render_card
     from ..hub_cards.writing import complete_card, read_card, save_card
 
-    rendered = render_card(checkpoint, repo_id=repo_id)
+    rendered = render_card(checkpoint, repo_id=repo_id, **hub.options())
     if out is not None:
         save_card(out, complete_card(read_card(out), rendered))
         typer.echo(f"Written to {out}.", err=True)

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Checkpoint, Debug, Json, OutFolder
+from .options import Checkpoint, Debug, Hub, Json, OutFolder
 from .printing import print_json
 
 
@@ -32,6 +32,7 @@ def space(
             show_default=False,
         ),
     ] = None,
+    hub: Hub,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -48,7 +49,7 @@ def space(
     """
     from ..hub_cards import render_space
 
-    files = [str(path) for path in render_space(checkpoint, out, repo_id=repo_id)]
+    files = [str(path) for path in render_space(checkpoint, out, repo_id=repo_id, **hub.options())]
     if as_json:
         print_json({"files": files})
     else:

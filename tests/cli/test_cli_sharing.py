@@ -71,7 +71,11 @@ def server():
 
 
 def push(server, *arguments, token=hub_server.OWNER_TOKEN):
-    """Runs `moellava push` with that Hub, whose address is read when a process starts."""
+    return run_with_hub(server, "push", *arguments, token=token)
+
+
+def run_with_hub(server, *arguments, token=hub_server.OWNER_TOKEN):
+    """Runs the command line with that Hub, whose address is read when a process starts."""
     environment = {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         "HF_HUB_OFFLINE": "0",
@@ -79,7 +83,7 @@ def push(server, *arguments, token=hub_server.OWNER_TOKEN):
         "HF_TOKEN": token,
     }
     return subprocess.run(
-        [SCRIPT, "push", *map(str, arguments)],
+        [SCRIPT, *map(str, arguments)],
         capture_output=True,
         encoding="utf-8",
         timeout=120,
@@ -101,6 +105,18 @@ def test_push(server, checkpoint):
     done = push(server, checkpoint, "me/my-model")
     assert (done.returncode, done.stdout) == (0, f"http://127.0.0.1:{server.server_port}/me/my-model\n")
     assert "nothing was committed" in done.stderr
+
+
+@pytest.mark.parametrize("command", [("card",), ("space", "space")])
+def test_card_and_space_of_a_private_repository(server, checkpoint, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    assert push(server, checkpoint, "me/hidden", "--private", "--revision", "v2").returncode == 0
+    name, *out = command
+    options = "--revision", "v2", "--token", hub_server.OWNER_TOKEN, "--cache-dir", tmp_path / "cache"
+    done = run_with_hub(server, name, "me/hidden", *out, *options, token="hf_nobody")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("---\n") if name == "card" else (tmp_path / "space" / "app.py").is_file()
+    assert (tmp_path / "cache" / "models--me--hidden").is_dir()
 
 
 def test_push_what_may_not_be_pushed(server, checkpoint, tmp_path):
