@@ -16,6 +16,7 @@
 import math
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -170,7 +171,8 @@ def draw_routing(trace: RoutingTrace, out: str | os.PathLike) -> None:
 
     Args:
         trace (`RoutingTrace`): What to draw.
-        out (`str` or `os.PathLike`): The file; its ending says the format, such as `.png` or `.svg`.
+        out (`str` or `os.PathLike`): The file; its ending says the format, such as `.png` (which it is without one)
+            or `.svg`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -200,7 +202,7 @@ def draw_routing(trace: RoutingTrace, out: str | os.PathLike) -> None:
         _draw_words(row[num_pictures], words, colors)
         _draw_load(row[-1], routing.load, colors)
     figure.suptitle("Colour: the expert of a token's first choice", fontsize=11)
-    figure.savefig(out, dpi=130)
+    figure.savefig(out, dpi=130, format=Path(out).suffix.removeprefix(".") or "png")
 
 
 def _draw_patches(axis: Any, picture: Any, experts: list[int], side: int | None, colors: list[Any]) -> None:

@@ -146,16 +146,17 @@ def _upcycled_checkpoint(source: Source, moe: dict[str, Any]) -> MoellavaForCaus
             f"{source} is a model of type {fields.get('model_type')!r}, not a checkpoint of this package. Give "
             "load_pretrained_model its path and a moe_config to assemble a sparse model of it."
         )
-    if fields.get("moe_config") is not None:
-        _refuse_sparse(fields["moe_config"])
+    check_is_dense(fields.get("moe_config"))
     return load_pretrained_model(source.name, moe_config=moe).model
 
 
-def _refuse_sparse(moe: Mapping[str, Any]) -> None:
-    raise ValueError(
-        f"The model is sparse already: layers {moe['layers']} have {moe['num_experts']} experts. Upcycle the dense "
-        "model that it was made of."
-    )
+def check_is_dense(moe: Mapping[str, Any] | None) -> None:
+    """Raises a ValueError where a model has a `moe_config`: there is nothing to upcycle."""
+    if moe is not None:
+        raise ValueError(
+            f"The model is sparse already: layers {moe['layers']} have {moe['num_experts']} experts. Upcycle the dense "
+            "model that it was made of."
+        )
 
 
 def _attn_implementations(config: MoellavaConfig) -> dict[str, str | None]:
@@ -197,8 +198,7 @@ def upcycled_config(config: MoellavaConfig, moe: Mapping[str, Any]) -> MoellavaC
     Raises:
         ValueError: The model is sparse already, or a field is wrong.
     """
-    if config.moe_config is not None:
-        _refuse_sparse(config.moe_config.to_dict())
+    check_is_dense(config.moe_config and config.moe_config.to_dict())
     parts = with_origin(config.parts, "experts", UPCYCLED)
     return MoellavaConfig.from_dict(config.to_dict() | {"moe_config": dict(moe), "parts": parts})
 
@@ -339,4 +339,12 @@ def with_moe_changes(config: MoellavaConfig, moe: dict[str, Any]) -> dict[str, A
     return {name: getattr(asked, name) for name in own}
 
 
-__all__ = ["is_new_weight", "read_router", "upcycle", "upcycled", "upcycled_config", "with_moe_changes"]
+__all__ = [
+    "check_is_dense",
+    "is_new_weight",
+    "read_router",
+    "upcycle",
+    "upcycled",
+    "upcycled_config",
+    "with_moe_changes",
+]

@@ -139,6 +139,17 @@ def test_upcycle_and_routing_commands(parts, tmp_path):
     assert "layer 3: " in traced.stdout and "100%" in traced.stdout
     assert "The layers [0, 3] send nearly everything to the same experts: no mixture." in traced.stderr
 
-    again = run(app, ["upcycle", str(tmp_path / "sparse"), str(tmp_path / "other")])
-    assert again.exit_code == 1
-    assert not (tmp_path / "other").exists()
+    # Also with the settings that it has: a copy of it is no upcycled model.
+    for same in ([], ["--top-k", "1", "--layers", "0,3", "--moe-field", "use_meta_expert=true"]):
+        again = run(app, ["upcycle", str(tmp_path / "sparse"), str(tmp_path / "other"), *same])
+        assert again.exit_code == 1 and "The model is sparse already" in again.stderr
+        assert not (tmp_path / "other").exists()
+    for layers in ("0,,2", "0,", "\u00b2"):
+        wrong = run(app, ["upcycle", str(tmp_path / "dense"), str(tmp_path / "other"), "--layers", layers])
+        assert wrong.exit_code == 1 and f"Unknown choice of layers '{layers}'" in wrong.stderr
+
+
+def test_a_drawing_without_an_ending_is_where_it_was_asked_for(sparse, tmp_path):
+    draw_routing(trace_routing(sparse, [], "What?"), tmp_path / "routing")
+    with Image.open(tmp_path / "routing") as drawing:
+        assert drawing.format == "PNG"

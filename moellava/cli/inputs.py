@@ -44,8 +44,8 @@ def open_pictures(names: Iterable[str]) -> list[Any]:
     return pictures
 
 
-def check_is_checkpoint(name: str, hub: TrustedHub) -> None:
-    """Finds out before the work whether a name is a checkpoint of this package.
+def check_is_checkpoint(name: str, hub: TrustedHub) -> dict[str, Any]:
+    """Finds out before the work whether a name is a checkpoint of this package, and returns its config.
 
     Raises:
         OSError: There is no such folder or repository.
@@ -54,12 +54,14 @@ def check_is_checkpoint(name: str, hub: TrustedHub) -> None:
     from ..sources import Source
 
     source = Source(name, hub.options())
-    model_type = source.config_dict().get("model_type")
+    fields = source.config_dict()
+    model_type = fields["model_type"]
     if model_type != "moellava":
         raise ValueError(
             f"{source} is a model of type {model_type!r}, not a checkpoint of this package, so that it cannot be asked "
             "about pictures. A language model becomes one by `moellava assemble`, and by training."
         )
+    return fields
 
 
 def load_checkpoint(name: str, loading: Loading, hub: TrustedHub, verbose: bool) -> Any:

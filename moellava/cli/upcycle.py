@@ -13,6 +13,7 @@
 # limitations under the License.
 """`moellava upcycle`: a sparse mixture of experts of a dense checkpoint."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,9 @@ from .options import (
     named_values,
 )
 from .printing import print_json, print_summary
+
+
+_INDICES = re.compile(r" *[0-9]+ *(, *[0-9]+ *)*")
 
 
 def upcycle(
@@ -76,17 +80,19 @@ def upcycle(
     ```
     """
     saving.check(out)
-    indices = layers.replace(",", "").replace(" ", "").isdigit()
     moe_config = {
         "num_experts": num_experts,
         "num_experts_per_tok": top_k,
-        "layers": [int(index) for index in layers.split(",")] if indices else layers,
+        "layers": [int(index) for index in layers.split(",")] if _INDICES.fullmatch(layers) else layers,
         **({} if router is None else {"router_path": router}),
         **named_values(moe_field, "--moe-field"),
     }
-    check_is_checkpoint(dense, hub)
+    fields = check_is_checkpoint(dense, hub)
     from ..inspecting import inspect_checkpoint
     from ..loading import load_pretrained_model
+    from ..upcycling import check_is_dense
+
+    check_is_dense(fields.get("moe_config"))
 
     options = {"device": "cpu", "dtype": dtype.given(), **debug_options(verbose), **hub.options()}
     with logging_shown(verbose, hide_load_report=True):
