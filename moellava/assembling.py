@@ -352,13 +352,22 @@ def prepare_tokenizer(tokenizer: Any) -> None:
             raise ValueError("The tokenizer has no pad, unknown or end token to pad batches with. Give it a pad token.")
 
 
-def grow_embeddings(tensors: dict[str, torch.Tensor], config: PreTrainedConfig, rows: int) -> None:
-    """Adds rows to embedding and head, each the mean of those that are there; the others stay as they are."""
+def grow_embeddings(tensors: dict[str, torch.Tensor], config: PreTrainedConfig, known_rows: int, rows: int) -> None:
+    """Adds rows to embedding and head, each the mean of those that are there; the others stay as they are.
+
+    Raises:
+        ValueError: There are not as many as the config says, `known_rows`.
+    """
     own = own_causal_lm(config)
     body = _module_name(own, own.get_input_embeddings()).removeprefix(f"{own.base_model_prefix}.")
     for name in (f"model.language_model.{body}.weight", "lm_head.weight", "lm_head.bias"):
         if name in tensors:
             tensor = tensors[name]
+            if tensor.shape[0] != known_rows:
+                raise ValueError(
+                    f"{name} has {tensor.shape[0]} rows, but by the config's vocab_size the vocabulary has "
+                    f"{known_rows}: weights and config are not of one model. Give those that belong together."
+                )
             mean = tensor.float().mean(dim=0, keepdim=True).to(tensor.dtype)
             new = mean.expand(rows - tensor.shape[0], *tensor.shape[1:])
             tensors[name] = torch.cat([tensor, new])
@@ -403,7 +412,7 @@ def assemble(request: LoadRequest, device_map: Any = None) -> MoellavaForCausalL
     dtype = request.options["dtype"] or dtype_of(language.config, tensors)
     grown = text_config.vocab_size > language.config.vocab_size
     if grown:
-        grow_embeddings(tensors, text_config, text_config.vocab_size)
+        grow_embeddings(tensors, text_config, language.config.vocab_size, text_config.vocab_size)
     tower_tensors = vision.tensors()
     tensors |= {f"{TOWER_PREFIX}{name}": tensor for name, tensor in tower_tensors.items()}
     tensors |= {f"{PROJECTOR_PREFIX}{name}": tensor for name, tensor in (projector_tensors or {}).items()}

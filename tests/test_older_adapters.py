@@ -541,6 +541,23 @@ def test_a_projector_alone_needs_its_base(adapters, tmp_path):
         load_pretrained_model(str(folder), device="cpu")
 
 
+@pytest.mark.parametrize("more", [100, -100])
+def test_a_projector_with_a_base_of_another_vocabulary(adapters, tmp_path, more):
+    """Where `<image>` takes a new row, the others have to be as many as the config says."""
+    adapter = adapters("phi")
+    folder = write_projector_alone(adapter, tmp_path / "stage 1")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    rows = len(adapter.older.tokenizer)  # none is free
+    write_json(folder / "config.json", config | {"vocab_size": rows})
+    base = shutil.copytree(adapter.base, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    for name in [name for name in tensors if "embed_tokens" in name or "lm_head" in name]:
+        tensors[name] = tensors[name][:1].repeat(rows + more, *[1] * (tensors[name].ndim - 1))
+    write_weights(base, tensors)
+    with pytest.raises(ValueError, match=f"has {rows + more} rows, but by the config's .* the vocabulary has {rows}"):
+        load(adapter, folder, base=base)
+
+
 def test_a_projector_that_lacks_a_weight(adapters, tmp_path):
     adapter = adapters("phi")
     folder = write_projector_alone(adapter, tmp_path / "stage 1")

@@ -141,7 +141,7 @@ def read_converted(
         tensors["lm_head.bias"] = head.new_zeros(head.shape[0])
         report.added["lm_head.bias"] = "zeros: the older class has no bias in its head"
     if talk.rows > talk.known_rows:
-        grow_embeddings(tensors, older.text_config, talk.rows)
+        grow_embeddings(tensors, older.text_config, talk.known_rows, talk.rows)
         older.notes.append(f"{talk.rows - talk.known_rows} row(s) are added to the vocabulary for {IMAGE_TOKEN}")
     return Converted(
         config,
