@@ -790,6 +790,15 @@ def test_older_names_and_repeated_stages(tmp_path):
             {"stage": ..., "lora": True, "load_4bit": True, "stages": [{"stage": "align"}, {"stage": "instruct"}]},
             ValueError, "The stage 'align' leaves its adapter apart, so that no stage can follow it",
         ),
+        ({"learning_rates": {"experts": "fast"}}, ValueError, "learning rate of experts is 'fast'; expected a number"),
+        ({"learning_rates": ["experts"]}, ValueError, r"learning_rates is \['experts'\]; expected parts with"),
+        ({"learning_rate": "fast"}, ValueError, "learning_rate is 'fast'; expected a number"),
+        ({"num_train_epochs": True}, ValueError, "num_train_epochs is True; expected a number"),
+        ({"max_length": 5.5}, ValueError, "max_length is 5.5; expected a number of tokens"),
+        ({"check_pictures": "no"}, ValueError, "check_pictures is 'no'; expected true or false"),
+        ({"lora": {"dropout": "a"}}, ValueError, "lora's dropout is 'a'; expected a number"),
+        ({"early_stopping_patience": "x", "eval_data": "e.json"}, ValueError, "stopping_patience is 'x'; expected"),
+        ({"output_dir": __file__}, NotADirectoryError, "test_training.py is a file, and output_dir is .*Give a folder"),
         ({"unusable_rows": "drop"}, ValueError, "unusable_rows is 'drop'; expected 'skip' or 'error'"),
         ({"moe": {"num_expert": 4}, "stage": "moe"}, ValueError, "Unknown field 'num_expert' in moe_config"),
         ({"early_stopping_patience": 2}, ValueError, "early_stopping_patience needs eval_data"),
@@ -808,8 +817,10 @@ def test_recipe_files_that_are_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no recipe .*none.yaml. Give the path of a YAML file"):
         train(tmp_path / "none.yaml")
     (tmp_path / "broken.yaml").write_text("a: [", encoding="utf-8")
-    with pytest.raises(ValueError, match="broken.yaml is no valid YAML"):
-        train(tmp_path / "broken.yaml")
+    (tmp_path / "latin.yaml").write_text("a: \u00e4", encoding="latin-1")
+    for name in ("broken.yaml", "latin.yaml"):
+        with pytest.raises(ValueError, match=f"{name} is no valid YAML"):
+            train(tmp_path / name)
     (tmp_path / "list.yaml").write_text("- a", encoding="utf-8")
     with pytest.raises(TypeError, match="list.yaml is a list; expected keys with values, such as model and data"):
         train(tmp_path / "list.yaml")

@@ -32,6 +32,8 @@ from .parts import PARTS, TRAINED
 
 
 _ARGUMENTS = {field.name for field in fields(TrainingArguments)}
+# Those of them that are numbers: the Trainer finds out about others in the middle of its work.
+_NUMBERS = {field.name for field in fields(TrainingArguments) if type(field.default) in (int, float)}
 # Checkpointing has another name before transformers 5.23.
 _CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _ARGUMENTS else "gradient_checkpointing"
 # What the older recipes and earlier versions of transformers call an argument.
@@ -109,6 +111,8 @@ class LoraRecipe:
     merge: bool | None = None
 
     def __post_init__(self):
+        for name in ("alpha", "dropout"):
+            _check_type(f"lora's {name}", getattr(self, name), int | float, "a number")
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise ValueError(f"lora's r is {self.r!r}; expected a rank of at least 1.")
         if not 0 <= self.dropout < 1:
@@ -179,6 +183,7 @@ class Stage:
         self.freeze, self.unfreeze = (
             [names] if isinstance(names, str) else list(names or ()) for names in (self.freeze, self.unfreeze)
         )
+        self._check_types()
         named = {"freeze": self.freeze, "unfreeze": self.unfreeze, "learning_rates": self.learning_rates}
         for owner, names in named.items():
             for name in names:
@@ -215,6 +220,19 @@ class Stage:
         if self.early_stopping_patience is not None and self.eval_data is None:
             raise ValueError("early_stopping_patience needs eval_data: the loss that has to get better is that of it.")
 
+    def _check_types(self) -> None:
+        for name in ("check_pictures", "exact_router_loss", "load_4bit", "load_8bit"):
+            _check_type(name, getattr(self, name), bool, "true or false")
+        _check_type("max_length", self.max_length, int, "a number of tokens")
+        if self.early_stopping_patience is not None:
+            _check_type("early_stopping_patience", self.early_stopping_patience, int, "a number of evaluations")
+        _check_type("learning_rates", self.learning_rates, Mapping, "parts with their rates, such as {experts: 1e-4}")
+        for part, rate in self.learning_rates.items():
+            _check_type(f"The learning rate of {part}", rate, int | float, "a number")
+        for name, value in self.arguments.items():
+            if name in _NUMBERS:
+                _check_type(name, value, int | float, "a number")
+
     def training_arguments(self, folder: Path) -> TrainingArguments:
         """Returns the arguments of the `Trainer`: the stage's, over the defaults.
 
@@ -239,6 +257,11 @@ class Stage:
                 "Logging to TensorBoard needs tensorboard: pip install 'moellava[train]', or set report_to: none."
             )
         return TrainingArguments(output_dir=str(folder), remove_unused_columns=False, **asked)
+
+
+def _check_type(name: str, value: Any, kind: Any, expected: str) -> None:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name} is {value!r}; expected {expected}.")
 
 
 def _has_tensorboard() -> bool:
@@ -274,6 +297,9 @@ class Recipe:
             )
         for stage in self.stages:
             stage.training_arguments(self.output_dir / stage.name)
+        existing = next(path for path in (self.output_dir, *self.output_dir.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise NotADirectoryError(f"{existing} is a file, and output_dir is {self.output_dir}. Give a folder.")
 
 
 def merges(stage: Stage) -> bool:
@@ -393,7 +419,7 @@ def _read_yaml(path: Path) -> Any:
         raise FileNotFoundError(f"There is no recipe {path}. Give the path of a YAML file.")
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no valid YAML ({error}).") from error
 
 
