@@ -68,6 +68,8 @@ def evaluate(
     if in_card and not os.path.isdir(checkpoint):
         raise typer.BadParameter(f"{checkpoint} is no folder, whose card could be written.", param_hint="'--card'")
     if html is not None:
+        if html.is_dir():
+            raise IsADirectoryError(f"{html} is a folder; the page is a file. Give a file's path.")
         html.parent.mkdir(parents=True, exist_ok=True)  # before the work, as whatever can fail
     from ..evaluating import evaluate as evaluate_checkpoint
 

@@ -22,6 +22,7 @@ import functools
 import inspect
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ import typer
 
 
 DEBUG = "moellava.debug"
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)[KMGT]B", re.IGNORECASE)
 LOADING, HUB, OUTPUT = "Loading", "Hugging Face Hub", "Output"
 
 
@@ -75,6 +77,15 @@ def note_debug(ctx: typer.Context, wanted: bool) -> bool:
     return wanted
 
 
+def _checked_size(given: str | None) -> str | None:
+    """Finds out before the work whether a size of files is one."""
+    if given is not None:
+        match = _SIZE.fullmatch(given.strip())
+        if match is None or float(match[1]) == 0:
+            raise typer.BadParameter(f"{given!r} is no size of files, such as 5GB or 200MB.")
+    return given
+
+
 class DType(enum.StrEnum):
     """The dtypes that a model can be loaded in."""
 
@@ -117,6 +128,7 @@ MoeField = Annotated[
 MaxShardSize = Annotated[
     str | None,
     typer.Option(
+        callback=_checked_size,
         help="The largest weight file, such as 5GB. By default as transformers has it.",
         rich_help_panel=OUTPUT,
         show_default=False,

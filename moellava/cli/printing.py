@@ -14,6 +14,7 @@
 """What commands print: JSON, the parts and weights of a checkpoint, numbers of parameters and bytes in words."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,16 @@ if TYPE_CHECKING:
 
 def print_json(content: Any) -> None:
     """Prints something as indented JSON."""
-    typer.echo(json.dumps(content, ensure_ascii=False, indent=2))
+    typer.echo(json.dumps(_finite(content), ensure_ascii=False, indent=2))
+
+
+def _finite(content: Any) -> Any:
+    """Puts null in the place of what JSON has no number for, such as the loss of a training that diverged."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    return [_finite(value) for value in content] if isinstance(content, list | tuple) else content
 
 
 def describe_assembled(summary: "CheckpointSummary", is_new: bool) -> None:

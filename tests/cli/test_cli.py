@@ -97,6 +97,9 @@ def test_the_document_has_every_command():
         ["assemble", "--language-model", "model", "--out", "folder", "--vision-feature-layer", "last"],
         ["assemble", "--language-model", "model", "--out", "folder", "--image-aspect-ratio", "wide"],
         ["assemble", "--config", "nothing.json", "--out", "folder"],
+        ["upcycle", "model", "folder", "--max-shard-size", "5XB"],
+        ["convert", "model", "folder", "--max-shard-size", "0GB"],
+        ["push", "model", "me/model", "--max-shard-size", "-5GB"],
     ],
 )
 def test_a_wrong_command_line_ends_with_2(arguments, tmp_path, monkeypatch):

@@ -76,6 +76,19 @@ def test_train(checkpoint, rows, tmp_path):
     assert (told["checkpoint"], told["stages"][0]["steps"]) == (folder, 1)
 
 
+def test_the_json_of_a_training_that_diverges_is_json(checkpoint, rows, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {checkpoint}\ndata: {rows / 'train.json'}\nstage: instruct\noutput_dir: {tmp_path / 'out'}\n"
+    )
+    options = ["--set", "max_steps=3", "--set", "report_to=none", "--set", "learning_rate=1e30", "--json"]
+    result = run("train", recipe, *options)
+    assert result.exit_code == 0, result.stderr
+    assert "NaN" in (tmp_path / "out" / "instruct" / "stage.json").read_text(encoding="utf-8")
+    assert "NaN" not in result.stdout
+    assert None in [entry.get("grad_norm", 0) for entry in json.loads(result.stdout)["stages"][0]["log"]]
+
+
 def test_train_by_what_is_no_recipe(tmp_path):
     assert "absent.yaml" in fails("train", tmp_path / "absent.yaml")
     recipe = tmp_path / "recipe.yaml"
@@ -101,4 +114,6 @@ def test_evaluate(checkpoint, rows, tmp_path):
 
 def test_evaluate_what_cannot_be(parts, checkpoint, rows, tmp_path):
     assert "absent.json" in fails("evaluate", checkpoint, tmp_path / "absent.json")
+    told = fails("evaluate", checkpoint, rows / "train.json", "--html", tmp_path)
+    assert f"{tmp_path} is a folder; the page is a file" in told and "Loading weights" not in told
     assert "is a model of type 'llama'" in fails("evaluate", parts.language_model("llama"), rows / "train.json")
