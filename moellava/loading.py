@@ -394,7 +394,8 @@ def _load_with_its_own_code(source: Source, part: str, request: LoadRequest, opt
             f"{source} has a part {part!r} of its author's own, whose code lies in the checkpoint. Pass "
             "trust_remote_code=True to run it, where you trust its author; or import the file that registers it."
         )
-    if request.model_fields or request.projector or request.projector_path or request.vision_tower or request.moe:
+    changes = (request.model_fields, request.projector, request.projector_path, request.vision_tower)
+    if any(changes) or request.moe is not None:
         raise ValueError(
             f"{source} is loaded by its own code, because of its part {part!r}, and cannot be changed while loading. "
             f"Import the file that registers {part!r} first, or leave the settings of its parts out."

@@ -14,15 +14,13 @@
 """`moellava assemble`: a model from a language model, a vision tower and a projector."""
 
 import enum
-import importlib
-import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..json_files import read_json_object
+from .inputs import import_parts
 from .logs import debug_options, logging_shown
 from .options import (
     LOADING,
@@ -30,6 +28,7 @@ from .options import (
     Debug,
     DType,
     DTypeOption,
+    Imports,
     MoeField,
     Saving,
     TrustedHub,
@@ -85,14 +84,7 @@ def assemble(
             show_default=False,
         ),
     ] = None,
-    imports: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--import",
-            help="A Python file or module that registers a projector or an encoder of your own; can be repeated.",
-            show_default=False,
-        ),
-    ] = None,
+    imports: Imports = None,
     projector_field: Annotated[
         list[str] | None,
         typer.Option(
@@ -233,8 +225,7 @@ def assemble(
     keywords = {name: value for name, value in keywords.items() if value is not None}
     saving.check(out)
 
-    for name in imports or []:
-        _import(name)
+    import_parts(imports)
     from ..inspecting import inspect_checkpoint
     from ..loading import load_pretrained_model
     from ..request import read_request
@@ -260,24 +251,6 @@ def _layers(text: str | None) -> int | list[int] | None:
             f"{text!r} is no integer and no list of integers such as -2,-5.", param_hint="'--vision-feature-layer'"
         ) from error
     return layers[0] if len(layers) == 1 and not text.startswith("[") else layers
-
-
-def _import(name: str) -> None:
-    """Imports a user's file or module, which registers the parts of their own."""
-    if not name.endswith(".py"):
-        sys.path.insert(0, os.getcwd())
-        importlib.import_module(name)
-        return
-    path = Path(name).expanduser().resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no Python file {name} to import.")
-    root, module = path.parent, path.stem
-    while (root / "__init__.py").exists():  # a file of a package is imported as such, so that its siblings are found
-        root, module = root.parent, f"{root.name}.{module}"
-    sys.path.insert(0, os.fspath(root))
-    found = importlib.import_module(module).__file__
-    if found is None or Path(found).resolve() != path:
-        raise ImportError(f"{name} cannot be imported: {module!r} is the name of {found} too. Rename the file.")
 
 
 def _without(mapping: dict[str, Any], *names: str) -> dict[str, Any]:

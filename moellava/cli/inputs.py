@@ -13,12 +13,43 @@
 # limitations under the License.
 """What commands are given, opened: pictures, and checkpoints that can be asked about them."""
 
+import importlib
+import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from .logs import debug_options, logging_shown
 from .options import Loading, TrustedHub
+
+
+def import_parts(names: Iterable[str] | None) -> None:
+    """Imports files or modules of the user, which register the parts of their own.
+
+    Raises:
+        ImportError: A module is not there, or another one has the name of a file.
+        OSError: There is no such file.
+    """
+    for name in names or ():
+        _import(name)
+
+
+def _import(name: str) -> None:
+    if not name.endswith(".py"):
+        sys.path.insert(0, os.getcwd())
+        importlib.import_module(name)
+        return
+    path = Path(name).expanduser().resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no Python file {name} to import.")
+    root, module = path.parent, path.stem
+    while (root / "__init__.py").exists():  # a file of a package is imported as such, so that its siblings are found
+        root, module = root.parent, f"{root.name}.{module}"
+    sys.path.insert(0, os.fspath(root))
+    found = importlib.import_module(module).__file__
+    if found is None or Path(found).resolve() != path:
+        raise ImportError(f"{name} cannot be imported: {module!r} is the name of {found} too. Rename the file.")
 
 
 def open_pictures(names: Iterable[str]) -> list[Any]:
@@ -74,4 +105,4 @@ def load_checkpoint(name: str, loading: Loading, hub: TrustedHub, verbose: bool)
         return load_pretrained_model(name, **loading.options(), **debug_options(verbose), **hub.options())
 
 
-__all__ = ["check_is_checkpoint", "load_checkpoint", "open_pictures"]
+__all__ = ["check_is_checkpoint", "import_parts", "load_checkpoint", "open_pictures"]

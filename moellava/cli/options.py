@@ -125,6 +125,14 @@ MoeField = Annotated[
         show_default=False,
     ),
 ]
+Imports = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import",
+        help="A Python file or module that registers a projector or an encoder of your own; can be repeated.",
+        show_default=False,
+    ),
+]
 MaxShardSize = Annotated[
     str | None,
     typer.Option(
@@ -321,6 +329,7 @@ __all__ = [
     "DTypeOption",
     "Debug",
     "Hub",
+    "Imports",
     "Json",
     "Loading",
     "MaxNewTokens",

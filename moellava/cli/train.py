@@ -20,8 +20,9 @@ from typing import Annotated, Any
 
 import typer
 
+from .inputs import import_parts
 from .logs import logging_shown
-from .options import Debug, Json, Verbose, named_values
+from .options import Debug, Imports, Json, Verbose, named_values
 from .printing import print_json
 
 
@@ -37,6 +38,7 @@ def train(
             show_default=False,
         ),
     ] = None,
+    imports: Imports = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an earlier run of the recipe was stopped.")
     ] = False,
@@ -58,6 +60,7 @@ def train(
     ```
     """
     overrides = named_values(changes, "--set", _yaml) | ({"resume": True} if resume else {})
+    import_parts(imports)
     from accelerate import PartialState
 
     from ..training import train as train_by_recipe

@@ -19,12 +19,13 @@ from typing import Annotated
 
 import typer
 
-from .inputs import check_is_checkpoint
+from .inputs import check_is_checkpoint, import_parts
 from .logs import debug_options, logging_shown
 from .options import (
     Debug,
     DType,
     DTypeOption,
+    Imports,
     Json,
     MoeField,
     OutFolder,
@@ -60,6 +61,7 @@ def upcycle(
         typer.Option(help="A router's file, put into every sparse layer (Med-MoE).", show_default=False),
     ] = None,
     moe_field: MoeField = None,
+    imports: Imports = None,
     dtype: DTypeOption = DType.AUTO,
     saving: Saving,
     hub: TrustedHub,
@@ -87,6 +89,7 @@ def upcycle(
         **({} if router is None else {"router_path": router}),
         **named_values(moe_field, "--moe-field"),
     }
+    import_parts(imports)
     fields = check_is_checkpoint(dense, hub)
     from ..inspecting import inspect_checkpoint
     from ..loading import load_pretrained_model

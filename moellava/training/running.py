@@ -30,6 +30,7 @@ from ..configuration import MoellavaConfig
 from ..json_files import write_json_object
 from ..loading import context_length, load_pretrained_model
 from ..origins import with_training
+from ..request import read_request
 from ..sources import Source
 from .adapters import put_adapters
 from .checkpoints import last_checkpoint
@@ -145,6 +146,9 @@ def _train(plan: Recipe) -> TrainingReport:
     PartialState().wait_for_everyone()  # all have looked before one of them writes
     opened = {stage.name: _open(stage) for stage in pending}
     source, data = plan.model, None
+    # What each stage makes carries the code of the model's own parts too.
+    trusts = isinstance(source, Mapping) and source.get("trust_remote_code")
+    trusted = {"trust_remote_code": True} if trusts else {}
     if pending and _is_own(source):
         data = _prepared(pending, opened, *processor_and_context(source))
     reports: list[StageReport] = []
@@ -160,7 +164,7 @@ def _train(plan: Recipe) -> TrainingReport:
                 write_record(plan, stage, plan.output_dir / stage.name)
             reports.append(_run(stage, model, *data.pop(stage.name), plan.output_dir / stage.name, plan.resume))
             del model
-        source = reports[-1].checkpoint
+        source = {"model_path": reports[-1].checkpoint, **trusted} if trusted else reports[-1].checkpoint
     return TrainingReport(reports)
 
 
@@ -311,9 +315,10 @@ def _load(stage: Stage, source: Any, arguments: TrainingArguments) -> Any:
 
 
 def _is_sparse(source: Any) -> bool:
-    if isinstance(source, Mapping):
-        return source.get("moe_config") is not None
-    return _is_own(source) and Source(source).config_dict().get("moe_config") is not None
+    request = read_request(source, {})
+    fields = Source(request.model_path, request.hub_options).config_dict()
+    is_own = fields["model_type"] == MoellavaConfig.model_type
+    return request.moe is not None or (is_own and fields.get("moe_config") is not None)
 
 
 def _examples(rows: Any, encoder: Encoder, stage: Stage) -> Examples | StreamedExamples:

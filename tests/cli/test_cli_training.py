@@ -17,7 +17,7 @@ import json
 import shutil
 
 import pytest
-from commands import fails, run
+from commands import fails, run, run_process
 from parts import picture
 
 from moellava import inspect_checkpoint
@@ -87,6 +87,54 @@ def test_the_json_of_a_training_that_diverges_is_json(checkpoint, rows, tmp_path
     assert "NaN" in (tmp_path / "out" / "instruct" / "stage.json").read_text(encoding="utf-8")
     assert "NaN" not in result.stdout
     assert None in [entry.get("grad_norm", 0) for entry in json.loads(result.stdout)["stages"][0]["log"]]
+
+
+SCALED = """
+import torch.nn as nn
+
+from moellava import register_projector
+
+
+@register_projector("scaled_linear")
+class ScaledLinear(nn.Module):
+    def __init__(self, vision_hidden_size, text_hidden_size, scale=0.5):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(vision_hidden_size, text_hidden_size), scale
+
+    def forward(self, x):
+        return self.linear(x) * self.scale
+"""
+
+
+def test_train_and_upcycle_a_model_with_a_part_of_ones_own(parts, rows, tmp_path):
+    """Each command in a process of its own, which knows the part by the file, or by the checkpoint's copy of it."""
+    (tmp_path / "scaled.py").write_text(SCALED)
+
+    def done(*arguments, code=0):
+        result = run_process(*arguments, cwd=tmp_path)
+        assert result.returncode == code, result.stderr
+        return result.stderr if code else result.stdout
+
+    def train(stages, *arguments, out, **options):
+        model = "{model_path: model, trust_remote_code: true}"
+        (tmp_path / "recipe.yaml").write_text(
+            f"model: {model}\ndata: {rows / 'train.json'}\noutput_dir: {out}\nstages: {stages}\nmax_steps: 1\n"
+            "report_to: none\n"
+        )
+        return done("train", "recipe.yaml", *arguments, **options)
+
+    own = "--import", "scaled.py"
+    language, tower = parts.language_model("llama"), parts.vision_tower("clip")
+    done("assemble", *own, "--language-model", language, "--vision-tower", tower, "--projector", "scaled_linear",
+         "--out", "model")  # fmt: skip
+    assert train("[{stage: align}, {stage: instruct}]", out="trusted") == "trusted/instruct/model\n"
+    # By its own code, a model is what it is: no stage goes on as if it had been made sparse.
+    assert "cannot be changed while loading" in train("[{stage: moe}]", out="refused", code=1)
+    assert train("[{stage: align}, {stage: moe}]", *own, out="imported") == "imported/moe/model\n"
+    assert "Experts" in done("upcycle", *own, "model", "sparse")
+    for sparse in ("imported/moe/model", "sparse"):
+        told = inspect_checkpoint(tmp_path / sparse)
+        assert told.projector.type == "scaled_linear" and told.sparse.num_experts == 4
 
 
 def test_train_by_what_is_no_recipe(tmp_path):
