@@ -11,7 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Numbers of parameters and bytes in the words of people, for the command line, the page and the cards."""
+"""Numbers of parameters and bytes in the words of people, for the command line, the page and the cards; and text that
+can be written anywhere."""
 
 
 def number_text(number: int) -> str:
@@ -31,4 +32,9 @@ def size_text(size: int) -> str:
     return f"{size:,} bytes" if units[0] == "bytes" else f"{value:.1f} {units[0]}"
 
 
-__all__ = ["number_text", "size_text"]
+def encodable(text: str) -> str:
+    r"""Returns a text with escapes, such as `\ud83d`, for what UTF-8 cannot hold: the halves of characters in JSON."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+__all__ = ["encodable", "number_text", "size_text"]

@@ -255,6 +255,7 @@ GOOD = {"image": "1.png", "question": "Which organ?", "answer": "The lung"}
         (GOOD | {"image": "iVBORw0KGgo" * 500}, "and there is no such file"),  # more than a name may have
         (GOOD | {"image": 3}, "has a int as 'image'; expected a picture's name"),
         (GOOD | {"image": {"path": "1.png"}}, "has a dictionary without bytes as 'image'; expected a picture's name"),
+        (GOOD | {"question": "Cut \ud83d"}, "has a question that is no text in Unicode: 'Cut \\ud83d'"),
         (GOOD | {"answer_type": "MAYBE"}, "has the answer_type 'MAYBE'; expected OPEN or CLOSED"),
         ({"conversations": []}, "has 'conversations' that are no list of turns"),
         (conversation("Which?"), "has turns of user; expected human and gpt in turn, gpt last"),

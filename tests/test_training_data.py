@@ -350,6 +350,7 @@ BAD = [
     ("form", {"text": "x"}, "has neither conversations nor messages, but text"),
     ("form", ["x"], "is a list; expected an object"),
     ("form", {"conversations": ["x"]}, "turn 0 has no 'from' and 'value'"),
+    ("form", llava([("What?", "Cut \ud83d")], id="\ud83d"), r"message 1 is no text in Unicode: 'Cut \\ud83d'"),
     ("form", {"conversations": 5}, "has a int as its conversations; expected a list of turns"),
     ("form", {"messages": ["x"]}, "message 0 has no role"),
     ("form", {"messages": [{"role": "user", "content": 3}]}, "message 0 has a int as its content"),
@@ -379,7 +380,7 @@ def test_check_names_every_row(checkpoint, folder, tmp_path):
         with pytest.raises(AssertionError, match=message):
             raise AssertionError(problem.detail)
     assert (report.rows, report.usable, report.pictures) == (len(BAD) + 2, 2, 1)
-    assert sum(report.kinds.values()) == len(BAD) and report.kinds["form"] == 7
+    assert sum(report.kinds.values()) == len(BAD) and report.kinds["form"] == 8
     assert report.tokens > report.longest > report.answer_tokens > 20
 
     report.save(tmp_path / "report.json")
@@ -390,7 +391,7 @@ def test_check_names_every_row(checkpoint, folder, tmp_path):
     }  # fmt: skip
     lines = report.lines(most=3)
     assert lines[0] == f"2 of {len(BAD) + 2} rows can be used, with 1 pictures"
-    assert "form: 7 row(s)" in lines and lines[-1] == f"... and {len(BAD) - 3} more"
+    assert "form: 8 row(s)" in lines and lines[-1] == f"... and {len(BAD) - 3} more"
     assert f"row 1 (id bad-0): missing picture: there is no file {folder / 'gone.png'}" in lines
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..wording import number_text, size_text
+from ..wording import encodable, number_text, size_text
 
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 def print_json(content: Any) -> None:
     """Prints something as indented JSON."""
-    typer.echo(json.dumps(_finite(content), ensure_ascii=False, indent=2))
+    typer.echo(encodable(json.dumps(_finite(content), ensure_ascii=False, indent=2)))
 
 
 def _finite(content: Any) -> Any:

@@ -35,6 +35,7 @@ from ..asking import user_turn
 from ..building import IMAGE_TOKEN
 from ..json_files import read_json_rows
 from ..processing.images_moellava import check_shape, to_rgb
+from ..wording import encodable
 from .scoring import CLOSED, OPEN, words
 
 
@@ -296,6 +297,8 @@ def _text(value: Any, what: str) -> str:
         raise _RowError(f"has no {what}, but {value!r}")
     if not str(value).strip():
         raise _RowError(f"has no {what}: it is empty")
+    if encodable(str(value)) != str(value):  # a text that was cut within a character, which tokenizers do not take
+        raise _RowError(f"has a {what} that is no text in Unicode: {str(value)[:80]!r}")
     return str(value)
 
 

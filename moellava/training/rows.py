@@ -26,6 +26,7 @@ from ..building import IMAGE_TOKEN
 from ..configuration.registry_moellava import known_names
 from ..json_files import read_json_rows
 from ..processing.images_moellava import check_shape, load_picture, to_rgb
+from ..wording import encodable
 
 
 # What rows call those who speak.
@@ -39,7 +40,7 @@ class RowError(ValueError):
     """Says why a row cannot be used: in a word, `kind`, and in a sentence."""
 
     def __init__(self, kind: str, detail: str):
-        super().__init__(detail)
+        super().__init__(encodable(detail))
         self.kind = kind
 
 
@@ -178,6 +179,7 @@ class Rows:
             if first is not None:
                 first["content"] = [{"type": "image"}] * len(pictures) + first["content"]
         _check_turns(messages)
+        _check_text(messages)
         if _places(messages) != len(pictures):
             raise RowError(
                 "placeholders", f"has {_places(messages)} {IMAGE_TOKEN} placeholder(s) and {len(pictures)} picture(s)"
@@ -199,7 +201,7 @@ class Rows:
 def row_name(raw: Any, index: int) -> str:
     """What reports call a row."""
     own = raw.get("id") if isinstance(raw, Mapping) else None
-    return f"row {index}" if own is None else f"row {index} (id {own})"
+    return f"row {index}" if own is None else encodable(f"row {index} (id {own})")
 
 
 def open_picture(source: Any, aspect_ratio: str = "square") -> Any:
@@ -299,6 +301,14 @@ def _parts(text: str) -> list[dict[str, str]]:
 
 def _places(messages: list[dict[str, Any]]) -> int:
     return sum(part["type"] == "image" for message in messages for part in message["content"])
+
+
+def _check_text(messages: list[dict[str, Any]]) -> None:
+    """Refuses what tokenizers do not take: halves of characters, where a text was cut within one."""
+    for number, message in enumerate(messages):
+        for part in message["content"]:
+            if part["type"] == "text" and encodable(part["text"]) != part["text"]:
+                raise RowError("form", f"message {number} is no text in Unicode: {part['text'][:80]!r}")
 
 
 def _check_turns(messages: list[dict[str, Any]]) -> None:

@@ -55,6 +55,15 @@ def test_check_data(checkpoint, rows):
     assert "Error" not in result.stderr
 
 
+def test_check_data_cut_within_characters(rows, tmp_path):
+    (tmp_path / "cut.json").write_text(
+        json.dumps([{"id": "\ud83d", "conversations": []}, {"id": "\ud83d", "messages": 3}])
+    )
+    result = run_process("data", "check", tmp_path / "cut.json", "--json")
+    assert result.returncode == 1 and json.loads(result.stdout)["problems"][0]["row"] == "row 0 (id \\ud83d)"
+    assert "row 1 (id \\ud83d): form" in run_process("data", "check", tmp_path / "cut.json").stdout
+
+
 def test_check_data_that_is_not_there(tmp_path):
     assert "absent.json" in fails("data", "check", tmp_path / "absent.json")
 
