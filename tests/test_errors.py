@@ -27,6 +27,7 @@ import pytest
 import torch
 from parts import picture
 from safetensors.torch import load_file, save_file
+from transformers import MambaConfig, RecurrentGemmaConfig
 
 from moellava import load_pretrained_model
 
@@ -435,6 +436,25 @@ def test_an_open_clip_checkpoint_as_a_language_model(parts, clip):
         load(parts.biomedclip(), mm_vision_tower=clip)
 
 
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (
+            RecurrentGemmaConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, lru_width=16),
+            "A recurrent_gemma language model .*: its own class computes the logits in a way that this package",
+        ),
+        (MambaConfig(hidden_size=16, num_hidden_layers=1), "A mamba .*: its own class could not be run for comparison"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_a_language_model_whose_logits_would_be_others(without_weights, config, reason):
+    folder = without_weights["lm"]
+    config.vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    config.save_pretrained(folder)
+    with pytest.raises(ValueError, match=reason):
+        load(folder, mm_vision_tower=without_weights["clip"])
+
+
 def test_a_model_base_that_nothing_is_an_adapter_of(lm, clip):
     with pytest.raises(
         ValueError, match="model_base is given, but .* is no LoRA adapter: it has no adapter_config.json"
@@ -809,6 +829,13 @@ def test_a_picture_that_does_not_exist(loaded):
 def test_something_that_is_no_picture(loaded):
     with pytest.raises(TypeError, match="Picture 0"):
         loaded.model.processor(images=[3.5], text=PROMPT, return_tensors="pt")
+
+
+def test_ids_and_embeddings(loaded):
+    model, ids = loaded.model, torch.ones(1, 3, dtype=torch.long)
+    for inputs in ({}, {"input_ids": ids, "inputs_embeds": model.get_input_embeddings()(ids)}):
+        with pytest.raises(ValueError, match="Give exactly one of input_ids and inputs_embeds"):
+            model(**inputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
