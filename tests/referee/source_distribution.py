@@ -83,13 +83,13 @@ def _in_group(rank: int, function: Callable, store: str, world_size: int, args: 
 
 def start_rank_processes(function: Callable, args: tuple, nprocs: int) -> None:
     """Runs a function in so many processes at once; it gets its rank first."""
-    torch.multiprocessing.spawn(_run_rank, _with_names((function, args)), nprocs=nprocs)
+    torch.multiprocessing.spawn(_run_rank, _each(_named, (function, args)), nprocs=nprocs)
 
 
 def _run_rank(rank: int, function: "_Function", args: tuple) -> None:
     make_importable(os.environ["MOELLAVA_REFEREE"], Path(os.environ["TRANSFORMERS_TINY_MODEL_PATH"]))
     torch.set_num_threads(1)
-    function, args = _with_functions((function, args))
+    function, args = _each(_found, (function, args))
     function(rank, *args)
 
 
@@ -101,24 +101,17 @@ class _Function:
     name: str
 
 
-def _with_names(values: tuple) -> tuple:
-    """Returns values with the names of functions in their place."""
-    return tuple(
-        _with_names(value) if isinstance(value, tuple)
-        else _Function(value.__module__, value.__name__) if inspect.isfunction(value)
-        else value
-        for value in values
-    )  # fmt: skip
+def _each(change: Callable, values: tuple) -> tuple:
+    """Returns values as a function changes them, those within tuples too."""
+    return tuple(_each(change, value) if isinstance(value, tuple) else change(value) for value in values)
 
 
-def _with_functions(values: tuple) -> tuple:
-    """Returns values with functions in the place of their names."""
-    return tuple(
-        _with_functions(value) if isinstance(value, tuple)
-        else getattr(importlib.import_module(value.module), value.name) if isinstance(value, _Function)
-        else value
-        for value in values
-    )  # fmt: skip
+def _named(value: object) -> object:
+    return _Function(value.__module__, value.__name__) if inspect.isfunction(value) else value
+
+
+def _found(value: object) -> object:
+    return getattr(importlib.import_module(value.module), value.name) if isinstance(value, _Function) else value
 
 
 def _local_picture(url: str) -> str:
