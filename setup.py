@@ -56,6 +56,8 @@ EXTRAS = {
     "sentencepiece": ["protobuf", "sentencepiece"],
     "quantized": ["bitsandbytes>=0.50"],
     "peft": ["peft>=0.18"],
+    # Language models in GGUF files.
+    "gguf": ["gguf>=0.17"],
     "train": ["datasets>=4", "pyyaml>=6", "tensorboard>=2.18"],
     # The page to try a checkpoint on. Gradio 6 wants Pillow below 13.
     "web": ["gradio>=6,<7"],

@@ -47,7 +47,7 @@ if _HERE not in sys.path:
     sys.path.insert(0, _HERE)
 
 import torch  # noqa: E402
-from parts import Parts  # noqa: E402
+from parts import Parts, make_smollm2  # noqa: E402
 
 
 # The parts are so small that more threads only get in each other's way.
@@ -58,6 +58,12 @@ torch.set_num_threads(1)
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     """Builders of tiny checkpoints; each is built once a session, in a folder that tests share and do not change."""
     return Parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct, a published language model, in bf16; shared, so a test changes a copy."""
+    return make_smollm2(Path(__file__).resolve().parent.parent / "build" / "parts" / "smollm2")
 
 
 @pytest.fixture

