@@ -65,7 +65,7 @@ EXTRAS = {
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
     # trl, nbclient, ipykernel and playwright: for the tests of training, of the notebook and of the page.
     "test": [
-        *("pytest>=8", "pytest-cov>=6", "pytest-xdist>=3.6", "hypothesis>=6.100"),
+        *("pytest>=8", "pytest-cov>=6", "pytest-random-order>=1.1", "pytest-xdist>=3.6", "hypothesis>=6.100"),
         *("ipykernel>=6", "nbclient>=0.10", "playwright>=1.45", "trl>=1"),
     ],
     "lint": ["ruff>=0.17", "transformers-mlinter>=0.1.5"],

@@ -15,11 +15,14 @@
 
 import atexit
 import os
+import random
 import shutil
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 
@@ -52,6 +55,26 @@ from parts import Parts, make_smollm2  # noqa: E402
 
 # The parts are so small that more threads only get in each other's way.
 torch.set_num_threads(1)
+
+
+def _seed(name: str) -> None:
+    seed = zlib.crc32(name.encode())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+# Every fixture and every test starts from a random state that its name gives, whatever ran before it.
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef):
+    _seed(fixturedef.argname)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item):
+    _seed(item.name)
 
 
 @pytest.fixture(scope="session")

@@ -93,6 +93,15 @@ def perturb_(model: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
     return model
 
 
+@torch.no_grad()
+def never_stops_(model: torch.nn.Module, end_token_id: int) -> torch.nn.Module:
+    """Makes the end token's logit nearly zero, in place, so that no random model ends an answer by chance."""
+    head = model.get_output_embeddings()
+    for parameter in head.parameters():
+        parameter[end_token_id] *= 0.01
+    return model
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------------
@@ -500,6 +509,7 @@ def make_language_model(
         config = _text_config(family, text, rows + padded_rows, overrides)
         with _seeded("language model", family, seed):
             model = perturb_(transformers.AutoModelForCausalLM.from_config(config))
+        never_stops_(model, text.eos_token_id)
         if dtype is not None:
             model.to(dtype)
         model.save_pretrained(folder)
@@ -1160,7 +1170,7 @@ def run_python(
     block_moellava: bool = True,
     env: dict[str, str | None] | None = None,
     cwd: str | os.PathLike | None = None,
-    timeout: float = 300.0,
+    timeout: float = 3000.0,
 ) -> str:
     """Runs code in a fresh process and returns its standard output.
 

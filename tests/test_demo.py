@@ -314,7 +314,7 @@ def test_a_short_run_writes_everything_and_fails_for_lack_of_training(tmp_path):
         env={**os.environ, "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
         encoding="utf-8",
-        timeout=600,
+        timeout=6000,
         check=False,
     )
     assert done.returncode == 1, done.stdout + done.stderr
@@ -368,7 +368,7 @@ def test_a_short_run_writes_everything_and_fails_for_lack_of_training(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         encoding="utf-8",
-        timeout=300,
+        timeout=3000,
         check=False,
     )
     assert again.stdout.strip() == str(output / "training" / "moe" / "model"), again.stderr

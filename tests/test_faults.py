@@ -176,7 +176,7 @@ for _ in range(8):
     if child == 0:
         status = 1
         try:
-            time.sleep(start - time.time())
+            time.sleep(max(0, start - time.time()))
             model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
             status = type(model).__name__ != "MoellavaForCausalLM" or processor.num_image_tokens != 16
@@ -266,7 +266,7 @@ def disks(checkpoint, tmp_path_factory) -> dict:
     script.write_text(DISKS.format(checkpoint=str(checkpoint), root=str(root / "at"), mounts=mounts))
     (root / "at").mkdir()
     command = [*([unshare, "-m"] if mounts else []), sys.executable, str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=3000)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -372,7 +372,7 @@ def test_streaming_gives_the_text_of_generate(assembled, index):
     batch = batch_of(model, [rows_of()[index]])
     expected = tokenizer.decode(answers(model, batch, **GREEDY)[0], skip_special_tokens=True)
 
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60, skip_special_tokens=True)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=600, skip_special_tokens=True)
     thread = Thread(target=model.generate, kwargs={**batch, **GREEDY, "streamer": streamer})
     thread.start()
     pieces = list(streamer)

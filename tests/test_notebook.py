@@ -36,7 +36,7 @@ def executed(parts, tmp_path_factory) -> nbformat.NotebookNode:
         for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"):
             patched.setenv(name, str(tmp_path_factory.mktemp(name.lower())))
         notebook = nbformat.read(NOTEBOOK, as_version=4)
-        NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
+        NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(folder)}}).execute()
     return notebook
 
 

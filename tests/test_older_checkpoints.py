@@ -1448,7 +1448,7 @@ def test_a_failed_conversion_leaves_what_was_there(shop, tmp_path):
         capture_output=True,
         encoding="utf-8",
         cwd=tmp_path,
-        timeout=300,
+        timeout=3000,
         check=False,
     )
     assert done.returncode == 1

@@ -40,7 +40,7 @@ ACCELERATE += ("--num_processes", "2", "--main_process_port", "0")
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
 
 
-def launch(launcher: tuple[str, ...], *command: object, timeout: float = 180.0) -> subprocess.CompletedProcess:
+def launch(launcher: tuple[str, ...], *command: object, timeout: float = 1800.0) -> subprocess.CompletedProcess:
     """Runs a command by a launcher, and fails with what it has printed; no process of it is left."""
     process = subprocess.Popen(
         [sys.executable, *launcher, *map(str, command)],

@@ -274,7 +274,7 @@ def test_pipeline_knows_the_model(folder, model, processor):
 
 def test_pipeline_streams(pipe):
     chat = conversations()[1]
-    streamer = TextIteratorStreamer(pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    streamer = TextIteratorStreamer(pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600)
     results = []
     call = {"text": chat, "return_full_text": False, "generate_kwargs": {**GREEDY, "streamer": streamer}}
     thread = Thread(target=lambda: results.append(pipe(**call)))

@@ -984,7 +984,7 @@ def test_loads_and_saves_where_the_package_is_not_installed(tmp_path, processor)
         text=True,
         env=environment,
         cwd=tmp_path,
-        timeout=300,
+        timeout=3000,
     )
     assert done.returncode == 0, done.stderr
     expected = processor(images=Image.new("RGB", (9, 4)), text="<image> what", return_tensors="pt")

@@ -48,7 +48,7 @@ answer = app.answer({"text": "What?", "files": []}, [])
 next(answer)
 thread = [thread for thread in threading.enumerate() if "(generate)" in thread.name][-1]
 answer.close()
-thread.join(timeout=120)
+thread.join(timeout=1200)
 app.model.generate = generate
 try:
     client.predict({"text": " ", "files": []}, api_name="/chat")

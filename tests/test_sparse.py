@@ -889,7 +889,7 @@ def test_threads_get_their_own(dense, fields):
         {"input_ids": inputs["input_ids"][[1, 1]].flip(1), "attention_mask": inputs["attention_mask"][[1, 1]].flip(1)},
     ]
     expected = [model(**row, output_router_logits=True) for row in rows]
-    barrier = threading.Barrier(2, timeout=60)
+    barrier = threading.Barrier(2, timeout=600)
 
     def wait(module, arguments):
         barrier.wait()

@@ -427,7 +427,7 @@ def test_a_killed_run_goes_on_exactly(uninterrupted, tmp_path):
     """In the second epoch: order, noise, schedule and optimizer are those of one run."""
     recipe, whole = uninterrupted
     script = KILLED.format(root=str(ROOT), recipe=recipe | {"output_dir": str(tmp_path)})
-    killed = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, timeout=300)
+    killed = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, timeout=3000)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     folder = tmp_path / "moe"
     assert last_checkpoint(folder).name == "checkpoint-8" and not (folder / "model").exists()
@@ -578,7 +578,7 @@ def test_a_run_killed_in_its_saves_goes_on_exactly(uninterrupted, tmp_path):
     recipe = recipe | {"output_dir": str(tmp_path), "save_total_limit": 1}
     moments = ["weights", "optimizer", "state", "rotation", "model", "report"]
     script = KILLED_IN_SAVES.format(root=str(ROOT), recipe=recipe, folder=str(tmp_path / "moe"), moments=moments)
-    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr[-2000:]
     said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     said = dict(zip(moments, said, strict=True))

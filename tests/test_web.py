@@ -37,7 +37,7 @@ ARGUMENTS = [
     *("--no-sandbox", "--disable-gpu", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
-PATIENCE_MS = 60_000
+PATIENCE_MS = 600_000
 TYPING_MS = 5_000
 MOE = {"num_experts": 3, "num_experts_per_tok": 2, "layers": "sparse"}
 # How long answers are, in tokens: one that is made at once, one whose growing can be seen, one that can be stopped.
@@ -92,7 +92,7 @@ def serve():
                 ready.put(error)
 
         threading.Thread(target=run, daemon=True).start()
-        address = ready.get(timeout=120)
+        address = ready.get(timeout=1200)
         if isinstance(address, Exception):
             raise address
         return address

@@ -29,7 +29,7 @@ def run_process(*arguments, module=False, stdin=None, cwd=None):
     """Runs the command line in a process of its own."""
     command = [sys.executable, "-m", "moellava"] if module else [SCRIPT]
     return subprocess.run(
-        [*command, *map(str, arguments)], input=stdin, capture_output=True, encoding="utf-8", cwd=cwd, timeout=300
+        [*command, *map(str, arguments)], input=stdin, capture_output=True, encoding="utf-8", cwd=cwd, timeout=3000
     )
 
 

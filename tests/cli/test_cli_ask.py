@@ -143,7 +143,7 @@ def test_ask_writes_to_a_terminal_while_it_answers(checkpoint, scans, stock):
         pass
     finally:
         os.close(ours)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=600) == 0
     answer = written.decode(errors="replace").replace("\r\n", "\n").strip()
     assert answer.split() == stock([scans / "first.png"], "What is shown?", 12)[0].split()
 

@@ -46,7 +46,7 @@ CASES = [
 def script(tmp_path_factory):
     """What `--install-completion` would add to bash."""
     done = subprocess.run(
-        [SCRIPT, "--show-completion", "bash"], capture_output=True, encoding="utf-8", env=ENVIRONMENT, timeout=60
+        [SCRIPT, "--show-completion", "bash"], capture_output=True, encoding="utf-8", env=ENVIRONMENT, timeout=600
     )
     assert done.returncode == 0, done.stderr
     path = tmp_path_factory.mktemp("completion") / "moellava.bash"
@@ -62,7 +62,7 @@ def test_completion_in_bash(script):
         lines.append(f"COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _moellava_completion moellava")
         lines.append('echo "${COMPREPLY[@]}"')
     done = subprocess.run(
-        ["bash", "--norc", "-c", "\n".join(lines)], capture_output=True, encoding="utf-8", env=ENVIRONMENT, timeout=120
+        ["bash", "--norc", "-c", "\n".join(lines)], capture_output=True, encoding="utf-8", env=ENVIRONMENT, timeout=1200
     )
     registered, *completed = done.stdout.splitlines()
     # Where nothing of ours fits, as for pictures and folders, bash completes names of files.
@@ -77,7 +77,7 @@ def test_completion_as_zsh_asks(typed, expected):
         capture_output=True,
         encoding="utf-8",
         env={**ENVIRONMENT, "_MOELLAVA_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": typed},
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("_arguments '*: :((")

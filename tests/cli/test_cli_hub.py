@@ -57,7 +57,7 @@ def told(endpoint, *arguments):
         [SCRIPT, *arguments],
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=1200,
         env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_nobody"},
     )
     assert done.returncode == 1, done.stderr

@@ -71,6 +71,6 @@ def test_a_closed_pipe_is_no_error(checkpoint):
         [SCRIPT, "inspect", checkpoint, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
     )
     process.stdout.close()
-    process.wait(timeout=120)
+    process.wait(timeout=1200)
     assert "Traceback" not in process.stderr.read()
     assert process.returncode == 1

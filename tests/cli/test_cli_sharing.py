@@ -86,7 +86,7 @@ def run_with_hub(server, *arguments, token=hub_server.OWNER_TOKEN):
         [SCRIPT, *map(str, arguments)],
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=1200,
         env={**os.environ, **environment},
     )
 

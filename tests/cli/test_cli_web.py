@@ -34,10 +34,10 @@ def test_the_page_is_served_until_ctrl_c(checkpoint):
     )
     try:
         address = next(line for line in process.stderr if line.startswith("The page is at ")).split()[4]
-        with urllib.request.urlopen(address, timeout=60) as page:
+        with urllib.request.urlopen(address, timeout=600) as page:
             assert page.status == 200
         process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 0
