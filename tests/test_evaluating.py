@@ -75,7 +75,6 @@ def test_words(text, expected):
         ("B", "(b)", 1, 1),
         ("B", "Both of them", 0, 1),
         ("(A)", "A", 1, 0),
-        ("A", "A fracture", 1, 1),  # nothing tells the choice from the article
         ("A", "The answer", 0, 1),
     ],
 )
@@ -257,13 +256,13 @@ GOOD = {"image": "1.png", "question": "Which organ?", "answer": "The lung"}
         (GOOD | {"image": {"path": "1.png"}}, "has a dictionary without bytes as 'image'; expected a picture's name"),
         (GOOD | {"question": "Cut \ud83d"}, "has a question that is no text in Unicode: 'Cut \\ud83d'"),
         (GOOD | {"answer_type": "MAYBE"}, "has the answer_type 'MAYBE'; expected OPEN or CLOSED"),
-        ({"conversations": []}, "has 'conversations' that are no list of turns"),
-        (conversation("Which?"), "has turns of user; expected human and gpt in turn, gpt last"),
-        ({"conversations": [{"from": "alien", "value": "?"}]}, "has a turn 1 that is not from human or gpt, but 'ali"),
-        ({"conversations": [{"from": ["human"]}]}, "has a turn 1 that is not from human or gpt, but ['human']"),
-        ({"conversations": [{"from": "human"}]}, "has no text in turn 1, but None"),
-        (conversation("<image> and <image>?", "No", image="1.png"), "has 2 <image> for 1 picture(s); expected one"),
-        (conversation("Which?", "This <image>", image="1.png"), "has <image> in an answer; expected it in questions"),
+        ({"conversations": []}, "has neither conversations nor messages, but conversations"),
+        (conversation("Which?"), "ends without an answer"),
+        ({"conversations": [{"from": "alien", "value": "?"}]}, "message 0 is of 'alien'; expected one of human"),
+        ({"conversations": [{"from": ["human"]}]}, "message 0 is of ['human']; expected one of human"),
+        ({"conversations": [{"from": "human"}]}, "turn 0 has no 'from' and 'value'"),
+        (conversation("<image> and <image>?", "No", image="1.png"), "has 2 <image> placeholder(s) and 1 picture(s)"),
+        (conversation("Which?", "This <image>", image="1.png"), "turn 1, an answer, has a picture"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(folder, row, reason):

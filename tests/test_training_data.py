@@ -303,7 +303,7 @@ def test_the_misspelt_name_of_llava_med_is_known(folder):
 
 
 def test_urls_are_not_fetched():
-    with pytest.raises(RowError, match="names https://example.org/a.png; download it, training fetches nothing"):
+    with pytest.raises(RowError, match="names https://example.org/a.png; download it, nothing is fetched"):
         Rows([llava(image="https://example.org/a.png")])[0]
 
 

@@ -53,7 +53,7 @@ class ScoredAnswer:
     scores: dict[str, float] = field(init=False)
 
     def __post_init__(self):
-        scores = score(self.question.expected, self.answer, self.question.kind)
+        scores = score(self.question.expected, self.answer, self.question.kind, self.question.choices)
         object.__setattr__(self, "scores", scores)  # the way to compute a field of a frozen dataclass
 
     @property
