@@ -43,7 +43,7 @@ def user_turn(pictures: Sequence[Any], question: str, as_written: bool = False) 
     places = sum(part["type"] == "image" for part in parts)
     if places not in (0, len(pictures)):
         raise ValueError(
-            f"The question has {places} {IMAGE_TOKEN} for {len(pictures)} picture(s); expected one for each."
+            f"The question has {places} {IMAGE_TOKEN} for {len(pictures)} picture(s); expected one for each, or none."
         )
     if not places:
         parts = [{"type": "image"} for _ in pictures] + parts

@@ -14,8 +14,8 @@
 """Multiple choice: the choices that a row gives, which of them is right, and which of them an answer names.
 
 The evaluation code of MMMU (Yue et al. 2024, arXiv:2311.16502) looks for letters in brackets, then for letters that
-stand alone, then for the texts of the choices, and guesses if it finds none. Here it is the same, but that a letter that
-may be a word ("A large mass", "I think") has to be stated as an answer, and that nothing is guessed.
+stand alone, then for the texts of the choices, and guesses if it finds none. Here it is the same, but that a letter
+that may be a word ("A large mass", "I think") has to be stated as an answer, and that nothing is guessed.
 """
 
 import ast
@@ -212,7 +212,7 @@ def _stated(answer: str, labels: list[str]) -> str | None:
         if not match[1].islower() and _ALONE.match(text[match.end(1) :])
     ]  # fmt: skip
     begins = rf"\A[\W_]*{label}"
-    marked = found(rf"{begins}\s*(?:[):\]。、]|\.(?=\s|$|(?-i:[A-Z])|[a-z]{2}|[^\x00-\x7f])|\s[–—-]+\s|\n)")
+    marked = found(rf"{begins}\s*(?:[):\]。、]|\.(?=\s|$|(?-i:[A-Z])|[a-z]{{2}}|[^\x00-\x7f])|\s[–—-]+\s|\n)")
     marked += [match for match in found(rf"{begins}[,;]\s") if match[1].isupper() and match[1] != "I"]
     leading = [
         match for match in found(rf"{begins}\s") if match[1].isupper() and match[1] not in _MAY_BE_WORDS
