@@ -16,17 +16,20 @@
 import base64
 import json
 
+import datasets
 import pytest
 import torch
 from parts import picture
 
-from moellava import check_data, load_pretrained_model
+from moellava import check_data, evaluate, load_pretrained_model
 from moellava.asking import chat_tokens, user_turn
 from moellava.chatting import Chat
 from moellava.conversations import IMAGE_TOKEN, RowError, arranged, read_conversation, text_parts
 from moellava.evaluating.questions import asked_turns, read_questions
 from moellava.training.encoding import Encoder
+from moellava.training.recipe import read_recipe
 from moellava.training.rows import Rows
+from moellava.training.running import _open, _prepared
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +193,46 @@ def test_rows_as_written(loaded, folder, written, kept):
     if written.startswith(IMAGE_TOKEN):
         return
     assert prompt != Encoder(model.processor).prompt(Rows([row], folder)[0])
+
+
+def test_the_option_of_recipes_and_calls(loaded, folder, tmp_path):
+    """In a recipe, for its data and its eval_data, of `evaluate` and of a chat."""
+    processor, row = loaded.model.processor, llava(" Which?\n\n<image> ", "0.png", answer="No")
+    (tmp_path / "rows.json").write_text(json.dumps([row]), encoding="utf-8")
+    kept, moved = (
+        Encoder(processor).encode(Rows([row], folder, as_written=as_written)[0]) for as_written in (True, False)
+    )
+    assert kept != moved
+    for as_written, expected in ((True, kept), (False, moved)):
+        recipe = {"model": "m", "output_dir": tmp_path / "out", "stage": "align", "report_to": "none", "use_cpu": True}
+        recipe |= {"data": str(tmp_path / "rows.json"), "eval_data": [row], "image_folder": str(folder)}
+        (stage,) = read_recipe(recipe | ({"as_written": True} if as_written else {})).stages
+        both = _prepared([stage], {stage.name: _open(stage)}, processor, 2048)[stage.name]
+        assert [examples[0]["input_ids"].tolist() for examples in both] == [expected.input_ids] * 2
+
+        report = evaluate(loaded, [row], image_folder=folder, as_written=as_written, max_new_tokens=1)
+        turns = report.answers[0].question.turns
+        assert chat_tokens(processor, turns, add_generation_prompt=True) == expected.input_ids[: expected.answers[0][0]]
+        assert report.settings.get("as_written", False) is as_written
+
+        chat, seen = Chat(loaded, max_new_tokens=1, as_written=as_written), []
+        chat._stream = lambda turns, inputs, limit, seen=seen: seen.append(inputs["input_ids"][0].tolist())
+        chat.ask(" Which?\n\n<image> ", [picture(0)])
+        assert seen == [expected.input_ids[: expected.answers[0][0]]]
+
+
+def test_a_recipe_warns_of_rows_that_are_in_both(loaded, folder, tmp_path, caplog):
+    rows = datasets.Dataset.from_list([llava(f"<image>Bird {number}?", "0.png") for number in range(4)])
+    rows.save_to_disk(str(tmp_path / "saved"))
+    for split, overlap in (("train[:50%]", True), ("train[75%:]", False)):
+        caplog.clear()
+        recipe = {"model": "m", "output_dir": tmp_path / "out", "stage": "align", "report_to": "none", "use_cpu": True}
+        recipe |= {"data": {"path": str(tmp_path / "saved"), "split": "train[:75%]"}, "image_folder": str(folder)}
+        (stage,) = read_recipe(recipe | {"eval_data": {"path": str(tmp_path / "saved"), "split": split}}).stages
+        train, held_out = _prepared([stage], {stage.name: _open(stage)}, loaded.model.processor, 2048)[stage.name]
+        assert (len(train), len(held_out)) == ((3, 2) if overlap else (3, 1))
+        assert ("2 of the 2 rows of eval_data are rows of data too: row 0, row 1." in caplog.text) is overlap
+        assert ("are rows of data too" in caplog.text) is overlap
 
 
 def test_a_question_with_as_many_places_as_pictures():

@@ -64,7 +64,7 @@ def ask(
     ```
     """
     if question == "-":
-        question = sys.stdin.read()
+        question = sys.stdin.read().removesuffix("\n")
     if not question.strip():
         raise typer.BadParameter("The question is empty.", param_hint="'QUESTION'")
     names = [picture, *(more_pictures or [])]

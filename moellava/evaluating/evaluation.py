@@ -137,6 +137,7 @@ def evaluate(
             "batch_size": batch_size,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
+            **({"as_written": True} if as_written else {}),
         },
         seconds=seconds,
     )
