@@ -235,6 +235,20 @@ def test_a_recipe_warns_of_rows_that_are_in_both(loaded, folder, tmp_path, caplo
         assert ("are rows of data too" in caplog.text) is overlap
 
 
+def test_two_datasets_of_one_look_are_two(loaded, tmp_path):
+    """Which their names do not tell apart, nor their columns, nor how many rows they have."""
+    train, held_out = (
+        datasets.Dataset.from_list([llava(question, None) for question in questions])
+        for questions in (("One?", "Two?"), ("Three?", "Four?"))
+    )
+    recipe = {"model": "m", "output_dir": tmp_path / "out", "stage": "align", "report_to": "none", "use_cpu": True}
+    for wrap in (lambda rows: {"path": rows}, lambda rows: datasets.DatasetDict({"train": rows}), lambda rows: rows):
+        (stage,) = read_recipe(recipe | {"data": wrap(train), "eval_data": wrap(held_out)}).stages
+        both = _prepared([stage], {stage.name: _open(stage)}, loaded.model.processor, 2048)[stage.name]
+        texts = [loaded.tokenizer.decode(examples[0]["input_ids"]) for examples in both]
+        assert "One?" in texts[0] and "Three?" in texts[1]
+
+
 def test_a_question_with_as_many_places_as_pictures():
     with pytest.raises(
         ValueError, match=r"The question has 2 <image> for 1 picture\(s\); expected one for each, or none"

@@ -93,7 +93,8 @@ STATED = {
         "I would choose B", "I'd go with (B) here", "I think it is B", "It's B.", "It is B, not A",
         "B is the best answer", "Option A is wrong. The answer is B.", "The lungs are clear. B",
         "The lungs are clear.\nB", "\u7b54\u6848\u662fB\u3002", "\u9009B", "\u7b54\u6848\uff1a\uff22",
-        "La respuesta es B", "Die Antwort ist B.",
+        "La respuesta es B", "Ans: B", "I'd say B.", "The answer is \u201cB\u201d.", "Answer - B",
+        "B\u9009\u9879", "Die Antwort ist B.",
     ),
     "A": (
         "A", "a", "A.", "A) mass", "A: mass", "A - mass", "The answer is A.", "The answer is A, because",
@@ -146,6 +147,12 @@ def test_letters_that_an_answer_states(letter, answer, accuracy):
         assert score(expected, answer, "closed")["accuracy"] == accuracy
     if not accuracy:
         assert stated_letter(answer) != letter
+
+
+def test_several_letters():
+    said = {"A, C": 1, "A and C": 1, "(C), (A).": 1, "A": 0, "C": 0, "A, B, C": 0, "A, C and D": 0, "A cat": 0, "": 0}
+    for expected in ("A, C", "A and C", "(A) (C)", "A/C"):
+        assert {answer: score(expected, answer, "closed")["accuracy"] for answer in said} == said
 
 
 def test_a_true_answer_of_a_letter_and_a_text():

@@ -34,15 +34,18 @@ _NAMES = ("choices", "options")
 _ALPHABETS = (string.ascii_uppercase, "АБВГДЕЖЗИЙКЛМНОПРСТУФХЦЧШЩЪЫЬЭЮЯ", "ΑΒΓΔΕΖΗΘΙΚΛΜΝΞΟΠΡΣΤΥΦΧΨΩ")
 _WORD = "0-9A-Za-z\u00c0-\u024f\u0370-\u052f"
 # What an answer is called, and what may stand between that and its letter.
-_ANSWER = "answer|antwort|respuesta|r[eé]ponse|risposta|resposta|ответ|答案|正解|答え"
-_OPTION = "option|choice|alternative|choose|chose|pick|select|go with|going with|选项|選項|选择|選擇|应选|选|選"
+_ANSWER = r"answer|\bans\b\.?|antwort|respuesta|r[eé]ponse|risposta|resposta|ответ|答案|正解|答え"
+_OPTION = (
+    r"option|choice|alternative|\bletter|choose|chose|pick|select|go with|going with|选项|選項|选择|選擇|应选|选|選"
+)
 _BETWEEN = (
-    r"(?:[\s:=\"'(\[]|\b(?:is|be|was|would|should|must|most|likely|probably|definitely|correct|right|best|therefore|the|"
+    r"(?:[\s:=>\"'“‘(\[–—-]|\b(?:is|be|was|would|should|must|most|likely|probably|definitely|correct|right|best|therefore|the|"
     r"letter|option|choice|answer|number|ist|es|est|è|é|это)\b|[是为為はが])*"
 )
 _CORRECT = r"\)?\s+(?:is|was|ist|es|est)\s+(?:(?:the|most|likely|probably)\s+)*(?:correct|right|best|true|answer)\b"
 _THINKS = (
-    r"\b(?:it|this|that|think|believe|guess)\b(?:\s|['’]s\b|\b(?:it|is|was|must|be|would|should|likely|probably)\b)*"
+    r"\b(?:it|this|that|think|believe|guess|say)\b"
+    r"(?:\s|['’]s\b|\b(?:it|is|was|must|be|would|should|likely|probably)\b)*"
 )
 # Behind a letter that may be a word: the end of the sentence, or what no noun follows.
 _ENDS = re.compile(r"\s*(?:$|[).,;:!?\]\"'。、\n]|[–—-]\s|(?:because|since|is|as)\b)")
@@ -172,6 +175,13 @@ def split_choice(expected: str) -> tuple[str | None, str]:
     return (marked[1], _plain(expected)[marked.end() :]) if marked else (None, "")
 
 
+def letters_of(text: str) -> set[str]:
+    """Returns the letters of a text that is nothing but several capitals ("A, C", "(A) and (C)"), else none."""
+    letter, between = r"\(?[A-Z]\)?", r"\s*(?:,|;|/|&|\+|\band\b|\s)\s*(?:and\s+)?"
+    is_several = re.fullmatch(rf"{letter}(?:{between}{letter})+[.]?", _plain(text).strip())
+    return set(re.findall(r"\b[A-Z]\b", _plain(text))) if is_several else set()
+
+
 def stated_letter(answer: str, like: str = "A") -> str | None:
     """Returns the capital letter that an answer states, of the alphabet that `like` is of, or None.
 
@@ -206,7 +216,7 @@ def _stated(answer: str, labels: list[str]) -> str | None:
 
     by_answer = [match for match in found(rf"(?:{_ANSWER}){_BETWEEN}{label}") if is_no_word(match)]
     options = [match for match in found(rf"(?:{_OPTION}){_BETWEEN}{label}") if is_no_word(match)]
-    options += found(rf"{label}{_CORRECT}")
+    options += found(rf"{label}(?:{_CORRECT}|\s*(?:选项|選項|是?正确|是?正確|是对的))")
     thoughts = [
         match for match in found(rf"{_THINKS}\s\(?{label}")
         if not match[1].islower() and _ALONE.match(text[match.end(1) :])
@@ -263,4 +273,4 @@ def _comparable(text: str) -> tuple[str, ...]:
     return tuple(words(text)) or (text.strip().casefold(),)
 
 
-__all__ = ["chosen", "label_of", "read_choices", "right_choice", "split_choice", "stated_letter"]
+__all__ = ["chosen", "label_of", "letters_of", "read_choices", "right_choice", "split_choice", "stated_letter"]

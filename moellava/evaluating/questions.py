@@ -54,7 +54,10 @@ from .scoring import CLOSED, OPEN, words
 _QUESTION_NAMES = ("question", "text")
 _ID_NAMES = ("id", "question_id", "qid")
 # PathVQA tells its closed questions as "yes/no", its open ones as "other" and "number".
-_KINDS = {"closed": CLOSED, "close": CLOSED, "yes/no": CLOSED, "open": OPEN, "other": OPEN, "number": OPEN}
+_KINDS = {
+    "closed": CLOSED, "close": CLOSED, "yes/no": CLOSED, "multiple-choice": CLOSED, "multiple choice": CLOSED,
+    "open": OPEN, "other": OPEN, "number": OPEN,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

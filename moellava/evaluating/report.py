@@ -71,6 +71,7 @@ class ScoredAnswer:
             "expected": self.question.expected,
             "answer": self.answer,
             "kind": self.question.kind,
+            **({} if self.question.choices is None else {"choices": self.question.choices}),
             "cut_off": self.cut_off,
             "scores": {name: round(value, 4) for name, value in self.scores.items()},
         }

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .choices import chosen, label_of, split_choice, stated_letter
+from .choices import chosen, label_of, letters_of, split_choice, stated_letter
 from .comparing import says, words
 
 
@@ -48,8 +48,8 @@ def score(expected: str, answer: str, kind: str, choices: Mapping[str, str] | No
 
     - `accuracy` of a closed question. Yes or no: the first `yes` or `no` among the answer's words is the expected one.
       With choices: the answer names the right one and no other, by its letter or by its text. One letter without
-      them: the answer states that letter (see [`stated_letter`]). Else: the expected words stand in the answer, one
-      after the other.
+      them: the answer states that letter (see [`stated_letter`]); several ("A, C"): it is the same letters. Else: the
+      expected words stand in the answer, one after the other.
     - `exact_match` of an open question: the same words in the same order.
     - `recall`: the share of the expected words that the answer has; `f1`: the harmonic mean of that and the share of
       the answer's words that are expected. A word counts as often as it stands in both, as for SQuAD (Rajpurkar et al.
@@ -100,6 +100,8 @@ def _is_right(expected: str, answer: str, choices: Mapping[str, str] | None) -> 
     true, said = words(expected), words(answer)
     if true in (["yes"], ["no"]):
         return next((word for word in said if word in ("yes", "no")), None) == true[0]
+    if several := letters_of(expected):
+        return letters_of(answer) == several
     letter, text = split_choice(expected)
     if letter is not None:
         stated = stated_letter(answer, letter)

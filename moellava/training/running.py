@@ -218,8 +218,7 @@ def _prepared(
         encoder = Encoder(processor, min(stage.max_length, context))
         both = []
         for given, rows in zip((stage.data, stage.eval_data), opened[stage.name], strict=True):
-            # A given path is equal in all stages, a given dataset is the same object.
-            key = (repr(given) if isinstance(given, str | Mapping) else id(given), str(stage.image_folder))
+            key = (_identity(given), str(stage.image_folder))
             key += (encoder.max_length, stage.as_written, stage.check_pictures, stage.unusable_rows)
             if key not in made:
                 made[key] = None if rows is None else _examples(rows, encoder, stage)
@@ -228,6 +227,13 @@ def _prepared(
         if all(isinstance(examples, Examples) for examples in both):
             log_overlap(*reversed(both), "eval_data")
     return data
+
+
+def _identity(given: Any) -> Any:
+    """Returns what is equal for the same data: a given path is equal in all stages, a given dataset the same object."""
+    if isinstance(given, Mapping) and not hasattr(given, "column_names"):
+        return tuple((name, _identity(value)) for name, value in given.items())
+    return repr(given) if given is None or isinstance(given, str | int | os.PathLike) else id(given)
 
 
 def _refuse_other_runs(plan: Recipe) -> None:
