@@ -16,6 +16,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from .building import IMAGE_TOKEN
+from .conversations import arranged, text_parts
+
 
 # For `generate`: the most probable answer, token by token. A checkpoint's generation config may say otherwise, and then
 # has settings that go with sampling only.
@@ -25,10 +28,32 @@ GREEDY = {
 }  # fmt: skip
 
 
-def user_turn(pictures: Sequence[Any], question: str) -> dict[str, Any]:
-    """Returns a question about pictures, which come before it, as a user's turn of a chat."""
-    content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
-    return {"role": "user", "content": content}
+def user_turn(pictures: Sequence[Any], question: str, as_written: bool = False) -> dict[str, Any]:
+    """Returns a question about pictures as a user's turn of a chat, arranged as in training: see [`arranged`].
+
+    Args:
+        pictures (`Sequence`): Where the question does not say by `<image>` where they stand, they come before it.
+        question (`str`): The question.
+        as_written (`bool`, *optional*, defaults to `False`): Whether it stays as it is.
+
+    Raises:
+        ValueError: It has `<image>`, but not once for each picture.
+    """
+    parts = text_parts(question)
+    places = sum(part["type"] == "image" for part in parts)
+    if places not in (0, len(pictures)):
+        raise ValueError(
+            f"The question has {places} {IMAGE_TOKEN} for {len(pictures)} picture(s); expected one for each, or none."
+        )
+    if not places:
+        parts = [{"type": "image"} for _ in pictures] + parts
+    return {"role": "user", "content": with_pictures(arranged(parts, as_written), pictures)}
+
+
+def with_pictures(parts: Sequence[dict[str, Any]], pictures: Sequence[Any]) -> list[dict[str, Any]]:
+    """Returns the parts of a message with the pictures in their places."""
+    waiting = iter(pictures)
+    return [{**part, "image": next(waiting)} if part["type"] == "image" else part for part in parts]
 
 
 def chat_inputs(model: Any, turns: Sequence[dict[str, Any]]) -> Any:
@@ -61,4 +86,4 @@ def end_tokens(model: Any) -> set[int]:
     return set(ends) if isinstance(ends, list) else {ends}
 
 
-__all__ = ["GREEDY", "chat_inputs", "chat_tokens", "end_tokens", "question_inputs", "user_turn"]
+__all__ = ["GREEDY", "chat_inputs", "chat_tokens", "end_tokens", "question_inputs", "user_turn", "with_pictures"]

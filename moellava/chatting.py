@@ -58,6 +58,8 @@ class Chat:
             Above 0, answers are drawn at random, the more freely the higher it is. At 0 they are the most probable
             ones, word by word: the same questions get the same answers.
         top_p (`float`, *optional*, defaults to 1.0): Of what share of the probability words are drawn.
+        as_written (`bool`, *optional*, defaults to `False`): Whether questions stay as they are, blanks with them: for
+            models that were trained so.
 
     Attributes:
         history (`list[dict]`): The turns so far, as `apply_chat_template` takes them.
@@ -79,7 +81,15 @@ class Chat:
     >>> print(*chat.ask("And on the left?"), sep="")
     ```"""
 
-    def __init__(self, loaded: Any, *, max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0):
+    def __init__(
+        self,
+        loaded: Any,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        as_written: bool = False,
+    ):
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected a number of at least 1.")
         if temperature < 0:
@@ -89,6 +99,7 @@ class Chat:
         self.model = loaded.model
         self.context_len = loaded.context_len
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
+        self.as_written = as_written
         self.reset()
 
     def reset(self) -> None:
@@ -106,16 +117,16 @@ class Chat:
         Args:
             question (`str`): The question.
             pictures (`Sequence`, *optional*): Pictures that come with it, in any form that the processor takes.
+                They come before its text, unless `<image>` stands within that for each of them.
 
         Raises:
             FileNotFoundError: There is no such picture file.
             ValueError: The question is empty, a picture cannot be decoded, or the conversation is longer than the
                 language model takes. Raised by the call, before any text.
         """
-        question = question.strip()
-        if not question:
+        if not question.strip():
             raise ValueError("The question is empty; expected some text.")
-        turns = [*self.history, user_turn(pictures, question)]
+        turns = [*self.history, user_turn(pictures, question, self.as_written)]
         inputs = chat_inputs(self.model, turns)
         room = self.context_len - inputs["input_ids"].shape[1]
         if room < 1:

@@ -54,6 +54,7 @@ from moellava import (
     train,
     upcycle,
 )
+from moellava.asking import user_turn
 from moellava.assembling import DEFAULT_VISION_TOWER
 from moellava.configuration.names_moellava import (
     _MOE_FIELDS_WITHOUT_EFFECT,
@@ -66,6 +67,7 @@ from moellava.configuration.registry_moellava import ENCODERS, PROJECTORS, Regis
 from moellava.hub import checkpoint_files
 from moellava.request import _HUB_OPTIONS, _MODEL_OPTIONS, _OPTION_NAMES, _OPTIONS, _PARTS
 from moellava.sources import Source
+from moellava.training.rows import open_data
 from moellava.upcycling import _CHANGEABLE
 
 
@@ -654,6 +656,16 @@ def training(model: MoellavaForCausalLM | None = None, **changes) -> None:
     train({key: value for key, value in (recipe | changes).items() if value is not ...})
 
 
+def with_tool_calls() -> dict[str, Any]:
+    turns = ROWS[0]["conversations"]
+    return {"conversations": [*turns, turns[0], turns[1] | {"tool_calls": [{"name": "search"}]}]}
+
+
+def rows_of_a_file(**options) -> None:
+    Path("rows.json").write_text(json.dumps(ROWS), encoding="utf-8")
+    open_data({"path": "rows.json", **options})
+
+
 def evaluating(model: MoellavaForCausalLM, questions: list[dict[str, Any]]) -> None:
     model.save_pretrained("my-model")
     evaluate("my-model", questions, device="cpu")
@@ -737,6 +749,13 @@ ERRORS: dict[str, Callable] = {
     "no row": lambda model, _: training(model, data=BROKEN_ROWS),
     "broken row": lambda model, _: training(model, data=ROWS + BROKEN_ROWS, unusable_rows="error"),
     "no question": lambda model, _: evaluating(model, [{"question": "Which?"}]),
+    "refused field": lambda model, _: training(model, data=[with_tool_calls()]),
+    "no such choice": lambda model, _: evaluating(
+        model, [{"question": "Which?", "image": None, "choices": ["left", "right"], "answer": 2}]
+    ),
+    "places of a question": lambda model, _: user_turn([picture(0)], "<image> or <image>?"),
+    "split of a file": lambda model, _: rows_of_a_file(split="validation"),
+    "streamed file": lambda model, _: rows_of_a_file(streaming=True),
     "planned memory": lambda model, _: plan(model.config, memory="80 gigs"),
     "planned rows": lambda model, _: plan(model.config, images=4, max_length=32),
     "planned sparse model": lambda model, _: plan(upcycle(model).config, stage="moe", moe={"num_experts": 2}),

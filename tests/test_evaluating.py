@@ -30,6 +30,7 @@ from PIL import Image
 from moellava import evaluate, load_pretrained_model
 from moellava.asking import question_inputs
 from moellava.evaluating import EvaluationReport, ScoredAnswer, score
+from moellava.evaluating.choices import chosen, stated_letter
 from moellava.evaluating.questions import Question, Unusable, open_picture, read_questions
 from moellava.evaluating.scoring import bootstrap, mean_scores, wilson, words
 
@@ -75,12 +76,203 @@ def test_words(text, expected):
         ("B", "(b)", 1, 1),
         ("B", "Both of them", 0, 1),
         ("(A)", "A", 1, 0),
-        ("A", "A fracture", 1, 1),  # nothing tells the choice from the article
         ("A", "The answer", 0, 1),
     ],
 )
 def test_scores_of_closed_questions(expected, answer, accuracy, published):
     assert score(expected, answer, "closed") == {"accuracy": accuracy, "published_accuracy": published}
+
+
+STATED = {
+    "B": (
+        "B", "b", "B.", "(b)", "[B]", "\"B\"", "**B**", "__B__", "$\\boxed{B}$", "\\boxed{\\text{B}}",
+        "<answer>B</answer>", "\uff22", "B. pleural effusion", "B) left", "b) left", "(B) A mass", "B: left",
+        "B:left", "B.left", "B, since it is", "B - left", "B\nIt is left.", "B because it is", "B is correct.",
+        "B) T wave", "The answer is B.", "the answer is (b).", "The correct answer is option B",
+        "The answer would most likely be B", "Answer: **B) left**", "My answer: B", "Option B", "option b",
+        "I would choose B", "I'd go with (B) here", "I think it is B", "It's B.", "It is B, not A",
+        "B is the best answer", "Option A is wrong. The answer is B.", "The lungs are clear. B",
+        "The lungs are clear.\nB", "\u7b54\u6848\u662fB\u3002", "\u9009B", "\u7b54\u6848\uff1a\uff22",
+        "La respuesta es B", "Ans: B", "I'd say B.", "The answer is \u201cB\u201d.", "Answer - B",
+        "B\u9009\u9879", "Die Antwort ist B.",
+    ),
+    "A": (
+        "A", "a", "A.", "A) mass", "A: mass", "A - mass", "The answer is A.", "The answer is A, because",
+        "A is correct.", "Option A",
+    ),
+    "I": (
+        "I", "I.", "The answer is I.",
+    ),
+    "C": (
+        "I think it is C", "I believe the answer is C",
+    ),
+    "\u0411": (
+        "\u0411", "\u0411) \u043b\u0435\u0432\u043e\u0435", "\u041e\u0442\u0432\u0435\u0442: \u0411",
+    ),
+}  # fmt: skip
+NOT_STATED = {
+    "A": (
+        "A large mass", "A mass.", "a mass", "It is a large mass.", "The answer is a large mass.", "There is a mass",
+        "A or B", "Not A", "An A-scan", "The answer is B. A mass is seen.",
+    ),
+    "B": (
+        "Both", "The answer is not B", "A or B", "A and B", "B/C", "B or C", "B and C", "hepatitis B", "None of B",
+        "", "?",
+    ),
+    "C": (
+        "C-section", "Vitamin C is low", "CT",
+    ),
+    "E": (
+        "e.g. a mass",
+    ),
+    "I": (
+        "I think it is C", "I am not sure", "I'm not sure", "I, as a model, cannot say", "I do not know.",
+    ),
+    "S": (
+        "finding(s)", "It's left",
+    ),
+    "X": (
+        "X-ray",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("letter", "answer", "accuracy"),
+    [(letter, answer, 1) for letter, answers in STATED.items() for answer in answers]
+    + [(letter, answer, 0) for letter, answers in NOT_STATED.items() for answer in answers],
+)
+def test_letters_that_an_answer_states(letter, answer, accuracy):
+    for expected in (letter, letter.lower(), f"({letter.lower()})", f"{letter})", f"**{letter}**"):
+        assert score(expected, answer, "closed")["accuracy"] == accuracy
+    if not accuracy:
+        assert stated_letter(answer) != letter
+
+
+def test_several_letters():
+    said = {"A, C": 1, "A and C": 1, "(C), (A).": 1, "A": 0, "C": 0, "A, B, C": 0, "A, C and D": 0, "A cat": 0, "": 0}
+    for expected in ("A, C", "A and C", "(A) (C)", "A/C"):
+        assert {answer: score(expected, answer, "closed")["accuracy"] for answer in said} == said
+
+
+def test_a_true_answer_of_a_letter_and_a_text():
+    said = {"B": 1, "B. left lung": 1, "The left lung": 1, "C. left lung": 0, "C": 0, "the right lung": 0}
+    assert {answer: score("B. left lung", answer, "closed")["accuracy"] for answer in said} == said
+
+
+@pytest.mark.parametrize(
+    ("expected", "answer", "accuracy"),
+    [
+        ("\u662f", "\u662f", 1),  # yes
+        ("\u662f", "\u662f\u7684\uff0c\u6709\u79ef\u6db2\u3002", 1),
+        ("\u662f", "\u4e0d\u662f", 0),  # not so
+        ("\u5426", "\u5426", 1),
+        ("\u6709", "\u6709\u3002", 1),  # there is
+        ("\u6709", "\u6ca1\u6709\u3002", 0),  # there is not
+        ("\u6ca1\u6709", "\u6ca1\u6709\u3002", 1),
+        ("\u5de6", "\u5728\u5de6\u4fa7\u80ba", 1),  # left
+        ("\u5de6", "\u53f3\u4fa7", 0),
+        ("\u5de6\u80ba", "\u75c5\u7076\u5728\u5de6\u80ba\u3002", 1),
+        ("\u306f\u3044", "\u3044\u3044\u3048", 0),  # Japanese: yes, no
+        ("\uc608", "\uc608, \uc788\uc2b5\ub2c8\ub2e4", 1),  # Korean
+        ("\u0646\u0639\u0645", "\u0646\u0639\u0645.", 1),  # Arabic
+        ("\u0434\u0430", "\u0414\u0430, \u0435\u0441\u0442\u044c", 1),  # Russian
+        ("2", "two lesions", 1),
+        ("2", "12", 0),
+    ],
+)
+def test_closed_answers_of_other_scripts(expected, answer, accuracy):
+    assert score(expected, answer, "closed")["accuracy"] == accuracy
+
+
+CHOICES = [
+    ["left", "right"],
+    ("left", "right"),
+    {"A": "left", "B": "right"},
+    {"a": "left", "b": "right", "C": None},  # as a dataset fills its columns
+    ["A. left", "B. right"],
+    ["(A) left", "(B) right"],
+    {"A": "A: left", "B": "B: right"},
+    {"label": ["A", "B"], "text": ["left", "right"]},
+    [{"label": "A", "text": "left"}, {"label": "B", "text": "right"}],
+    "['left', 'right']",
+    '["left", "right"]',
+]
+
+
+@pytest.mark.parametrize("name", ["choices", "options"])
+@pytest.mark.parametrize("choices", CHOICES)
+@pytest.mark.parametrize(
+    "answer", [1, "1", 1.0, "B", "b", "(b)", "B)", "B.", "**B**", "right", "Right.", "B. right", "(b) right"]
+)
+def test_choices(name, choices, answer):
+    row = {"image": None, "question": "Which side?", name: choices, "answer": answer}
+    (question,) = read_questions([row]).questions
+    assert question.kind == "closed" and list(question.choices.values()) == ["left", "right"]
+    if answer in (1, "1"):
+        assert question.expected == "right"
+    said = {"B": 1, "b)": 1, "right": 1, "On the right side.": 1, "The answer is B.": 1, "B. right": 1, "Option (b)": 1,
+            "A": 0, "left": 0, "left or right": 0, "A or B": 0, "1": 0, "": 0, "neither": 0}  # fmt: skip
+    assert {answer: ScoredAnswer(question, answer, False).scores["accuracy"] for answer in said} == said
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [
+        ("A large mass", "B"),  # and not A
+        ("A large mass in the lung", "B"),
+        ("The answer is a large mass.", "B"),
+        ("A small cyst is seen", "A"),
+        ("A", "A"),
+        ("E. coli", "C"),
+        ("a small cyst, not a large mass", None),
+        ("D", None),
+        ("I cannot say", None),
+    ],
+)
+def test_the_choice_that_an_answer_names(answer, label):
+    assert chosen(answer, {"A": "small cyst", "B": "a large mass", "C": "E. coli"}) == label
+
+
+def test_choices_within_each_other_and_yes_or_no():
+    lungs = {"A": "lung", "B": "left lung", "C": "left upper lung"}
+    assert [chosen(answer, lungs) for answer in ("the lung", "the left lung", "the left upper lung")] == ["A", "B", "C"]
+    assert [chosen(answer, {"A": "Yes", "B": "No"}) for answer in ("No, yes is wrong", "yes", "A", "perhaps")] == [
+        "B", "A", "A", None
+    ]  # fmt: skip
+    assert chosen("4", {"1": "4", "4": "1"}) == "1"  # the text before the letter
+    assert chosen("-", {"A": "+", "B": "-"}) == "B"
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"choices": ["left", "right"], "answer": 2}, "has the answer 2; expected an index from 0 to 1"),
+        ({"choices": ["left", "right"], "answer": -1}, "has the answer -1; expected an index from 0 to 1"),
+        (
+            {"choices": ["left", "right"], "answer": "both"},
+            "has the answer 'both', which is none of its choices (A: left",
+        ),
+        ({"choices": ["left", "right"], "answer": "C"}, "has the answer 'C', which is none of its choices"),
+        ({"choices": [1, 2, 3], "answer": 2}, "has the answer 2, one of its choices and the index of another"),
+        ({"choices": ["B", "A"], "answer": "A"}, "the text of one of its choices and the letter of another"),
+        ({"choices": ["left", "Left."], "answer": 0}, "has the same twice among its choices"),
+        ({"options": ["left", ""], "answer": 0}, "has '' among its options; expected texts"),
+        (
+            {"choices": "left, right", "answer": 0},
+            "has a str as its choices; expected a list of texts, or texts by letter",
+        ),
+        ({"choices": ["left", "right"], "answer": True}, "has no true answer, but True"),
+    ],
+)
+def test_choices_that_cannot_be_used(fields, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        read_questions([{"image": None, "question": "Which side?"} | fields])
+
+
+def test_an_expected_answer_that_is_none_of_the_choices():
+    with pytest.raises(ValueError, match="The expected answer 'both' is none of the choices"):
+        score("both", "left", "closed", {"A": "left", "B": "right"})
 
 
 @pytest.mark.parametrize(
@@ -257,13 +449,13 @@ GOOD = {"image": "1.png", "question": "Which organ?", "answer": "The lung"}
         (GOOD | {"image": {"path": "1.png"}}, "has a dictionary without bytes as 'image'; expected a picture's name"),
         (GOOD | {"question": "Cut \ud83d"}, "has a question that is no text in Unicode: 'Cut \\ud83d'"),
         (GOOD | {"answer_type": "MAYBE"}, "has the answer_type 'MAYBE'; expected OPEN or CLOSED"),
-        ({"conversations": []}, "has 'conversations' that are no list of turns"),
-        (conversation("Which?"), "has turns of user; expected human and gpt in turn, gpt last"),
-        ({"conversations": [{"from": "alien", "value": "?"}]}, "has a turn 1 that is not from human or gpt, but 'ali"),
-        ({"conversations": [{"from": ["human"]}]}, "has a turn 1 that is not from human or gpt, but ['human']"),
-        ({"conversations": [{"from": "human"}]}, "has no text in turn 1, but None"),
-        (conversation("<image> and <image>?", "No", image="1.png"), "has 2 <image> for 1 picture(s); expected one"),
-        (conversation("Which?", "This <image>", image="1.png"), "has <image> in an answer; expected it in questions"),
+        ({"conversations": []}, "has neither conversations nor messages, but conversations"),
+        (conversation("Which?"), "ends without an answer"),
+        ({"conversations": [{"from": "alien", "value": "?"}]}, "message 0 is of 'alien'; expected one of human"),
+        ({"conversations": [{"from": ["human"], "value": "?"}]}, "message 0 is of ['human']; expected one of human"),
+        ({"conversations": [{"from": "human"}]}, "turn 0 has no 'from' and 'value'"),
+        (conversation("<image> and <image>?", "No", image="1.png"), "has 2 <image> placeholder(s) and 1 picture(s)"),
+        (conversation("Which?", "This <image>", image="1.png"), "turn 1, an answer, has a picture"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(folder, row, reason):

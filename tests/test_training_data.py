@@ -23,7 +23,7 @@ import torch
 from parts import picture
 
 from moellava import check_data, load_pretrained_model
-from moellava.training.data import Collator, Examples, StreamedExamples
+from moellava.training.data import Collator, Examples, StreamedExamples, log_overlap, overlapping
 from moellava.training.encoding import Encoder
 from moellava.training.rows import RowError, Rows, open_data
 from moellava.training.trainer import SeededLengthSampler
@@ -303,7 +303,7 @@ def test_the_misspelt_name_of_llava_med_is_known(folder):
 
 
 def test_urls_are_not_fetched():
-    with pytest.raises(RowError, match="names https://example.org/a.png; download it, training fetches nothing"):
+    with pytest.raises(RowError, match="names https://example.org/a.png; download it, nothing is fetched"):
         Rows([llava(image="https://example.org/a.png")])[0]
 
 
@@ -329,6 +329,94 @@ def test_data_that_cannot_be_opened(tmp_path, monkeypatch, data, error, message)
     datasets.DatasetDict({"validation": datasets.Dataset.from_list([{"id": 1}])}).save_to_disk(str(tmp_path / "splits"))
     with pytest.raises(error, match=message):
         open_data(data)
+
+
+def numbered(count, start=0):
+    return [llava([(f"Question {number}?", f"Answer {number}.")], image=None) for number in range(start, start + count)]
+
+
+def questions_of(rows):
+    return [rows[index].messages[0]["content"][0]["text"].split()[1][:-1] for index in range(len(rows))]
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """Ten rows in every form that has no splits, and folders of two splits and of one."""
+    folder = tmp_path_factory.mktemp("several")
+    rows = datasets.Dataset.from_list(numbered(10))
+    rows.save_to_disk(str(folder / "unnamed"))
+    both = datasets.DatasetDict({"train": rows, "test": datasets.Dataset.from_list(numbered(4, 100))})
+    both.save_to_disk(str(folder / "both"))
+    named = datasets.Dataset.from_list(numbered(4, 100), split=datasets.NamedSplit("test"))
+    named.save_to_disk(str(folder / "named"))
+    (folder / "rows.json").write_text(json.dumps(numbered(10)), encoding="utf-8")
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, numbered(10))), encoding="utf-8")
+    return folder, {"list": numbered(10), "dataset": rows, "splits": both}
+
+
+@pytest.mark.parametrize("name", ["unnamed", "both", "rows.json", "rows.jsonl", "list", "dataset", "splits"])
+@pytest.mark.parametrize(
+    ("split", "numbers"),
+    [
+        (None, range(10)),
+        ("train", range(10)),
+        ("train[:80%]", range(8)),
+        ("train[80%:]", range(8, 10)),
+        ("train[2:5]", range(2, 5)),
+        ("train[-1:]", range(9, 10)),
+        ("train[:2]+train[8:]", (0, 1, 8, 9)),
+    ],
+)
+def test_splits_and_their_slices(several, name, split, numbers):
+    folder, held = several
+    rows = open_data({"path": held.get(name, str(folder / name)), "split": split})
+    assert questions_of(rows) == [str(number) for number in numbers]
+
+
+def test_splits_by_name(several):
+    folder, held = several
+    for data in (str(folder / "both"), held["splits"]):
+        assert questions_of(open_data({"path": data, "split": "test"})) == ["100", "101", "102", "103"]
+        assert questions_of(open_data({"path": data, "split": "train[:1]+test[:1]"})) == ["0", "100"]
+        assert len(open_data(data)) == 10
+    assert (
+        len(open_data(str(folder / "named"))) == len(open_data({"path": str(folder / "named"), "split": "test"})) == 4
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("unnamed", {"split": "validation"}, "Unknown split 'validation' of .*unnamed.* Known: train"),
+        ("named", {"split": "train"}, "Unknown split 'train' of .*named.* Known: test"),
+        ("both", {"split": "tset"}, "Unknown split 'tset' of .*both; did you mean 'test'"),
+        ("both", {"split": "train[:80"}, r"split is 'train\[:80' .*; expected a name or a slice"),
+        ("rows.json", {"split": "test"}, "Unknown split 'test' of .*rows.json"),
+        ("both", {"streaming": True}, "data gives streaming: True with .*both; it goes with what load_dataset reads"),
+        ("rows.json", {"name": "english"}, "data gives name: 'english' with .*rows.json"),
+        ("list", {"name": "english"}, "data gives name: 'english' with the dataset"),
+    ],
+)
+def test_splits_that_are_not_there(several, name, fields, message):
+    folder, held = several
+    with pytest.raises(ValueError, match=message):
+        open_data({"path": held.get(name, str(folder / name)), **fields})
+
+
+def test_rows_to_evaluate_on_that_are_trained_on_are_named(processor_of, folder, tmp_path, caplog):
+    (tmp_path / "copy.png").write_bytes((folder / "0.png").read_bytes())
+    url = f"data:image/png;base64,{base64.b64encode((folder / '0.png').read_bytes()).decode()}"
+    encoder = Encoder(processor_of())
+    train = Examples(open_data([llava(), llava(image=None), llava(TURNS[:1], image=None)], folder), encoder)
+    same = [llava(image=str(tmp_path / "copy.png"), id="a copy"), llava(image=url), llava(image=None)]
+    other = [llava(image="1.png"), llava(TURNS[:2]), llava([("How many?", "Two.")], image=None)]
+    evaluated = Examples(open_data([other[0], *same, *other[1:]], folder), encoder)
+    assert overlapping(evaluated, train) == ["row 1 (id a copy)", "row 2", "row 3"]
+    log_overlap(evaluated, train, "eval_data")
+    assert "3 of the 6 rows of eval_data are rows of data too: row 1 (id a copy), row 2, row 3. The loss" in caplog.text
+    caplog.clear()
+    log_overlap(Examples(open_data(other, folder), encoder), train, "eval_data")
+    assert not caplog.text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import typer
 
 from .inputs import load_checkpoint, open_pictures
 from .options import (
+    AsWritten,
     Checkpoint,
     Debug,
     Json,
@@ -42,6 +43,7 @@ def ask(
     ],
     *,
     more_pictures: MorePictures = None,
+    as_written: AsWritten = False,
     max_new_tokens: MaxNewTokens = 256,
     loading: Loading,
     hub: TrustedHub,
@@ -62,9 +64,8 @@ def ask(
     ```
     """
     if question == "-":
-        question = sys.stdin.read()
-    question = question.strip()
-    if not question:
+        question = sys.stdin.read().removesuffix("\n")
+    if not question.strip():
         raise typer.BadParameter("The question is empty.", param_hint="'QUESTION'")
     names = [picture, *(more_pictures or [])]
     pictures = open_pictures(names)  # before the model, which takes longer
@@ -72,13 +73,13 @@ def ask(
 
     from ..chatting import Chat
 
-    chat = Chat(loaded, max_new_tokens=max_new_tokens)
+    chat = Chat(loaded, max_new_tokens=max_new_tokens, as_written=as_written)
     stream = sys.stdout.isatty() and not as_json
     for text in chat.ask(question, pictures):
         if stream:
             typer.echo(text, nl=False)
     if as_json:
-        asked = {"checkpoint": checkpoint, "pictures": names, "question": question}
+        asked = {"checkpoint": checkpoint, "pictures": names, "question": question.strip()}
         print_json({**asked, "answer": chat.answer, **chat.stats.to_dict()})
     else:
         typer.echo("" if stream else chat.answer)

@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from .logs import logging_shown
-from .options import Debug, Json, Verbose
+from .options import AsWritten, Debug, Json, Verbose
 from .printing import print_json
 
 
@@ -40,6 +40,7 @@ def check(
     max_length: Annotated[
         int | None, typer.Option(min=1, help="How many tokens a row may have, with --model.", show_default=False)
     ] = None,
+    as_written: AsWritten = False,
     unopened: Annotated[
         bool, typer.Option("--unopened", help="Check only that the files of the pictures are there; faster.")
     ] = False,
@@ -61,7 +62,14 @@ def check(
     from ..training import check_data
 
     with logging_shown(verbose):
-        report = check_data(data, model=model, image_folder=images, max_length=max_length, check_pictures=not unopened)
+        report = check_data(
+            data,
+            model=model,
+            image_folder=images,
+            max_length=max_length,
+            check_pictures=not unopened,
+            as_written=as_written,
+        )
     if as_json:
         print_json(report.to_dict())
     else:

@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 
 from .logs import debug_options, logging_shown
-from .options import Checkpoint, Debug, Json, Loading, MaxNewTokens, TrustedHub, Verbose
+from .options import AsWritten, Checkpoint, Debug, Json, Loading, MaxNewTokens, TrustedHub, Verbose
 from .printing import print_json
 
 
@@ -44,6 +44,7 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="How many rows, from the first. By default all.", show_default=False)
     ] = None,
+    as_written: AsWritten = False,
     batch_size: Annotated[int, typer.Option(min=1, help="How many questions are answered together.")] = 8,
     max_new_tokens: MaxNewTokens = 128,
     loading: Loading,
@@ -81,6 +82,7 @@ def evaluate(
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             limit=limit,
+            as_written=as_written,
             **loading.options(),
             **debug_options(verbose),
             **hub.options(),

@@ -160,6 +160,13 @@ Verbose = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+AsWritten = Annotated[
+    bool,
+    typer.Option(
+        "--as-written",
+        help="Keep questions as they are written. By default images at either end come first, as LLaVA has it.",
+    ),
+]
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=OUTPUT, callback=note_debug)
 ]
@@ -324,6 +331,7 @@ __all__ = [
     "HUB",
     "LOADING",
     "OUTPUT",
+    "AsWritten",
     "Checkpoint",
     "DType",
     "DTypeOption",

@@ -42,6 +42,7 @@ def evaluate(
     batch_size: int = 8,
     max_new_tokens: int = 128,
     limit: int | None = None,
+    as_written: bool = False,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     **load_options,
@@ -65,6 +66,8 @@ def evaluate(
         batch_size (`int`, *optional*, defaults to 8): How many questions are answered together. Changes no answer.
         max_new_tokens (`int`, *optional*, defaults to 128): The length of an answer at most, in tokens.
         limit (`int`, *optional*): How many rows to evaluate, from the first.
+        as_written (`bool`, *optional*, defaults to `False`): Whether questions stay as they are in the rows, their
+            images where they stand: for models that were trained so.
         device, dtype (*optional*): Where and in which precision the checkpoint is loaded.
         load_options: The other arguments of `load_pretrained_model`: `revision`, `load_4bit`, `model_base`, ...
 
@@ -100,7 +103,7 @@ def evaluate(
         )
     if not is_loaded:
         _check_answers(checkpoint, given)
-    questions = read_questions(data, image_folder, limit)
+    questions = read_questions(data, image_folder, limit, as_written)
     loaded = checkpoint if is_loaded else load_pretrained_model(checkpoint, **given)
     model = loaded.model.eval()
     started = time.perf_counter()
@@ -134,6 +137,7 @@ def evaluate(
             "batch_size": batch_size,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
+            **({"as_written": True} if as_written else {}),
         },
         seconds=seconds,
     )

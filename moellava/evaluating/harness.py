@@ -25,7 +25,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 
 from ..loading import load_pretrained_model
 from .answering import answer_questions
-from .questions import Question
+from .questions import Question, asked_turns
 from .scoring import OPEN
 
 
@@ -90,7 +90,7 @@ class MoellavaHarness(lmms):
                 for part in message["content"]
             ]
             turns.append({**message, "content": parts})
-        return Question(place, "", "", OPEN, [], turns)
+        return Question(place, "", "", OPEN, [], asked_turns(turns))
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Is not offered: no task with true answers needs it."""

@@ -15,12 +15,12 @@
 
 A row's own fields tell what it is:
 
-- LLaVA's: `conversations`, a list of `{"from": "human" or "gpt", "value": ...}`, and `image`, a name or a list of
-  names. Every answer is asked for, with the true turns before it.
+- Conversations, read as in training: LLaVA's `conversations` and `image`, OpenAI's `messages` and `images`, TRL's
+  `prompt` and `completion`. Every answer that is learnt is asked for, with the true turns before it.
 - One question a row, as in LLaVA-Med's question files, VQA-RAD, SLAKE and PathVQA: `question` (or `text`), `answer`,
-  and `image` (`image_name`, `img_name`).
+  and `image` (`image_name`, `img_name`); of multiple choice also `choices` (`options`).
 
-Both may have `answer_type` (`OPEN`, `CLOSED`).
+Both may have `answer_type` (`OPEN`, `CLOSED`), and a `system` text.
 """
 
 import base64
@@ -31,22 +31,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..asking import user_turn
+from ..asking import user_turn, with_pictures
 from ..building import IMAGE_TOKEN
+from ..conversations import (
+    IMAGE_FIELDS,
+    RowError,
+    arranged,
+    is_conversation,
+    located,
+    read_conversation,
+    refuse_unread_fields,
+    row_pictures,
+)
 from ..json_files import read_json_rows
 from ..processing.images_moellava import check_shape, to_rgb
 from ..wording import encodable
+from .choices import read_choices, right_choice
 from .scoring import CLOSED, OPEN, words
 
 
-# The names of a field in the datasets, most common first. "conversatons" is what some of LLaVA-Med's files say.
-_CONVERSATION_NAMES = ("conversations", "conversatons")
+# The names of a field in the datasets, most common first.
 _QUESTION_NAMES = ("question", "text")
-_PICTURE_NAMES = ("image", "image_name", "img_name")
 _ID_NAMES = ("id", "question_id", "qid")
-_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 # PathVQA tells its closed questions as "yes/no", its open ones as "other" and "number".
-_KINDS = {"closed": CLOSED, "close": CLOSED, "yes/no": CLOSED, "open": OPEN, "other": OPEN, "number": OPEN}
+_KINDS = {
+    "closed": CLOSED, "close": CLOSED, "yes/no": CLOSED, "multiple-choice": CLOSED, "multiple choice": CLOSED,
+    "open": OPEN, "other": OPEN, "number": OPEN,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,7 @@ class Question:
         pictures (`list`): The pictures up to here: paths, PIL pictures, or a dictionary with their bytes.
         turns (`list[dict]`): The chat, as `apply_chat_template` takes it, up to and with the question.
         id (`str` or `None`): What the row calls itself.
+        choices (`dict[str, str]` or `None`): Of multiple choice, the texts by their letters.
     """
 
     row: int
@@ -70,6 +82,7 @@ class Question:
     pictures: list[Any]
     turns: list[dict[str, Any]]
     id: str | None = None
+    choices: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,14 +115,11 @@ class QuestionSet:
     num_rows: int = 0
 
 
-class _RowError(ValueError):
-    """A row cannot be used."""
-
-
 def read_questions(
     data: str | os.PathLike | Iterable[Mapping[str, Any]],
     image_folder: str | os.PathLike | None = None,
     limit: int | None = None,
+    as_written: bool = False,
 ) -> QuestionSet:
     """Reads questions with true answers; no picture is opened.
 
@@ -120,6 +130,8 @@ def read_questions(
         image_folder (`str` or `os.PathLike`, *optional*):
             Where the pictures are that rows name. Defaults to the file's folder, for rows to the working folder.
         limit (`int`, *optional*): How many rows to read at most.
+        as_written (`bool`, *optional*, defaults to `False`): Whether questions stay as they are in the rows: see
+            [`moellava.conversations.arranged`].
 
     Raises:
         FileNotFoundError: There is no such file or folder.
@@ -144,8 +156,8 @@ def read_questions(
     for number, row in enumerate(itertools.islice(rows, limit), start=1):
         found.num_rows = number
         try:
-            found.questions += _questions_of(row, number, folder)
-        except _RowError as error:
+            found.questions += _questions_of(row, number, folder, as_written)
+        except RowError as error:
             found.unusable.append(Unusable(number, str(error)))
     if not found.questions:
         faults = "; ".join(f"row {fault.row} {fault.reason}" for fault in found.unusable[:3]) or "it is empty"
@@ -179,97 +191,91 @@ def _read_rows(path: Path) -> list[Any]:
     return read_json_rows(path)
 
 
-def _questions_of(row: Any, number: int, folder: Path) -> list[Question]:
+def _questions_of(row: Any, number: int, folder: Path, as_written: bool) -> list[Question]:
     if not isinstance(row, Mapping):
-        raise _RowError(f"is a {type(row).__name__}; expected an object with a question, an answer and a picture")
-    name, conversation = _field(row, _CONVERSATION_NAMES)
-    if name is not None:
-        return _turns_of(row, name, conversation, number, folder)
-    text = _required(row, _QUESTION_NAMES, "question")
-    name, pictures = _field(row, _PICTURE_NAMES)
-    if name is None:
-        raise _RowError(f"has no picture: expected {_either(_PICTURE_NAMES)}, null for a question without")
-    answer = _required(row, ("answer",), "true answer")
-    expected, pictures = _expected(answer), _pictures_of(pictures, name, folder)
-    text, turn = _asked(_text(text, "question"), pictures)
-    return [Question(number, text, expected, _kind(row, expected), pictures, [turn], _id(row))]
+        raise RowError(
+            "form", f"is a {type(row).__name__}; expected an object with a question, an answer and a picture"
+        )
+    if is_conversation(row):
+        return _turns_of(row, number, folder, as_written)
+    refuse_unread_fields(row)
+    text = _text(_required(row, _QUESTION_NAMES, "question"), "question")
+    name, held = row_pictures(row)
+    if name is None and not any(name in row for name in IMAGE_FIELDS):
+        names = ("image", "image_name", "img_name")
+        raise RowError("form", f"has no picture: expected {_either(names)}, null for a question without")
+    choices = read_choices(row)
+    expected = _expected(_required(row, ("answer",), "true answer"), choices)
+    pictures = _pictures_of(held, name, folder)
+    if (places := text.count(IMAGE_TOKEN)) not in (0, len(pictures)):
+        count = f"{places} {IMAGE_TOKEN} for {len(pictures)} picture(s)"
+        raise RowError("placeholders", f"has {count}; expected one for each, or none")
+    if not text.replace(IMAGE_TOKEN, "").strip():
+        raise RowError("form", "has no text in the question")
+    turn = user_turn(pictures, text, as_written)
+    turns = [*_system_turn(row), turn]
+    return [Question(number, _shown(turn), expected, _kind(row, expected, choices), pictures, turns, _id(row), choices)]
 
 
-def _turns_of(row: Mapping[str, Any], name: str, conversation: Any, number: int, folder: Path) -> list[Question]:
-    """Returns a question for every answer of a conversation."""
-    if not isinstance(conversation, list) or not conversation:
-        raise _RowError(f"has {name!r} that are no list of turns")
-    picture_name, pictures = _field(row, _PICTURE_NAMES)
-    waiting = _pictures_of(pictures, picture_name, folder)
-    said = [_said(turn, place) for place, turn in enumerate(conversation, start=1)]
-    turns = [_text_turn(role, text) for role, text in said[:1] if role == "system"]
-    said = said[len(turns) :]
-    roles = [role for role, _ in said]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise _RowError(f"has turns of {', '.join(roles) or 'nobody'}; expected human and gpt in turn, gpt last")
-    placed = sum(text.count(IMAGE_TOKEN) for role, text in said if role == "user")
-    if placed not in (0, len(waiting)):
-        raise _RowError(f"has {placed} {IMAGE_TOKEN} for {len(waiting)} picture(s); expected one for each, or none")
-    questions, shown = [], []
-    for (_, question), (_, answer) in zip(said[::2], said[1::2], strict=True):
-        count = question.count(IMAGE_TOKEN) if placed else len(waiting)
+def _turns_of(row: Mapping[str, Any], number: int, folder: Path, as_written: bool) -> list[Question]:
+    """Returns a question for every answer of a conversation that is learnt."""
+    said = read_conversation(row, as_written=as_written, needs_places=False)
+    waiting = _pictures_of(said.pictures, row_pictures(row)[0] or "content", folder)
+    choices = read_choices(row)
+    questions: list[Question] = []
+    turns: list[dict[str, Any]] = []
+    shown: list[Any] = []
+    for place, message in enumerate(said.messages):
+        count = sum(part["type"] == "image" for part in message["content"])
         own, waiting = waiting[:count], waiting[count:]
-        shown, expected = shown + own, _expected(answer)
-        text, turn = _asked(question, own)
-        turns = [*turns, turn]
-        questions.append(Question(number, text, expected, _kind(row, expected), shown, turns, _id(row)))
-        turns = [*turns, _text_turn("assistant", expected)]
+        if place in said.learnt:
+            expected = _expected(message["content"][0]["text"], choices)
+            kind = _kind(row, expected, choices)
+            questions.append(Question(number, _shown(turns[-1]), expected, kind, shown, turns, _id(row), choices))
+        shown = shown + own
+        turns = [*turns, {**message, "content": with_pictures(message["content"], own)}]
     return questions
 
 
-def _said(turn: Any, place: int) -> tuple[str, str]:
-    role = turn.get("from", turn.get("role")) if isinstance(turn, Mapping) else None
-    if not isinstance(role, str) or role not in _ROLES:
-        raise _RowError(f"has a turn {place} that is not from human or gpt, but {role!r}")
-    return _ROLES[role], _text(turn.get("value", turn.get("content")), f"text in turn {place}")
-
-
-def _text_turn(role: str, text: str) -> dict[str, Any]:
-    return {"role": role, "content": [{"type": "text", "text": text}]}
-
-
-def _asked(question: str, pictures: list[Any]) -> tuple[str, dict[str, Any]]:
-    """Returns the text of a question, and the user's turn that it is.
-
-    Pictures come before the text, as LLaVA asks, unless their placeholders stand in the middle of it.
-    """
-    pieces = question.split(IMAGE_TOKEN)
-    if len(pieces) - 1 not in (0, len(pictures)):
-        raise _RowError(
-            f"has {len(pieces) - 1} {IMAGE_TOKEN} for {len(pictures)} picture(s); expected one for each, or none"
-        )
-    texts = [piece.strip() for piece in pieces if piece.strip()]
-    if not texts:
-        raise _RowError("has no text in the question")
-    if len(texts) == 1:
-        return texts[0], user_turn(pictures, texts[0])
-    content = [{"type": "text", "text": pieces[0]}]
-    for picture, piece in zip(pictures, pieces[1:], strict=True):
-        # The newline behind a picture is the chat template's.
-        content += [{"type": "image", "image": picture}, {"type": "text", "text": piece.removeprefix("\n")}]
-    return question.strip(), {"role": "user", "content": [part for part in content if part.get("text") != ""]}
-
-
-def _pictures_of(pictures: Any, name: str | None, folder: Path) -> list[Any]:
-    """Returns the pictures that a field names: paths of files that exist, or the pictures that it holds."""
-    if pictures is None:
+def _system_turn(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the turn that a row's system text is, if it has one."""
+    system = row.get("system")
+    if system is None or (isinstance(system, str) and not system.strip()):
         return []
+    return [{"role": "system", "content": [{"type": "text", "text": _text(system, "system text").strip()}]}]
+
+
+def _shown(turn: dict[str, Any]) -> str:
+    """Returns a question as people read it: with the places of images only where they are within the text."""
+    within = itertools.dropwhile(lambda part: part["type"] == "image", turn["content"])
+    return "".join(part.get("text", IMAGE_TOKEN) for part in within).strip()
+
+
+def asked_turns(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the turns of a chat that comes in parts, pictures with them, arranged as in training."""
+    turns = []
+    for message in messages:
+        content = message["content"]
+        content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if message["role"] == "user":
+            pictures = [part["image"] for part in content if part["type"] == "image"]
+            content = with_pictures(arranged(content), pictures)
+        turns.append({**message, "content": content})
+    return turns
+
+
+def _pictures_of(pictures: list[Any], name: str | None, folder: Path) -> list[Any]:
+    """Returns the images of a row: paths of files that exist, or the images that it holds."""
     found = []
-    for picture in pictures if isinstance(pictures, list | tuple) else [pictures]:
-        if isinstance(picture, Mapping):
-            if picture.get("bytes") is None:
-                raise _RowError(f"has a dictionary without bytes as {name!r}; expected a picture's name")
-        elif isinstance(picture, str | os.PathLike):
-            picture = folder / picture
+    for picture in pictures:
+        if isinstance(picture, Mapping) and not picture.get("bytes"):
+            raise RowError("form", f"has a dictionary without bytes as {name!r}; expected a picture's name")
+        picture = located(picture, folder)
+        if isinstance(picture, os.PathLike):
             if not os.path.isfile(picture):  # which, unlike Path.is_file, takes names of any length
-                raise _RowError(f"names the picture {picture}, and there is no such file")
-        elif not hasattr(picture, "convert"):  # a PIL picture has it
-            raise _RowError(f"has a {type(picture).__name__} as {name!r}; expected a picture's name")
+                raise RowError("missing picture", f"names the picture {picture}, and there is no such file")
+        elif not isinstance(picture, str | Mapping) and not hasattr(picture, "convert"):  # a PIL picture has it
+            raise RowError("form", f"has a {type(picture).__name__} as {name!r}; expected a picture's name")
         found.append(picture)
     return found
 
@@ -283,7 +289,7 @@ def _required(row: Mapping[str, Any], names: tuple[str, ...], what: str) -> Any:
     name, value = _field(row, names)
     if name is None:
         has = ", ".join(map(str, row)) or "nothing"
-        raise _RowError(f"has no {what}: expected {_either(names)}, found {has}")
+        raise RowError("form", f"has no {what}: expected {_either(names)}, found {has}")
     return value
 
 
@@ -294,31 +300,33 @@ def _either(names: tuple[str, ...]) -> str:
 def _text(value: Any, what: str) -> str:
     # VQA-RAD has numbers among its answers.
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise _RowError(f"has no {what}, but {value!r}")
+        raise RowError("form", f"has no {what}, but {value!r}")
     if not str(value).strip():
-        raise _RowError(f"has no {what}: it is empty")
+        raise RowError("form", f"has no {what}: it is empty")
     if encodable(str(value)) != str(value):  # a text that was cut within a character, which tokenizers do not take
-        raise _RowError(f"has a {what} that is no text in Unicode: {str(value)[:80]!r}")
+        raise RowError("form", f"has a {what} that is no text in Unicode: {str(value)[:80]!r}")
     return str(value)
 
 
-def _expected(answer: Any) -> str:
+def _expected(answer: Any, choices: dict[str, str] | None) -> str:
+    if choices is not None:
+        answer = right_choice(answer, choices)
     text = _text(answer, "true answer").strip()
-    if not words(text):
-        raise _RowError(f"has the true answer {text!r}, which has no words to compare with")
+    if not words(text) and choices is None:
+        raise RowError("form", f"has the true answer {text!r}, which has no words to compare with")
     if IMAGE_TOKEN in text:
-        raise _RowError(f"has {IMAGE_TOKEN} in an answer; expected it in questions only")
+        raise RowError("form", f"has {IMAGE_TOKEN} in an answer; expected it in questions only")
     return text
 
 
-def _kind(row: Mapping[str, Any], expected: str) -> str:
-    """Returns what a row's `answer_type` says; without one, yes and no are closed, and all else is open."""
+def _kind(row: Mapping[str, Any], expected: str, choices: dict[str, str] | None) -> str:
+    """Returns what a row's `answer_type` says; without one, yes, no and choices are closed, and all else is open."""
     told = row.get("answer_type")
     if told is None:
-        return CLOSED if words(expected) in (["yes"], ["no"]) else OPEN
+        return CLOSED if choices is not None or words(expected) in (["yes"], ["no"]) else OPEN
     kind = _KINDS.get(str(told).strip().lower())
     if kind is None:
-        raise _RowError(f"has the answer_type {told!r}; expected OPEN or CLOSED")
+        raise RowError("form", f"has the answer_type {told!r}; expected OPEN or CLOSED")
     return kind
 
 
@@ -327,4 +335,4 @@ def _id(row: Mapping[str, Any]) -> str | None:
     return None if value is None else str(value)
 
 
-__all__ = ["Question", "QuestionSet", "Unusable", "open_picture", "read_questions"]
+__all__ = ["Question", "QuestionSet", "Unusable", "asked_turns", "open_picture", "read_questions"]

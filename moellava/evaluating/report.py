@@ -53,7 +53,7 @@ class ScoredAnswer:
     scores: dict[str, float] = field(init=False)
 
     def __post_init__(self):
-        scores = score(self.question.expected, self.answer, self.question.kind)
+        scores = score(self.question.expected, self.answer, self.question.kind, self.question.choices)
         object.__setattr__(self, "scores", scores)  # the way to compute a field of a frozen dataclass
 
     @property
@@ -71,6 +71,7 @@ class ScoredAnswer:
             "expected": self.question.expected,
             "answer": self.answer,
             "kind": self.question.kind,
+            **({} if self.question.choices is None else {"choices": self.question.choices}),
             "cut_off": self.cut_off,
             "scores": {name: round(value, 4) for name, value in self.scores.items()},
         }

@@ -19,14 +19,15 @@ Answers are compared word by word. Which words, `words` says: the rules are thos
 """
 
 import math
-import re
 import statistics
-import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from .choices import chosen, label_of, letters_of, split_choice, stated_letter
+from .comparing import says, words
 
 
 CLOSED, OPEN = "closed", "open"
@@ -38,37 +39,16 @@ METRICS = {
 }
 _PROPORTIONS = ("accuracy", "published_accuracy", "exact_match")
 
-_ARTICLES = ("a", "an", "the")
-_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"none": "0"}
-_BETWEEN_DIGITS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_NO_DECIMAL_POINT = re.compile(r"(?<!\d)\.|\.(?!\d)")
-_LETTER = re.compile(r"\W*([A-Za-z])(?:\W|$)")
-
 _CONFIDENCE = 0.95
 _RESAMPLES = 2000
 
 
-def words(text: str) -> list[str]:
-    """Returns the words of an answer, as they are compared.
-
-    In lower case; `zero` to `ten` and `none` as digits; without the articles `a`, `an` and `the`, unless nothing else
-    is there; without apostrophes (`don't` is `dont`) and commas within numbers. The point of a decimal number and the
-    per cent sign stay. All other punctuation separates words: `X-ray` is two.
-    """
-    text = unicodedata.normalize("NFKC", text).lower()
-    text = _BETWEEN_DIGITS.sub("", re.sub("['\u2019]", "", text))
-    text = _NO_DECIMAL_POINT.sub(" ", text)
-    text = "".join(" " if unicodedata.category(sign)[0] in "PS" and sign not in ".%" else sign for sign in text)
-    found = text.split()
-    return [_DIGITS.get(word, word) for word in found if word not in _ARTICLES] or found
-
-
-def score(expected: str, answer: str, kind: str) -> dict[str, float]:
+def score(expected: str, answer: str, kind: str, choices: Mapping[str, str] | None = None) -> dict[str, float]:
     """Scores an answer, each score from 0 to 1.
 
     - `accuracy` of a closed question. Yes or no: the first `yes` or `no` among the answer's words is the expected one.
-      One letter, of multiple choice: the answer begins with that letter, alone or before punctuation. Else: the
+      With choices: the answer names the right one and no other, by its letter or by its text. One letter without
+      them: the answer states that letter (see [`stated_letter`]); several ("A, C"): it is the same letters. Else: the
       expected words stand in the answer, one after the other.
     - `exact_match` of an open question: the same words in the same order.
     - `recall`: the share of the expected words that the answer has; `f1`: the harmonic mean of that and the share of
@@ -83,18 +63,20 @@ def score(expected: str, answer: str, kind: str) -> dict[str, float]:
         expected (`str`): The true answer.
         answer (`str`): The answer to score.
         kind (`str`): `"closed"` or `"open"`.
+        choices (`Mapping[str, str]`, *optional*): Of multiple choice, the texts by their letters; the true answer is
+            one of the two.
 
     Raises:
-        ValueError: Another kind, or the expected answer has no words.
+        ValueError: Another kind, or the expected answer has no words or is none of the choices.
     """
     if kind not in METRICS:
         raise ValueError(f"The kind of the question is {kind!r}; expected {CLOSED!r} or {OPEN!r}.")
     true, said = words(expected), words(answer)
-    if not true:
+    if not true and not choices:
         raise ValueError(f"The expected answer {expected!r} has no words to compare with.")
     if kind == CLOSED:
         return {
-            "accuracy": float(_is_right_choice(expected, true, answer, said)),
+            "accuracy": float(_is_right(expected, answer, choices)),
             "published_accuracy": float(expected.strip().lower() in answer.lower()),
         }
     true_counts, said_counts = Counter(true), Counter(said)
@@ -103,19 +85,28 @@ def score(expected: str, answer: str, kind: str) -> dict[str, float]:
     missed = sum(count for word, count in true_counts.items() if word not in said_counts)
     return {
         "exact_match": float(true == said),
-        "f1": 2 * common / (len(true) + len(said)),
-        "recall": common / len(true),
-        "published_recall": hits / (hits + missed),
+        "f1": 2 * common / max(1, len(true) + len(said)),
+        "recall": common / max(1, len(true)),
+        "published_recall": hits / max(1, hits + missed),
     }
 
 
-def _is_right_choice(expected: str, true: list[str], answer: str, said: list[str]) -> bool:
+def _is_right(expected: str, answer: str, choices: Mapping[str, str] | None) -> bool:
+    if choices:
+        right = label_of(expected, choices)
+        if right is None:
+            raise ValueError(f"The expected answer {expected!r} is none of the choices {dict(choices)}.")
+        return chosen(answer, choices) == right
+    true, said = words(expected), words(answer)
     if true in (["yes"], ["no"]):
         return next((word for word in said if word in ("yes", "no")), None) == true[0]
-    if len(expected.strip(" .()")) == 1 and expected.strip(" .()").isalpha():
-        letter = _LETTER.match(answer)
-        return letter is not None and letter[1].lower() == expected.strip(" .()").lower()
-    return any(said[start : start + len(true)] == true for start in range(len(said) - len(true) + 1))
+    if several := letters_of(expected):
+        return letters_of(answer) == several
+    letter, text = split_choice(expected)
+    if letter is not None:
+        stated = stated_letter(answer, letter)
+        return stated == letter or (stated is None and bool(text) and says(said, words(text)))
+    return says(said, true)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,13 @@
 # limitations under the License.
 """Training data for `transformers.Trainer`: datasets of encoded conversations, their batches, and the check of them."""
 
+import base64
+import hashlib
 import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,7 @@ class DataReport:
         tokens (`int`): Their tokens, pictures with them; 0 if there was no processor to count them.
         answer_tokens (`int`): Those of them that are learnt.
         longest (`int`): The tokens of the longest of them.
+        unread (`dict[str, int]`): The fields of turns that are not read, and of how many rows.
     """
 
     rows: int = 0
@@ -70,6 +73,7 @@ class DataReport:
     tokens: int = 0
     answer_tokens: int = 0
     longest: int = 0
+    unread: Counter[str] = field(default_factory=Counter)
 
     @property
     def usable(self) -> int:
@@ -90,6 +94,7 @@ class DataReport:
             "tokens": self.tokens,
             "answer_tokens": self.answer_tokens,
             "longest": self.longest,
+            "unread": dict(self.unread),
             "kinds": self.kinds,
             "problems": [vars(problem) for problem in self.problems],
         }
@@ -101,11 +106,20 @@ class DataReport:
             lines.append(
                 f"{self.tokens} tokens, {self.answer_tokens} of them learnt; the longest row has {self.longest}"
             )
+        if self.unread:
+            lines.append(self.unread_line)
         lines += [f"{kind}: {count} row(s)" for kind, count in self.kinds.items()]
         lines += [str(problem) for problem in self.problems[:most]]
         if len(self.problems) > most:
             lines.append(f"... and {len(self.problems) - most} more")
         return lines
+
+    @property
+    def unread_line(self) -> str:
+        """Names the fields of turns that are not read."""
+        return "fields of turns that are not read: " + ", ".join(
+            f"{name} ({count} rows)" for name, count in self.unread.most_common()
+        )
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the report as JSON."""
@@ -176,6 +190,8 @@ class StreamedExamples(IterableDataset):
                 "pictures": row.pictures,
                 "name": row.name,
             }
+        if report.unread:
+            logger.warning("The data: %s", report.unread_line)
         _require_some(report)
 
 
@@ -201,6 +217,7 @@ def _encoded(
                 logger.warning("Left out: %s", problem)
             continue
         report.pictures += len(row.pictures)
+        report.unread.update(row.unread)
         if encoded is not None:
             report.tokens += len(encoded.input_ids)
             report.answer_tokens += sum(end - start for start, end in encoded.answers)
@@ -222,6 +239,58 @@ def log_problems(report: DataReport, origin: str) -> None:
         logger.warning(
             "%d of the %d rows of %s are left out: %s%s", len(report.problems), report.rows, origin, first,
             f"; and {rest} more" if rest > 0 else "",
+        )  # fmt: skip
+    if report.unread:
+        logger.warning("%s: %s", origin, report.unread_line)
+
+
+def overlapping(examples: Examples, others: Examples) -> list[str]:
+    """Returns the names of the rows of `examples` that are rows of `others` too: the same tokens and the same images.
+
+    Images are compared by their files' content, and only of rows whose tokens are the same.
+    """
+    rows_of: dict[bytes, list[int]] = {}
+    for place, (_, input_ids, _) in enumerate(others._kept):
+        rows_of.setdefault(input_ids.tobytes(), []).append(place)
+    shown_in: dict[bytes, set[tuple[bytes, ...]]] = {}
+    found = []
+    for number, input_ids, _ in examples._kept:
+        key = input_ids.tobytes()
+        if key not in rows_of:
+            continue
+        if key not in shown_in:
+            shown_in[key] = {_contents(others.rows[others._kept[place][0]]) for place in rows_of[key]}
+        row = examples.rows[number]
+        if _contents(row) in shown_in[key]:
+            found.append(row.name)
+    return found
+
+
+def _contents(row: Any) -> tuple[bytes, ...]:
+    return tuple(_digest(picture) for picture in row.pictures)
+
+
+def _digest(picture: Any) -> bytes:
+    """Returns what tells the content of an image: that of its file, or else its pixels."""
+    if isinstance(picture, Mapping):
+        return hashlib.sha256(picture["bytes"]).digest()
+    if isinstance(picture, os.PathLike):
+        return hashlib.sha256(Path(picture).read_bytes()).digest()
+    if isinstance(picture, str):  # data:image/...;base64,...
+        try:
+            return hashlib.sha256(base64.b64decode(picture.partition(",")[2])).digest()
+        except ValueError:
+            return hashlib.sha256(picture.encode()).digest()
+    return hashlib.sha256(open_picture(picture).tobytes()).digest()
+
+
+def log_overlap(examples: Examples, others: Examples, origin: str) -> None:
+    """Logs a warning if rows to evaluate on are rows to train on too."""
+    if names := overlapping(examples, others):
+        logger.warning(
+            "%d of the %d rows of %s are rows of data too: %s%s. The loss on them tells nothing of rows that the model "
+            "has not seen.", len(names), len(examples), origin, ", ".join(names[:_NAMED]),
+            f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "",
         )  # fmt: skip
 
 
@@ -272,6 +341,7 @@ def check_data(
     image_folder: str | os.PathLike | None = None,
     max_length: int | None = None,
     check_pictures: bool = True,
+    as_written: bool = False,
 ) -> DataReport:
     """Checks training data row by row, before any training.
 
@@ -284,6 +354,7 @@ def check_data(
         max_length (`int`, *optional*): How many tokens a row may have; the model's positions by default.
         check_pictures (`bool`, *optional*, defaults to `True`): Whether pictures are opened; without it, only whether
             their files are there is checked.
+        as_written (`bool`, *optional*, defaults to `False`): Whether questions stay as they are in the rows.
 
     Returns:
         [`DataReport`]: Rows that cannot be used, by name, and counts.
@@ -297,7 +368,7 @@ def check_data(
         max_length = max_length or context
     encoder = None if processor is None else Encoder(processor, max_length)
     report = DataReport()
-    for _ in _encoded(open_data(data, image_folder), encoder, report, check_pictures):
+    for _ in _encoded(open_data(data, image_folder, as_written), encoder, report, check_pictures):
         pass
     return report
 
@@ -325,6 +396,8 @@ __all__ = [
     "Problem",
     "StreamedExamples",
     "check_data",
+    "log_overlap",
     "log_problems",
+    "overlapping",
     "processor_and_context",
 ]

@@ -37,7 +37,8 @@ class Encoded:
 
     Attributes:
         input_ids (`list[int]`): The tokens, each picture as many times its token as it has places in the model.
-        answers (`list[tuple[int, int]]`): First and behind the last token of every answer, its end token with it.
+        answers (`list[tuple[int, int]]`): First and behind the last token of every answer that is learnt, its end token
+            with it.
     """
 
     input_ids: list[int]
@@ -87,9 +88,7 @@ class Encoder:
         if self.max_length is not None and len(input_ids) > self.max_length:
             raise RowError("too long", f"has {len(input_ids)} tokens, of which {self.max_length} fit")
         answers = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
+        for index in sorted(row.learnt):
             prompt = self._tokens(messages[:index], asks=True)
             is_last = index == len(messages) - 1
             upto = input_ids if is_last else self._tokens(messages[: index + 1])

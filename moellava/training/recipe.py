@@ -134,6 +134,8 @@ class Stage:
         eval_data (*optional*): The same, to evaluate on.
         image_folder (`str`, *optional*): Where relative paths of pictures begin; by default beside the data's file.
         max_length (`int`): Rows of more tokens are not used.
+        as_written (`bool`): Whether questions stay as they are in the rows, their images where they stand; by default
+            images at either end come first, as LLaVA trains.
         check_pictures (`bool`): Whether every picture is opened before training.
         unusable_rows (`str`): `"skip"`: they are named, counted and left out; `"error"`: there may be none.
         freeze, unfreeze (`list[str]`): Parts that the stage does not train, or does, other than by default.
@@ -160,6 +162,7 @@ class Stage:
     eval_data: Any = None
     image_folder: str | None = None
     max_length: int = _MAX_LENGTH
+    as_written: bool = False
     check_pictures: bool = True
     unusable_rows: str = "skip"
     freeze: list[str] = field(default_factory=list)
@@ -221,7 +224,7 @@ class Stage:
             raise ValueError("early_stopping_patience needs eval_data: the loss that has to get better is that of it.")
 
     def _check_types(self) -> None:
-        for name in ("check_pictures", "exact_router_loss", "load_4bit", "load_8bit"):
+        for name in ("as_written", "check_pictures", "exact_router_loss", "load_4bit", "load_8bit"):
             _check_type(name, getattr(self, name), bool, "true or false")
         _check_type("max_length", self.max_length, int, "a number of tokens")
         if self.early_stopping_patience is not None:

@@ -74,6 +74,7 @@ def train_router(
     label: str = "modality",
     classes: list[str] | None = None,
     image_folder: str | os.PathLike | None = None,
+    as_written: bool = False,
     batch_size: int = 8,
     num_train_epochs: float = 10,
     learning_rate: float = 1e-3,
@@ -95,6 +96,7 @@ def train_router(
         classes (`list[str]`, *optional*): The classes in the order of the experts; by default those of the data,
             sorted.
         image_folder (`str` or `os.PathLike`, *optional*): Where relative paths of pictures begin.
+        as_written (`bool`, *optional*, defaults to `False`): Whether questions stay as they are in the rows.
         batch_size (`int`, *optional*, defaults to 8): How many rows run through the model at once.
         num_train_epochs (`float`, *optional*, defaults to 10): How often the classifier sees every row.
         learning_rate (`float`, *optional*, defaults to 1e-3): Adam's.
@@ -110,7 +112,7 @@ def train_router(
     out = Path(out)
     if out.suffix != ".safetensors":
         raise ValueError(f"out is {out}; expected a .safetensors file.")
-    rows, kinds = _labelled(open_data(data, image_folder), label)
+    rows, kinds = _labelled(open_data(data, image_folder, as_written), label)
     classes = sorted(set(kinds)) if classes is None else list(classes)
     if strange := sorted(set(kinds) - set(classes)):
         raise ValueError(f"Rows have the {label} {strange}, which classes does not name: {classes}.")

@@ -22,26 +22,14 @@ from typing import Any
 
 import PIL.Image
 
-from ..building import IMAGE_TOKEN
 from ..configuration.registry_moellava import known_names
+from ..conversations import RowError, located, read_conversation
 from ..json_files import read_json_rows
 from ..processing.images_moellava import check_shape, load_picture, to_rgb
 from ..wording import encodable
 
 
-# What rows call those who speak.
-_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
-}  # fmt: skip
 _SOURCE_FIELDS = ("path", "name", "split", "streaming", "image_folder")
-
-
-class RowError(ValueError):
-    """Says why a row cannot be used: in a word, `kind`, and in a sentence."""
-
-    def __init__(self, kind: str, detail: str):
-        super().__init__(encodable(detail))
-        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -54,14 +42,18 @@ class Row:
             `{"type": "text", "text": ...}`.
         pictures (`list`): In the order of their places: paths, text of the form `data:image/...`, PIL pictures, or
             `{"bytes": ..., "path": ...}` as `datasets` holds them.
+        learnt (`frozenset[int]`): The numbers, from 0, of the messages that are learnt.
+        unread (`frozenset[str]`): The fields of its turns that are not read.
     """
 
     name: str
     messages: list[dict[str, Any]]
     pictures: list[Any]
+    learnt: frozenset[int]
+    unread: frozenset[str] = frozenset()
 
 
-def open_data(data: Any, image_folder: str | os.PathLike | None = None) -> "Rows":
+def open_data(data: Any, image_folder: str | os.PathLike | None = None, as_written: bool = False) -> "Rows":
     """Opens training data without reading a picture.
 
     Args:
@@ -69,17 +61,20 @@ def open_data(data: Any, image_folder: str | os.PathLike | None = None) -> "Rows
             A `.json` file with a list of rows, or a `.jsonl` file with one in each line; a folder that
             `Dataset.save_to_disk` has written; any other name that `datasets.load_dataset` takes; a mapping with `path`
             (one of these) and `name`, `split`, `streaming`, `image_folder`; or the rows themselves, a list or a
-            dataset.
+            dataset; of several splits in memory, `train`. `split` is a name or a slice, such as `train[:90%]`, of
+            whatever `path` is; rows without the name of a split are `train`.
         image_folder (`str` or `os.PathLike`, *optional*): Where relative paths of pictures begin; by default the folder
             of the file.
+        as_written (`bool`, *optional*, defaults to `False`): Whether questions stay as they are in the rows: see
+            [`moellava.conversations.arranged`].
 
     Raises:
         FileNotFoundError: There is no such file.
         ImportError: `datasets` is needed and not installed.
-        ValueError: The file is no list of rows, or `data` has an unknown field.
+        ValueError: The file is no list of rows, there is no such split, or `data` has an unknown field.
     """
     options: dict[str, Any] = {}
-    if isinstance(data, Mapping):
+    if isinstance(data, Mapping) and not hasattr(data, "column_names"):  # which several splits in memory have
         for field in data:
             if field not in _SOURCE_FIELDS:
                 raise ValueError(f"Unknown field {field!r} in data{known_names(field, _SOURCE_FIELDS)}")
@@ -93,14 +88,17 @@ def open_data(data: Any, image_folder: str | os.PathLike | None = None) -> "Rows
             raise ValueError("data is empty: give the file, the folder or the dataset that holds the rows.")
         path = Path(data).expanduser()
         if path.suffix.lower() in (".json", ".jsonl"):
-            return Rows(_read_json(path), path.parent if image_folder is None else image_folder)
+            rows = _selected(_read_json(path), str(data), options)
+            return Rows(rows, path.parent if image_folder is None else image_folder, as_written)
         data = _load_dataset(str(data), path, options)
-    elif not isinstance(data, Iterable):
+    elif isinstance(data, Iterable):
+        data = _selected(data, "the dataset", options)
+    else:
         raise TypeError(
             f"data is a {type(data).__name__}; expected the path of a .json file, the name of a dataset, a dataset, or "
             "a list of rows."
         )
-    return Rows(data, image_folder)
+    return Rows(data, image_folder, as_written)
 
 
 def _read_json(path: Path) -> list[Any]:
@@ -117,15 +115,56 @@ def _load_dataset(name: str, path: Path, options: dict[str, Any]) -> Any:
             f"Reading {name} needs the datasets library: pip install 'moellava[train]'. A .json file needs none."
         ) from error
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        loaded = datasets.load_from_disk(str(path))
-        if not isinstance(loaded, datasets.DatasetDict):
-            return loaded
-        split = options.get("split") or "train"
-        if split not in loaded:
-            raise ValueError(f"Unknown split {split!r} of {name}{known_names(split, loaded)}")
-        return loaded[split]
+        return _selected(datasets.load_from_disk(str(path)), name, options)
+    given = {option: value for option, value in options.items() if value is not None}
     # By its whole path, since the library takes no ".".
-    return datasets.load_dataset(str(path.resolve()) if path.is_dir() else name, **{"split": "train", **options})
+    return datasets.load_dataset(str(path.resolve()) if path.is_dir() else name, **{"split": "train", **given})
+
+
+def _selected(rows: Any, name: str, options: Mapping[str, Any]) -> Any:
+    """Returns the rows of a split, or of a slice of one, by the rules of `datasets.load_dataset`.
+
+    Args:
+        rows: A list, a dataset, or datasets by the names of their splits.
+        name (`str`): What an error calls them.
+        options (`Mapping`): `split`, `name` and `streaming`, of which the last two go with `load_dataset` alone.
+    """
+    for option in ("name", "streaming"):
+        if options.get(option):
+            raise ValueError(
+                f"data gives {option}: {options[option]!r} with {name}; it goes with what load_dataset reads "
+                "alone. Leave it out."
+            )
+    asked = options.get("split")
+    if asked is None and not isinstance(rows, Mapping):
+        return rows
+    splits = dict(rows) if isinstance(rows, Mapping) else {str(getattr(rows, "split", None) or "train"): rows}
+    asked = "train" if asked is None else str(asked)
+    if asked in splits:
+        return splits[asked]
+    for of in splits.values():
+        if not hasattr(of, "__len__"):
+            raise ValueError(f"data asks for the split {asked!r} of {name}, which is streamed. Select it beforehand.")
+    import datasets
+
+    known = {split: len(of) for split, of in splits.items()}
+    wanted = {part.partition("[")[0].strip() for part in asked.split("+")}
+    if unknown := sorted(wanted - set(known)):
+        raise ValueError(f"Unknown split {unknown[0]!r} of {name}{known_names(unknown[0], known)}")
+    try:
+        pieces = datasets.ReadInstruction.from_spec(asked).to_absolute(known)
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"split is {asked!r} ({error}); expected a name or a slice, such as train[:90%].") from error
+    found = [_slice(splits[piece.splitname], piece.from_, piece.to) for piece in pieces]
+    if len(found) == 1:
+        return found[0]
+    if all(isinstance(piece, list) for piece in found):
+        return [row for piece in found for row in piece]
+    return datasets.concatenate_datasets(found)
+
+
+def _slice(rows: Any, start: int, stop: int) -> Any:
+    return rows.select(range(start, stop)) if hasattr(rows, "select") else list(rows)[start:stop]
 
 
 class Rows:
@@ -134,10 +173,17 @@ class Rows:
     Args:
         source (`Iterable`): The rows; with a length, or streamed.
         image_folder (`str` or `os.PathLike`, *optional*): Where relative paths of pictures begin.
+        as_written (`bool`, *optional*, defaults to `False`): As for [`open_data`].
     """
 
-    def __init__(self, source: Iterable[Mapping[str, Any]], image_folder: str | os.PathLike | None = None):
+    def __init__(
+        self,
+        source: Iterable[Mapping[str, Any]],
+        image_folder: str | os.PathLike | None = None,
+        as_written: bool = False,
+    ):
         self.source = _undecoded(source)
+        self.as_written = as_written
         self.image_folder = Path(image_folder or ".").expanduser()
 
     @property
@@ -163,39 +209,9 @@ class Rows:
         """
         if not isinstance(raw, Mapping):
             raise RowError("form", f"is a {type(raw).__name__}; expected an object")
-        if turns := _turns(raw, "conversations", "conversatons"):  # the latter in some of LLaVA-Med's files
-            messages = [_llava_message(turn, number) for number, turn in enumerate(turns)]
-        elif turns := _turns(raw, "messages"):
-            messages = [_message(turn, number) for number, turn in enumerate(turns)]
-        else:
-            raise RowError(
-                "form", f"has neither conversations nor messages, but {', '.join(map(str, raw)) or 'nothing'}"
-            )
-        pictures = raw.get("images") if raw.get("images") is not None else raw.get("image")
-        pictures = [] if pictures is None else pictures if isinstance(pictures, list | tuple) else [pictures]
-        if raw.get("messages") and pictures and not _places(messages):
-            # As TRL has it: pictures that no place is named for stand before the first question.
-            first = next((message for message in messages if message["role"] == "user"), None)
-            if first is not None:
-                first["content"] = [{"type": "image"}] * len(pictures) + first["content"]
-        _check_turns(messages)
-        _check_text(messages)
-        if _places(messages) != len(pictures):
-            raise RowError(
-                "placeholders", f"has {_places(messages)} {IMAGE_TOKEN} placeholder(s) and {len(pictures)} picture(s)"
-            )
-        return Row(row_name(raw, index), messages, [self._located(picture) for picture in pictures])
-
-    def _located(self, picture: Any) -> Any:
-        if isinstance(picture, Mapping) and not picture.get("bytes"):
-            picture = picture.get("path")
-        if not isinstance(picture, str):
-            return picture
-        if picture.startswith("data:"):
-            return picture
-        if picture.startswith(("http://", "https://")):
-            raise RowError("missing picture", f"names {picture}; download it, training fetches nothing")
-        return self.image_folder / picture
+        said = read_conversation(raw, as_written=self.as_written)
+        pictures = [located(picture, self.image_folder) for picture in said.pictures]
+        return Row(row_name(raw, index), said.messages, pictures, said.learnt, said.unread)
 
 
 def row_name(raw: Any, index: int) -> str:
@@ -247,84 +263,6 @@ def _undecoded(source: Any) -> Any:
         elif isinstance(getattr(feature, "feature", None), datasets.Image):
             source = source.cast_column(name, datasets.List(datasets.Image(decode=False)))
     return source
-
-
-def _turns(raw: Mapping[str, Any], *names: str) -> list[Any]:
-    """Returns the turns that a row has under one of some names, or none."""
-    name, turns = next(((name, raw[name]) for name in names if raw.get(name)), ("", []))
-    if not isinstance(turns, list | tuple):
-        raise RowError("form", f"has a {type(turns).__name__} as its {name}; expected a list of turns")
-    return list(turns)
-
-
-def _llava_message(turn: Any, number: int) -> dict[str, Any]:
-    if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
-        raise RowError("form", f"turn {number} has no 'from' and 'value'")
-    return _message({"role": turn["from"], "content": turn["value"]}, number)
-
-
-def _message(turn: Any, number: int) -> dict[str, Any]:
-    if not isinstance(turn, Mapping) or "role" not in turn:
-        raise RowError("form", f"message {number} has no role")
-    role = _ROLES.get(turn["role"]) if isinstance(turn["role"], str) else None
-    if role is None:
-        raise RowError("roles", f"message {number} is of {turn['role']!r}; expected one of {', '.join(_ROLES)}")
-    content = turn.get("content")
-    if isinstance(content, str):
-        return {"role": role, "content": _parts(content)}
-    if not isinstance(content, list):
-        raise RowError("form", f"message {number} has a {type(content).__name__} as its content")
-    parts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            parts += [{"type": "text", "text": part["text"]}] if part["text"] else []
-        elif kind == "image":
-            parts.append({"type": "image"})
-        else:
-            raise RowError("form", f"message {number} has a part that is neither text nor image")
-    return {"role": role, "content": parts}
-
-
-def _parts(text: str) -> list[dict[str, str]]:
-    """Takes a text with placeholders apart; blanks at its ends and line ends behind pictures are the template's."""
-    pieces = text.strip().split(IMAGE_TOKEN)
-    parts: list[dict[str, str]] = []
-    for number, piece in enumerate(pieces):
-        if number:
-            parts.append({"type": "image"})
-            piece = piece.removeprefix("\n")
-        if piece:
-            parts.append({"type": "text", "text": piece})
-    return parts
-
-
-def _places(messages: list[dict[str, Any]]) -> int:
-    return sum(part["type"] == "image" for message in messages for part in message["content"])
-
-
-def _check_text(messages: list[dict[str, Any]]) -> None:
-    """Refuses what tokenizers do not take: halves of characters, where a text was cut within one."""
-    for number, message in enumerate(messages):
-        for part in message["content"]:
-            if part["type"] == "text" and encodable(part["text"]) != part["text"]:
-                raise RowError("form", f"message {number} is no text in Unicode: {part['text'][:80]!r}")
-
-
-def _check_turns(messages: list[dict[str, Any]]) -> None:
-    turns = messages[1:] if messages[0]["role"] == "system" else messages
-    for number, message in enumerate(turns):
-        expected = "assistant" if number % 2 else "user"
-        if message["role"] != expected:
-            raise RowError("roles", f"turn {number} is of the {message['role']}; expected the {expected}")
-        if expected == "user":
-            continue
-        if any(part["type"] == "image" for part in message["content"]):
-            raise RowError("placeholders", f"turn {number}, an answer, has a picture")
-        if not "".join(part["text"] for part in message["content"]).strip():
-            raise RowError("empty answer", f"turn {number} of the assistant is empty")
-    if not turns or len(turns) % 2:
-        raise RowError("roles", "ends without an answer")
 
 
 __all__ = ["Row", "RowError", "Rows", "open_data", "open_picture", "row_name"]

@@ -34,7 +34,7 @@ from ..request import read_request
 from ..sources import Source
 from .adapters import put_adapters
 from .checkpoints import last_checkpoint
-from .data import Collator, Examples, StreamedExamples, log_problems, processor_and_context
+from .data import Collator, Examples, StreamedExamples, log_overlap, log_problems, processor_and_context
 from .encoding import Encoder
 from .parts import may_be_unused, set_trained, trained_parameters
 from .recipe import Recipe, Stage, merges, read_recipe
@@ -192,7 +192,7 @@ def _is_own(source: Any) -> bool:
 
 def _open(stage: Stage) -> tuple[Rows, Rows | None]:
     """Opens the data of a stage, and checks what its length has to do with the arguments."""
-    rows = open_data(stage.data, stage.image_folder)
+    rows = open_data(stage.data, stage.image_folder, stage.as_written)
     if rows.is_streamed and stage.arguments.get("max_steps", -1) < 1:
         raise ValueError(
             f"The data of the stage {stage.stage!r} is streamed, so that nobody knows how long an epoch is: give "
@@ -203,7 +203,9 @@ def _open(stage: Stage) -> tuple[Rows, Rows | None]:
             f"The data of the stage {stage.stage!r} is streamed, and each of several workers would read all of it: "
             "leave dataloader_num_workers out."
         )
-    return rows, None if stage.eval_data is None else open_data(stage.eval_data, stage.image_folder)
+    if stage.eval_data is None:
+        return rows, None
+    return rows, open_data(stage.eval_data, stage.image_folder, stage.as_written)
 
 
 def _prepared(
@@ -216,14 +218,22 @@ def _prepared(
         encoder = Encoder(processor, min(stage.max_length, context))
         both = []
         for given, rows in zip((stage.data, stage.eval_data), opened[stage.name], strict=True):
-            # A given path is equal in all stages, a given dataset is the same object.
-            key = (repr(given) if isinstance(given, str | Mapping) else id(given), str(stage.image_folder))
-            key += (encoder.max_length, stage.check_pictures, stage.unusable_rows)
+            key = (_identity(given), str(stage.image_folder))
+            key += (encoder.max_length, stage.as_written, stage.check_pictures, stage.unusable_rows)
             if key not in made:
                 made[key] = None if rows is None else _examples(rows, encoder, stage)
             both.append(made[key])
         data[stage.name] = tuple(both)
+        if all(isinstance(examples, Examples) for examples in both):
+            log_overlap(*reversed(both), "eval_data")
     return data
+
+
+def _identity(given: Any) -> Any:
+    """Returns what is equal for the same data: a given path is equal in all stages, a given dataset the same object."""
+    if isinstance(given, Mapping) and not hasattr(given, "column_names"):
+        return tuple((name, _identity(value)) for name, value in given.items())
+    return repr(given) if given is None or isinstance(given, str | int | os.PathLike) else id(given)
 
 
 def _refuse_other_runs(plan: Recipe) -> None:

@@ -169,6 +169,25 @@ def test_evaluate(checkpoint, rows, tmp_path):
     assert "Accuracy" in result.stdout
 
 
+def test_rows_as_written(checkpoint, rows, tmp_path):
+    """By --as-written, images at the end of a question stay there: the same tokens in all three commands."""
+    question = "Is it red? Is it red?\n\n\n<image>"
+    talk = [{"from": "human", "value": question}, {"from": "gpt", "value": "yes"}]
+    row = {"image": str(rows / "0.png"), "conversations": talk}
+    (tmp_path / "rows.json").write_text(json.dumps([row]), encoding="utf-8")
+    tokens = []
+    for option in ([], ["--as-written"]):
+        checked = run("data", "check", tmp_path / "rows.json", "--model", checkpoint, "--json", *option)
+        asked = run("ask", checkpoint, rows / "0.png", question, "--max-new-tokens", 1, "--json", *option)
+        assert checked.exit_code == asked.exit_code == 0, (checked.stderr, asked.stderr)
+        told = json.loads(checked.stdout)
+        tokens.append(json.loads(asked.stdout)["prompt_tokens"])
+        assert told["tokens"] - told["answer_tokens"] == tokens[-1]
+        done = run("evaluate", checkpoint, tmp_path / "rows.json", "--max-new-tokens", 1, "--json", *option)
+        assert json.loads(done.stdout)["settings"].get("as_written", False) is bool(option)
+    assert tokens[0] < tokens[1]  # the blanks before the image are tokens
+
+
 def test_evaluate_what_cannot_be(parts, checkpoint, rows, tmp_path):
     assert "absent.json" in fails("evaluate", checkpoint, tmp_path / "absent.json")
     told = fails("evaluate", checkpoint, rows / "train.json", "--html", tmp_path)

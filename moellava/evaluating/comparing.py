@@ -1,0 +1,62 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The words of an answer, and whether some of them are said: the rules of the VQA benchmark (Antol et al. 2015,
+arXiv:1505.00468; its published evaluation code)."""
+
+import re
+import unicodedata
+
+
+_ARTICLES = ("a", "an", "the")
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"none": "0"}
+_BETWEEN_DIGITS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_NO_DECIMAL_POINT = re.compile(r"(?<!\d)\.|\.(?!\d)")
+# Scripts that put no blanks between words: Chinese, Japanese, Thai, Lao, Burmese, Khmer.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+# What denies the Chinese word behind it: 不是 does not say 是, nor 没有 有.
+_DENIALS = tuple("不没沒无無非未")
+
+
+def words(text: str) -> list[str]:
+    """Returns the words of an answer, as they are compared.
+
+    In lower case; `zero` to `ten` and `none` as digits; without the articles `a`, `an` and `the`, unless nothing else
+    is there; without apostrophes (`don't` is `dont`) and commas within numbers. The point of a decimal number and the
+    per cent sign stay. All other punctuation separates words: `X-ray` is two.
+    """
+    text = unicodedata.normalize("NFKC", text).lower()
+    text = _BETWEEN_DIGITS.sub("", re.sub("['\u2019]", "", text))
+    text = _NO_DECIMAL_POINT.sub(" ", text)
+    text = "".join(" " if unicodedata.category(sign)[0] in "PS" and sign not in ".%" else sign for sign in text)
+    found = text.split()
+    return [_DIGITS.get(word, word) for word in found if word not in _ARTICLES] or found
+
+
+def says(said: list[str], expected: list[str]) -> bool:
+    """Whether expected words are among those said, one after the other.
+
+    Scripts without blanks between words have no words to compare: there the text is looked for, but not where the sign
+    before it denies it.
+    """
+    if not _UNSPACED.search("".join(expected)):
+        return any(said[start : start + len(expected)] == expected for start in range(len(said) - len(expected) + 1))
+    text, wanted = "".join(said), "".join(expected)
+    places = [place for place in range(len(text)) if text.startswith(wanted, place)]
+    return any(not text[:place].endswith(_DENIALS) for place in places)
+
+
+__all__ = ["says", "words"]
