@@ -398,10 +398,10 @@ def _meta_tower(model_type: str, fields: str) -> nn.Module:
 
 @functools.lru_cache(maxsize=32)
 def _measured_shapes(model_type: str, fields: str, image_size: int) -> list[tuple[int, int, int]]:
-    """The shapes `(1, tokens, width)` of all hidden states of a tower."""
+    """The shapes `(2, tokens, width)` of all hidden states of a tower, of two pictures."""
     tower = _meta_tower(model_type, fields)
     channels = getattr(tower.config, "num_channels", 3)
-    pixel_values = torch.empty(1, channels, image_size, image_size, device="meta")
+    pixel_values = torch.empty(2, channels, image_size, image_size, device="meta")
     extra = {}
     if "interpolate_pos_encoding" in inspect.signature(type(tower).forward).parameters:
         native = getattr(tower.config, "image_size", image_size)
@@ -421,7 +421,13 @@ def _measured_shapes(model_type: str, fields: str, image_size: int) -> list[tupl
             "of your own, see docs/extending.md."
         )
     drawn.check(f"A {model_type} model")
-    return [tuple(VisionEncoder._as_tokens(hidden_state).shape) for hidden_state in hidden_states]
+    shapes = [tuple(VisionEncoder._as_tokens(hidden_state).shape) for hidden_state in hidden_states]
+    if any(shape[0] != 2 for shape in shapes):
+        raise ValueError(
+            f"A {model_type} model cannot be a vision tower here: it joins the tokens of several pictures in one row. "
+            "Expected a tower that returns features of shape (pictures, tokens, width)."
+        )
+    return shapes
 
 
 def as_tokens(hidden_state: torch.Tensor) -> torch.Tensor:
