@@ -345,6 +345,8 @@ class VisionEncoder:
                 f"image_size is {self.image_size}, which is no multiple of the tower's patches of {patch} pixels. The "
                 f"nearest that is: {max(round(self.image_size / patch), 1) * patch}."
             )
+        if patch is not None and self.vision_config.patch_size != patch:
+            _ = self._measured_shapes  # raises where transformers cannot interpolate with a pair
 
     @property
     def _interpolation_is_asked_for(self) -> bool:
@@ -369,7 +371,7 @@ class VisionEncoder:
 
     @staticmethod
     def _as_tokens(hidden_state: torch.Tensor) -> torch.Tensor:
-        """`as_tokens`, also of maps `(batch, rows, columns, width)`, as SAM's are: pictures, and so maps, are square."""
+        """`as_tokens`, of maps `(batch, rows, columns, width)` too, as SAM has: pictures, and so maps, are square."""
         if hidden_state.dim() == 4 and hidden_state.shape[1] == hidden_state.shape[2] != hidden_state.shape[3]:
             return hidden_state.flatten(1, 2)
         return as_tokens(hidden_state)
