@@ -277,9 +277,10 @@ class MoellavaPreTrainedModel(PreTrainedModel):
                 set to what cannot be loaded, or to what the processor does not fit.
         """
         self.config.check()
-        if self.processor is not None and self.processor.num_image_tokens != self.config.image_seq_length:
+        tokens = getattr(self.processor, "num_image_tokens", self.config.image_seq_length)
+        if tokens != self.config.image_seq_length:
             raise ValueError(
-                f"The model's processor makes {self.processor.num_image_tokens} tokens of a picture, its config "
+                f"The model's processor makes {tokens} tokens of a picture, its config "
                 f"{self.config.image_seq_length}. Set model.processor.num_image_tokens too, and its picture size."
             )
         if not is_main_process or (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0):
