@@ -19,6 +19,7 @@ without any other file.
 """
 
 import copy
+import difflib
 import functools
 import math
 import os
@@ -81,6 +82,9 @@ _LIBRARY_FIELDS = frozenset(
 
 # What serving engines ask a language model's config about its experts.
 EXPERT_COUNTS = ("num_experts", "num_experts_per_tok")
+
+# What a processor has to agree with.
+_FOR_PROCESSOR = ("image_aspect_ratio", "image_seq_length", "image_size")
 
 # What a field of a user's own encoder or projector cannot be called.
 RESERVED_FIELDS = frozenset({*dir(PreTrainedConfig()), *_LIBRARY_FIELDS, *FOREIGN_KEYS, "fields"})
@@ -496,6 +500,26 @@ class MoellavaConfig(PreTrainedConfig):
         """The names of the fields that this class declares."""
         return list(cls.__annotations__)
 
+    def check(self) -> None:
+        """Checks the fields as they are now, as those of a file, and measures anew what follows from them.
+
+        A field can be set at any time. A model is built, and a config saved, of what the fields say by then.
+
+        Raises:
+            ValueError: As when a config is made.
+        """
+        written, names = self.to_dict(), self.default_field_names()
+        again = type(self)(**{name: written[name] for name in names})
+        if self.tie_word_embeddings != again.tie_word_embeddings:
+            raise ValueError(
+                f"tie_word_embeddings is {self.tie_word_embeddings}, but text_config.tie_word_embeddings is "
+                f"{again.tie_word_embeddings}. They are one field: set both."
+            )
+        read = again.to_dict()
+        for name in names:
+            if written[name] != read[name] or isinstance(getattr(self, name), dict):
+                setattr(self, name, getattr(again, name))
+
     def _check_and_measure(self) -> None:
         """Checks that the parts fit together, and writes down what follows from them."""
         from ..modeling.encoders_moellava import encoder_for  # late: modeling is built on this file
@@ -583,7 +607,47 @@ class MoellavaConfig(PreTrainedConfig):
             ) from error
 
     @classmethod
+    def _with_overrides(cls, config_dict: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+        """Lays what a caller says over what a file says. transformers would set it on the finished config."""
+        translate_fields({name: value for name, value in overrides.items() if name in FIELD_NAMES}, "the arguments")
+        fields, places = dict(config_dict), {}
+        for name, value in overrides.items():
+            section, place = FIELD_NAMES.get(name, ("model", name))
+            if section == "source":
+                raise ValueError(
+                    f"{name} is {value!r}, but from_pretrained changes fields and loads no other part. Use "
+                    "load_pretrained_model, which takes parts from elsewhere."
+                )
+            places[place if section == "model" else name] = value
+        if "tie_word_embeddings" in places:  # the text config's
+            tied = {"tie_word_embeddings": places.pop("tie_word_embeddings")}
+            text = places.get("text_config", {})
+            places["text_config"] = tied | text if isinstance(text, dict) else text
+        vision = places.get("vision_config")
+        if vision is not None and "encoder_type" not in places:
+            kind = vision.get("model_type") if isinstance(vision, dict) else vision.model_type
+            if kind not in (None, (fields.get("vision_config") or {}).get("model_type")):
+                fields.pop("encoder_type", None)
+        for name, value in places.items():
+            earlier = fields.get(name)
+            if name in cls.sub_configs and isinstance(value, dict) and isinstance(earlier, dict):
+                if name == "projector_config":
+                    value = stacked_projector(earlier, value)
+                elif value.get("model_type", earlier.get("model_type")) == earlier.get("model_type"):
+                    names = MOE_FIELD_NAMES if name == "moe_config" else {}
+                    value = {**earlier, **{names.get(key, key): entry for key, entry in value.items()}}
+            fields[name] = value
+        return fields
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        known = {*cls.default_field_names(), *FIELD_NAMES}
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
+        saved, config_dict = config_dict, cls._with_overrides(config_dict, overrides)
+        if not kwargs.get("return_unused_kwargs"):  # else a model refuses them; tokenizers pass theirs on to here
+            for name in kwargs:
+                if close := difflib.get_close_matches(name, known, n=1, cutoff=0.9):
+                    raise ValueError(f"Unknown field {name!r} in {cls.__name__}; did you mean {close[0]!r}?")
         for name in ("projector_config", "moe_config"):
             if isinstance(config_dict.get(name), dict):
                 check_part(name, config_dict[name])
@@ -602,6 +666,20 @@ class MoellavaConfig(PreTrainedConfig):
         config_dict = {key: value for key, value in config_dict.items() if key in declared and key not in FOREIGN_KEYS}
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
+        asked = overrides.get("image_seq_length")
+        if asked not in (None, config.image_seq_length):
+            raise ValueError(
+                f"image_seq_length is {asked}, but the parts make {config.image_seq_length} tokens of a picture. Leave "
+                "it out: it is always computed."
+            )
+        for name in _FOR_PROCESSOR if overrides else ():
+            earlier, value = saved.get(name, cls.__dataclass_fields__[name].default), getattr(config, name)
+            if value != earlier:
+                logger.warning(
+                    "%s is %s, and was %s when the model was saved: so the processor beside it goes on to prepare "
+                    "pictures. Load both by load_pretrained_model, or give the processor the new value too.",
+                    name, value, earlier,
+                )  # fmt: skip
         for key, value in strange.items():
             if hasattr(cls, key):
                 logger.warning("The config's field %r is not one of MoellavaConfig's; it is left out.", key)
@@ -611,7 +689,12 @@ class MoellavaConfig(PreTrainedConfig):
         return result
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """Saves `config.json` and the code that loads it; arguments as in transformers."""
+        """Saves `config.json` and the code that loads it; arguments as in transformers.
+
+        Raises:
+            ValueError: A field has been set to what cannot be loaded; nothing has been written.
+        """
+        self.check()
         with staged_folder(save_directory) as staging:
             super().save_pretrained(staging, push_to_hub=False)
             export_code(staging, parts=self.part_classes())

@@ -24,6 +24,7 @@ import functools
 import inspect
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,7 +37,11 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from ..configuration.names_moellava import canonical_encoder_type
 from ..configuration.registry_moellava import ENCODERS, is_older_encoder, register_encoder
 from ..configuration.versions_moellava import SELECTS_HIDDEN_STATES
-from .library_parts_moellava import build_library_part
+from .library_parts_moellava import DrawnNumbers, build_library_part
+
+
+# What towers call the tokens that they put before those of the patches.
+_PREFIX_TOKENS = re.compile(r"(?!\w*pos)(?:cls|class|dist|reg)\w*")
 
 
 class LayersInUse(nn.ModuleList):
@@ -136,12 +141,7 @@ class VisionEncoder:
             size = self._image_size
         if size is None:
             raise ValueError(f"A {self.tower_name} tower does not tell its picture size: give image_size.")
-        height, width = (size, size) if isinstance(size, int) else tuple(size)
-        if height != width:
-            raise ValueError(f"The tower takes pictures of {height}x{width} pixels; only square ones are supported.")
-        if height < 1:
-            raise ValueError(f"vision_config.image_size is {height}; expected a number of pixels of at least 1.")
-        return height
+        return self._side(size, "image_size")
 
     @property
     def image_size(self) -> int:
@@ -155,11 +155,17 @@ class VisionEncoder:
         Raises:
             ValueError: Patches are not square.
         """
-        patch = self.vision_config.patch_size
-        height, width = (patch, patch) if isinstance(patch, int) else tuple(patch)
-        if height != width:
-            raise ValueError(f"The tower has patches of {height}x{width} pixels; only square ones are supported.")
-        return height
+        return self._side(self.vision_config.patch_size, "patch_size")
+
+    def _side(self, size: int | list[int] | tuple[int, ...], name: str) -> int:
+        """The side of a square that a field of the tower's config gives as a number, or as a pair of equal ones."""
+        sides = {size} if isinstance(size, int) else {*size}
+        if len(sides) != 1 or min(sides) < 1:
+            raise ValueError(
+                f"vision_config.{name} of the {self.tower_name} tower is {size}; expected a number of pixels of at "
+                "least 1, or a pair of equal ones: only square pictures and patches are supported."
+            )
+        return sides.pop()
 
     @property
     def num_patches(self) -> int:
@@ -169,10 +175,22 @@ class VisionEncoder:
     @property
     def num_prefix_tokens(self) -> int:
         """The number of class and register tokens before the patch tokens."""
-        patch = getattr(self.vision_config, "patch_size", None)
-        if not isinstance(patch, int):
+        count = self._token_count
+        parameters = {name.rpartition(".")[2]: parameter for name, parameter in self._meta_tower.named_parameters()}
+        known = [p.numel() // p.shape[-1] for name, p in parameters.items() if _PREFIX_TOKENS.fullmatch(name)]
+        if not known:
             return 0
-        return max(self._token_count - (self.image_size // patch) ** 2, 0)
+        if getattr(self.vision_config, "patch_size", None) is None:
+            patches = count - sum(known)
+            return sum(known) if patches > 0 and math.isqrt(patches) ** 2 == patches else 0
+        prefix = max(count - (self.image_size // self.patch_size) ** 2, 0)
+        if prefix not in (0, sum(known)):
+            raise ValueError(
+                f"The {self.tower_name} tower gives {prefix} tokens beside those of its patches, of which {sum(known)} "
+                "are class or register tokens; which of them are patches is not known. Wrap it as an encoder of your "
+                "own, see docs/extending.md."
+            )
+        return prefix
 
     @property
     def has_class_token(self) -> bool:
@@ -257,7 +275,7 @@ class VisionEncoder:
         outputs = self._run(
             tower, pixel_values, output_hidden_states=True if output_hidden_states else self._kept_layers, **asked
         )
-        selected = [self._select(as_tokens(outputs.hidden_states[layer])) for layer in self.feature_layers]
+        selected = [self._select(self._as_tokens(outputs.hidden_states[layer])) for layer in self.feature_layers]
         return BaseModelOutput(
             last_hidden_state=selected[0] if len(selected) == 1 else torch.cat(selected, dim=-1),
             hidden_states=outputs.hidden_states if output_hidden_states else None,
@@ -321,11 +339,14 @@ class VisionEncoder:
                 f"{self.native_image_size} pixels and cannot interpolate its position embeddings. Leave image_size out."
             )
         patch = getattr(self.vision_config, "patch_size", None)
-        if isinstance(patch, int) and (self.image_size < patch or self.image_size % patch):
+        patch = None if patch is None else self.patch_size
+        if patch is not None and (self.image_size < patch or self.image_size % patch):
             raise ValueError(
                 f"image_size is {self.image_size}, which is no multiple of the tower's patches of {patch} pixels. The "
                 f"nearest that is: {max(round(self.image_size / patch), 1) * patch}."
             )
+        if patch is not None and self.vision_config.patch_size != patch:
+            _ = self._measured_shapes  # raises where transformers cannot interpolate with a pair
 
     @property
     def _interpolation_is_asked_for(self) -> bool:
@@ -347,6 +368,13 @@ class VisionEncoder:
         return type(self._meta_tower)
 
     # Measuring, for what no config tells
+
+    @staticmethod
+    def _as_tokens(hidden_state: torch.Tensor) -> torch.Tensor:
+        """`as_tokens`, of maps `(batch, rows, columns, width)` too, as SAM has: pictures, and so maps, are square."""
+        if hidden_state.dim() == 4 and hidden_state.shape[1] == hidden_state.shape[2] != hidden_state.shape[3]:
+            return hidden_state.flatten(1, 2)
+        return as_tokens(hidden_state)
 
     @property
     def _meta_tower(self) -> nn.Module:
@@ -372,15 +400,16 @@ def _meta_tower(model_type: str, fields: str) -> nn.Module:
 
 @functools.lru_cache(maxsize=32)
 def _measured_shapes(model_type: str, fields: str, image_size: int) -> list[tuple[int, int, int]]:
-    """The shapes `(1, tokens, width)` of all hidden states of a tower."""
+    """The shapes `(2, tokens, width)` of all hidden states of a tower, of two pictures."""
     tower = _meta_tower(model_type, fields)
     channels = getattr(tower.config, "num_channels", 3)
-    pixel_values = torch.empty(1, channels, image_size, image_size, device="meta")
+    pixel_values = torch.empty(2, channels, image_size, image_size, device="meta")
     extra = {}
     if "interpolate_pos_encoding" in inspect.signature(type(tower).forward).parameters:
-        extra["interpolate_pos_encoding"] = getattr(tower.config, "image_size", image_size) != image_size
+        native = getattr(tower.config, "image_size", image_size)
+        extra["interpolate_pos_encoding"] = native not in (image_size, [image_size] * 2, (image_size,) * 2)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), DrawnNumbers() as drawn:
             outputs = tower(pixel_values, output_hidden_states=True, return_dict=True, **extra)
         hidden_states = outputs.hidden_states
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
@@ -393,7 +422,14 @@ def _measured_shapes(model_type: str, fields: str, image_size: int) -> list[tupl
             f"A {model_type} model cannot be a vision tower here: it returns no hidden states. Wrap it as an encoder "
             "of your own, see docs/extending.md."
         )
-    return [tuple(as_tokens(hidden_state).shape) for hidden_state in hidden_states]
+    drawn.check(f"A {model_type} model")
+    shapes = [tuple(VisionEncoder._as_tokens(hidden_state).shape) for hidden_state in hidden_states]
+    if any(shape[0] != 2 for shape in shapes):
+        raise ValueError(
+            f"A {model_type} model cannot be a vision tower here: it joins the tokens of several pictures in one row. "
+            "Expected a tower that returns features of shape (pictures, tokens, width)."
+        )
+    return shapes
 
 
 def as_tokens(hidden_state: torch.Tensor) -> torch.Tensor:

@@ -273,8 +273,16 @@ class MoellavaPreTrainedModel(PreTrainedModel):
         Raises:
             NotADirectoryError: `save_directory` is a file.
             OSError: The folder, or the disk that it is on, cannot be written to.
-            ValueError: A part of the model's author's own is defined where it cannot travel.
+            ValueError: A part of the model's author's own is defined where it cannot travel; or the config has been
+                set to what cannot be loaded, or to what the processor does not fit.
         """
+        self.config.check()
+        tokens = getattr(self.processor, "num_image_tokens", self.config.image_seq_length)
+        if tokens != self.config.image_seq_length:
+            raise ValueError(
+                f"The model's processor makes {tokens} tokens of a picture, its config "
+                f"{self.config.image_seq_length}. Set model.processor.num_image_tokens too, and its picture size."
+            )
         if not is_main_process or (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0):
             super().save_pretrained(save_directory, is_main_process=False, state_dict=state_dict, **kwargs)
             _wait_for_the_save(self.config)
@@ -342,6 +350,7 @@ class MoellavaModel(MoellavaPreTrainedModel):
     """
 
     def __init__(self, config: MoellavaConfig):
+        config.check()  # its fields may have been set since it was made
         super().__init__(config)
         self.encoder = encoder_for(config)
         self.vision_tower = self.encoder.build()
@@ -423,7 +432,7 @@ class MoellavaModel(MoellavaPreTrainedModel):
             one tensor of shape `(image_seq_length, hidden_size)` per picture.
 
         Raises:
-            ValueError: Another feature layer or strategy than the config's.
+            ValueError: Another feature layer or strategy than the config's, or pictures of another size.
         """
         features = {
             "vision_feature_layer": vision_feature_layer,
@@ -436,6 +445,13 @@ class MoellavaModel(MoellavaPreTrainedModel):
                     f"{name} is {asked!r}, but the model is made for {own!r}: its tower ends there, and its projector "
                     f"was trained on it. Load it for another by from_pretrained(..., {name}={asked!r})."
                 )
+        side = self.encoder.image_size
+        if pixel_values.shape[-2:] != (side, side):
+            raise ValueError(
+                f"The pictures are {pixel_values.shape[-2]}x{pixel_values.shape[-1]} pixels, but the model takes "
+                f"{side}x{side}. Let its processor prepare them; one that was saved with another image_size has to be "
+                "given the new size too."
+            )
         # Not among the named arguments: `generate` would take those of its own call for the pictures' alone.
         asked = {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
         pixel_values = pixel_values.to(_floating_dtype(self.vision_tower))
@@ -471,7 +487,8 @@ class MoellavaModel(MoellavaPreTrainedModel):
             lambda: (
                 f"The prompt has {int(found)} image tokens, but the pictures give {expected} features: "
                 f"{expected // self.config.image_seq_length} pictures of {self.config.image_seq_length} tokens. Let "
-                "the processor prepare text and pictures together."
+                "the processor prepare text and pictures together; its num_image_tokens has to be "
+                f"{self.config.image_seq_length}."
             ),
         )
         return mask.unsqueeze(-1).to(inputs_embeds.device)

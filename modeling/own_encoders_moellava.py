@@ -106,6 +106,8 @@ class CustomEncoder(VisionEncoder):
         if not self._measured_shapes:  # the module itself decides what it takes, by running
             raise ValueError(f"The encoder {self.encoder_type!r} returns no features.")
 
+    _as_tokens = staticmethod(as_tokens)  # their author writes maps as (width, rows, columns)
+
     @property
     def _measured_shapes(self) -> list[tuple[int, int, int]]:
         return _measured_shapes(

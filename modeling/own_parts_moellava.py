@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 
 from ..configuration.custom_code_moellava import is_own_class
 from ..configuration.registry_moellava import PROJECTORS
+from .library_parts_moellava import DrawnNumbers
 
 
 # What a module that cannot be run on the meta device raises, or one that does not fit its input.
@@ -124,14 +125,20 @@ def run_part(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> Any:
 
     Raises:
         RuntimeError: It could not be run; the cause is the error that it raised itself.
+        ValueError: It draws random numbers, though it is in eval mode.
     """
     errors = []
     for device in ("meta", "cpu"):
         try:
             with torch.device(device), torch.random.fork_rng(devices=[]), torch.no_grad():
-                return build_part(make).eval()(torch.zeros(shape))
+                part = build_part(make).eval()
+                with DrawnNumbers() as drawn:
+                    output = part(torch.zeros(shape))
         except RUN_ERRORS as error:
             errors.append(error)
+        else:
+            drawn.check(type(part).__name__)
+            return output
     raise RuntimeError(f"{type(errors[-1]).__name__}: {errors[-1]}") from errors[-1]
 
 

@@ -993,10 +993,15 @@ def biomedclip_oracle(folder: str | os.PathLike) -> BiomedClipOracle:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# Tokens before those of the patches, where it is not one.
+_PREFIX_TOKENS = {"siglip": 0, "dinov2_registers": 5, "dinov3": 5, "deit": 2}
+
+
 def make_llava_hf(
     folder: str | os.PathLike,
     tower: str = "clip",
     *,
+    strategy: str | None = None,
     family: str = "llama",
     dtype: torch.dtype | None = None,
     seed: int = 0,
@@ -1008,13 +1013,17 @@ def make_llava_hf(
 
     Args:
         folder: where to write.
-        tower: "clip" (the class token is dropped) or "siglip" (every token is a patch and all are kept).
+        tower: a vision tower; of "siglip" every token is a patch.
+        strategy: "default", which drops the first token whatever it is, or "full"; by default "full" for "siglip".
         family: the language model's family, one with a tokenizer of style "llama".
         dtype: of the weights, float32 by default.
         seed: other weights for another seed.
     """
-    if tower not in ("clip", "siglip"):
-        raise ValueError(f"unknown tower {tower!r}; known: clip, siglip")
+    kind = f"{tower}_vision" if tower in ("clip", "siglip") else tower
+    if kind not in _TOWERS:
+        raise ValueError(f"unknown tower {tower!r}; known: clip, siglip, {', '.join(_TOWERS)}")
+    if strategy is None:
+        strategy = "full" if tower == "siglip" else "default"
     if _FAMILIES[family][1] != "llama":
         raise ValueError(f"family {family!r} has no tokenizer of style 'llama'")
 
@@ -1022,7 +1031,7 @@ def make_llava_hf(
         tokenizer = _new_tokenizer(**_tokenizer_settings(pad_token=None, padding_side="left"))
         tokenizer.add_special_tokens({"pad_token": "<pad>", "extra_special_tokens": ["<image>"]})
         rows = -(-len(tokenizer) // 64) * 64
-        _, vision_config, image_processor = _TOWERS[f"{tower}_vision"](32, 32)
+        _, vision_config, image_processor = _TOWERS[kind](32, 32)
         if tower == "siglip":
             vision_config.vision_use_head = False
         config = transformers.LlavaConfig(
@@ -1032,7 +1041,7 @@ def make_llava_hf(
             image_seq_length=16,
             projector_hidden_act="gelu",
             vision_feature_layer=-2,
-            vision_feature_select_strategy="default" if tower == "clip" else "full",
+            vision_feature_select_strategy=strategy,
         )
         with _seeded("llava", tower, family, seed):
             model = perturb_(transformers.LlavaForConditionalGeneration(config))
@@ -1045,10 +1054,10 @@ def make_llava_hf(
             patch_size=8,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
             chat_template=CHAT_TEMPLATES["llava"],
-            num_additional_image_tokens=1 if tower == "clip" else 0,
+            num_additional_image_tokens=_PREFIX_TOKENS.get(tower, 1),
         ).save_pretrained(folder)
 
-    recipe = {"part": "llava", "tower": tower, "family": family, "dtype": dtype, "seed": seed}
+    recipe = {"part": "llava", "tower": tower, "strategy": strategy, "family": family, "dtype": dtype, "seed": seed}
     return _build_once(folder, recipe, build)
 
 

@@ -21,6 +21,7 @@ names that the document uses lie. A comment on the line before a block says othe
 """
 
 import ast
+import copy
 import importlib
 import importlib.metadata
 import json
@@ -564,6 +565,21 @@ def with_config(model: MoellavaForCausalLM, folder: str, **changes) -> str:
     return folder
 
 
+def of_tower(kind: str, **fields) -> MoellavaConfig:
+    """A config whose vision tower is a small one of some kind."""
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small |= {"image_size": 32, "patch_size": 8}
+    return MoellavaConfig(vision_config={"model_type": kind, **small, **fields})
+
+
+def with_fields(model: MoellavaForCausalLM, **fields) -> None:
+    """Saves a model after fields of its config have been set."""
+    model = copy.deepcopy(model)
+    for name, value in fields.items():
+        setattr(model.config, name, value)
+    model.save_pretrained("my-changed-model")
+
+
 def oversized(model: MoellavaForCausalLM) -> str:
     text_config = model.config.text_config.to_dict() | {"vocab_size": 10**9}
     return with_config(model, "my-oversized-model", text_config=text_config)
@@ -695,6 +711,14 @@ ERRORS: dict[str, Callable] = {
     "layer": lambda model, _: load(vision_feature_layer=-9),
     "encoder of another tower": lambda model, _: load(vision_tower=SIGLIP, encoder_type="clip"),
     "picture size": lambda model, _: load(image_size=30),
+    "not square": lambda model, _: of_tower("vit", image_size=[32, 64]),
+    "chance": lambda model, _: of_tower("vit_mae"),
+    "joined pictures": lambda model, _: of_tower("pixtral", head_dim=16),
+    "tokens behind the patches": lambda model, _: of_tower("yolos", image_size=[32, 32]),
+    "computed": lambda model, _: MoellavaConfig.from_dict(model.config.to_dict(), image_seq_length=7),
+    "part from elsewhere": lambda model, _: MoellavaConfig.from_dict(model.config.to_dict(), mm_vision_tower=SIGLIP),
+    "one field in two places": lambda model, _: with_fields(model, tie_word_embeddings=True),
+    "another processor": lambda model, _: with_fields(model, vision_feature_select_strategy="cls"),
     "no language model": lambda model, _: load(model_path=CLIP),
     "no vision tower": lambda model, _: load(vision_tower=LANGUAGE_MODEL),
     "projector file": lambda model, _: load(projector_config={"path": projector_without_bias()}),
@@ -738,6 +762,7 @@ ERRORS: dict[str, Callable] = {
     "range": lambda model, _: model.processor(text="<image>", images=np.linspace(0.0, 255.0, 64).reshape(8, 8)),
     "both names of a cache": lambda model, _: model(torch.tensor([[1]]), past_key_values=NO_TOKENS, cache=NO_TOKENS),
     "other features": lambda model, _: model.get_image_features(torch.zeros(1, 3, 32, 32), vision_feature_layer=-1),
+    "other size": lambda model, _: model.get_image_features(torch.zeros(1, 3, 64, 64)),
     "key of a recipe": lambda model, _: training(lerning_rate=1),
     "adapter apart": lambda model, _: training(
         stage=..., stages=[{"stage": "instruct", "lora": {"merge": False}}, {"stage": "moe"}]

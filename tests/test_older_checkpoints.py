@@ -1140,13 +1140,28 @@ def test_llava15_without_its_tower(shop, tmp_path):
     assert_same_answers(shop, older, model)
 
 
-@pytest.mark.parametrize("tower", ["clip", "siglip"])
-def test_llava_hf(parts, tmp_path, tower):
-    """What transformers' own LLaVA saves: a SigLIP tower there keeps every patch."""
-    folder = parts.llava_hf(tower)
+@pytest.mark.parametrize(
+    ("tower", "strategy", "taken"),
+    [
+        ("clip", "default", ("default", False)),
+        ("clip", "full", ("full", False)),
+        ("siglip", "full", ("full", False)),
+        ("siglip", "default", ("default", True)),
+        ("vit", "default", ("default", False)),
+        ("dinov2", "full", ("full", False)),
+        ("dinov2_registers", "default", ("full", True)),
+        ("dinov3", "default", ("full", True)),
+        ("deit", "default", ("full", True)),
+        ("beit", "default", ("default", False)),
+    ],
+)
+def test_llava_hf(parts, tmp_path, tower, strategy, taken):
+    """What transformers' own LLaVA saves. By default it drops the first token, whatever it is, and no other."""
+    folder = parts.llava_hf(tower, strategy=strategy)
     own = LlavaForConditionalGeneration.from_pretrained(folder).eval()
     own_processor = LlavaProcessor.from_pretrained(folder)
     model = load_pretrained_model(folder, device="cpu").model
+    assert (model.config.vision_feature_select_strategy, model.config.drop_first_patch) == taken
     inputs = own_processor(
         images=picture(1).resize((32, 32)), text="USER: <image>\nWhat? ASSISTANT:", return_tensors="pt"
     )
@@ -1163,7 +1178,8 @@ def test_llava_hf(parts, tmp_path, tower):
     found = logits_of(model, row, inputs["pixel_values"])
     assert_near(found, expected, len(own_processor.tokenizer), tolerance=1e-5)
 
-    moellava.convert(folder, tmp_path / "out")
+    report = moellava.convert(folder, tmp_path / "out")
+    assert ("drops one token of every tower" in " ".join(report.notes)) is taken[1]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     again.processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert torch.equal(logits_of(again, row, inputs["pixel_values"]), found)

@@ -46,6 +46,7 @@ from ..building import IMAGE_TOKEN, build, make_processor
 from ..chat_templates import multimodal_chat_template
 from ..configuration import MoellavaConfig
 from ..configuration.part_checks_moellava import check_part
+from ..modeling.encoders_moellava import encoder_for
 from ..origins import with_origin
 from ..projector_files import older_projector_tensors
 from ..sources import Source, load_image_processor, read_tensors
@@ -205,11 +206,6 @@ def _our_config(
     vision_tower: str | None,
     changes: Mapping[str, Any],
 ) -> MoellavaConfig:
-    drops_first_patch = tower.encoder_type == "siglip" and older.vision_feature_select_strategy == "patch"
-    if drops_first_patch:
-        older.notes.append(
-            "the first patch of a picture is dropped, as the older code did before the model was trained"
-        )
     fields = {
         "encoder_type": tower.encoder_type,
         "vision_feature_layer": older.vision_feature_layer,
@@ -217,18 +213,37 @@ def _our_config(
         "image_aspect_ratio": older.image_aspect_ratio,
         **changes,
     }
-    return MoellavaConfig(
+    config = MoellavaConfig(
         text_config=older.text_config,
         vision_config=tower.config,
         projector_config=dict(older.projector),
         moe_config=older.moe,
         image_token_id=talk.image_token_id,
-        drop_first_patch=drops_first_patch,
         # The older code never scaled pictures; text it scaled with no picture beside it only, which is mended here.
         image_feature_scale=1 / getattr(older.text_config, "embedding_multiplier", 1.0),
         parts=_origins(source, vision_tower or older.vision_tower),
         **fields,
     )
+    older.notes += _drop_one_token(config)
+    return config
+
+
+def _drop_one_token(config: MoellavaConfig) -> list[str]:
+    """Makes a config drop exactly one token of every tower where it drops any, as LLaVA's code and transformers' do.
+
+    Returns:
+        `list[str]`: What is to be said of it.
+    """
+    prefix = encoder_for(config).num_prefix_tokens
+    if config.vision_feature_select_strategy not in ("default", "patch") or prefix == 1:
+        return []
+    config.drop_first_patch = True
+    note = "the first patch of a picture is dropped"
+    if prefix > 1:
+        config.vision_feature_select_strategy = "full"
+        note = f"{prefix - 1} of {prefix} class and register tokens are kept"
+    config.check()
+    return [f"{note}, as the code did that the model was trained with: it drops one token of every tower"]
 
 
 def _projector_and_tower(
@@ -437,17 +452,24 @@ def _read_llava_hf(source: Source, changes: dict[str, Any]) -> Converted:
         parts=_origins(source),
         **fields,
     )
+    notes = _drop_one_token(config)
     _check_shards(source)
     tensors, report = {}, WeightReport()
+    unused = tuple(f"{TOWER_PREFIX}{name}" for name in encoder_for(config).unused_weights)
     for name, tensor in source.tensors().items():
         if name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")):
             report.left_out[name] = "computed anew"
             continue
         for pattern, ours in _LLAVA_HF_NAMES:
             name = pattern.sub(ours, name)
+        if name.startswith(unused):
+            report.left_out[name] = "no part uses it"
+            continue
         tensors[name] = tensor
     report.num_used = len(tensors)
-    return Converted(config, tensors, tokenizer, image_processor, template, read_generation_config(source), report)
+    return Converted(
+        config, tensors, tokenizer, image_processor, template, read_generation_config(source), report, notes
+    )
 
 
 def _own_template(source: Source, tokenizer: Any) -> str:
