@@ -171,7 +171,9 @@ def test_loaded_weights_clear_it_and_a_part_that_starts_new_sets_it(untrained, r
     weights = load_pretrained_model(trained, device="cpu").model.model.multi_modal_projector.state_dict()
     torch.save(weights, tmp_path / "projector.bin")
     caplog.clear()
-    model = load_pretrained_model(untrained, projector_path=tmp_path / "projector.bin", device="cpu").model
+    model = load_pretrained_model(
+        untrained, projector_config={"path": str(tmp_path / "projector.bin")}, device="cpu"
+    ).model
     assert model.config.untrained_parts == [] and not warnings_of(caplog)
     # Another projector in the place of a trained one.
     other = load_pretrained_model(trained, projector_type="linear", device="cpu").model
