@@ -249,13 +249,14 @@ class MoellavaPreTrainedModel(PreTrainedModel):
 
     def _note_training(self, has_images: bool) -> None:
         """Takes the parts that a forward pass is about to train off the config's `untrained_parts`."""
-        left = []
-        for part in self.config.untrained_parts:
+        parts, left = self.config.untrained_parts or [], []
+        for part in parts:
             module = getattr(self, part, None) or getattr(self.model, part, None)
             is_run = has_images or part not in ("vision_tower", "multi_modal_projector")
             if module is None or not is_run or not any(weight.requires_grad for weight in module.parameters()):
                 left.append(part)
-        self.config.untrained_parts = left
+        if len(left) < len(parts):
+            self.config.untrained_parts = left
 
     @classmethod
     def get_init_context(cls, dtype, is_quantized, *args, **kwargs):
@@ -717,7 +718,7 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
 
         The other arguments are those of `MoellavaModel.forward`.
         """
-        if self.training and torch.is_grad_enabled() and self.config.untrained_parts:
+        if self.training and torch.is_grad_enabled():
             self._note_training(pixel_values is not None)
         wants_router_logits = self._wants_router_logits(output_router_logits)
         is_upcycled = self.config.moe_config is not None
