@@ -23,6 +23,7 @@ import difflib
 import functools
 import math
 import os
+import re
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -367,6 +368,10 @@ class MoellavaConfig(PreTrainedConfig):
             MiniCPM) gets unscaled pictures by the inverse; the converter sets it.
         parts (`dict`, *optional*):
             Where each part came from, for the model card. Never read to load anything.
+        untrained_parts (`list[str]`, *optional*):
+            The parts whose weights are random and have not been trained since, such as `"multi_modal_projector"`;
+            `None` if that is not known. Written by `from_pretrained`; a forward pass in training mode, with gradients,
+            removes the parts that it trains.
         tie_word_embeddings (`bool`, *optional*):
             Taken from the text config.
 
@@ -415,6 +420,7 @@ class MoellavaConfig(PreTrainedConfig):
     drop_first_patch: bool = False
     image_feature_scale: float | int = 1.0
     parts: dict | None = None
+    untrained_parts: list[str] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -428,6 +434,8 @@ class MoellavaConfig(PreTrainedConfig):
             )
         self._check_claims(claims)
         self.projector_config = _own_config("projector_config", self.projector_config, MoellavaProjectorConfig)
+        if self.parts is not None:
+            self.parts = {part: public_name(origin) for part, origin in self.parts.items()}
         if self.moe_config is not None:
             self.moe_config = _own_config("moe_config", self.moe_config, MoellavaMoeConfig)
             self.moe_config.layers = self.moe_config.resolved_layers(self.text_config.num_hidden_layers)
@@ -704,6 +712,14 @@ class MoellavaConfig(PreTrainedConfig):
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):
         """Does nothing: `auto_map` holds every auto class already, and the code is copied by `export_code`."""
+
+
+def public_name(origin: Any) -> Any:
+    """Returns the last part of a local path, since a config is published; a Hub id and all else as it is."""
+    is_path = isinstance(origin, str) and (
+        origin.startswith(("/", "~", ".")) or "\\" in origin or origin.count("/") > 1
+    )
+    return re.split(r"[\\/]+", origin.rstrip("\\/"))[-1] if is_path else origin
 
 
 def _is_sparse(text_config: PreTrainedConfig) -> bool:

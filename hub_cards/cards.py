@@ -204,12 +204,13 @@ def _history(facts: CardFacts) -> Iterator[str]:
         yield "The projector was initialised anew."
     if facts.origins.get("experts") == UPCYCLED:
         yield "The experts of a layer began as copies of its dense MLP, with new routers in front of them."
-    if facts.training is not None:
-        steps, epochs, data = (facts.training.get(name) for name in ("steps", "epochs", "data"))
+    for record in facts.training:
+        stage, steps, epochs, data = (record.get(name) for name in ("stage", "steps", "epochs", "data"))
         told = [f"{steps:,} steps"] if isinstance(steps, int) else []
         told += [f"{epochs:.3g} {'epoch' if epochs == 1 else 'epochs'}"] if isinstance(epochs, int | float) else []
         told += [f"on {', '.join(linked(name) if '/' in name else code(name) for name in data)}"] if data else []
-        yield f"Trained with transformers' `Trainer`{': ' if told else ''}{', '.join(told)}."
+        named = f", stage {code(stage)}" if stage else ""
+        yield f"Trained with transformers' `Trainer`{named}{': ' if told else ''}{', '.join(told)}."
     if facts.summary.coverage is not None:
         yield f"Quantised with {code(facts.summary.coverage.method)}."
     if facts.summary.transformers_version:

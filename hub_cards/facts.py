@@ -26,7 +26,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..configuration.custom_code_moellava import is_own_class
 from ..configuration.registry_moellava import ENCODERS, PROJECTORS
 from ..inspecting import CheckpointSummary, inspect_checkpoint
-from ..origins import NEW
+from ..origins import NEW, training_records
 from ..sources import Source
 from .licences import UNKNOWN, combined_license, license_name
 
@@ -63,8 +63,9 @@ class CardFacts:
         origins (`dict`): The config's `parts`.
         moe (`dict`, *optional*): The config's `moe_config`, of the sparse layers that this package makes.
         quantization (`dict`, *optional*): The config's `quantization_config`.
-        training (`dict`, *optional*): `steps`, `epochs` and `data` of its training, as far as they are known; `None`
-            where nothing tells that it was trained.
+        training (`list[dict]`): `stage`, `steps`, `epochs` and `data` of every stage of its training, as far as they
+            are known; empty if nothing says that it was trained.
+        says_what_is_untrained (`bool`): Whether the config has a list of the parts that were never trained.
         has_processor (`bool`): Whether the processor is saved beside the model.
     """
 
@@ -73,7 +74,8 @@ class CardFacts:
     origins: Mapping[str, Any]
     moe: Mapping[str, Any] | None
     quantization: Mapping[str, Any] | None
-    training: Mapping[str, Any] | None
+    training: list[Mapping[str, Any]]
+    says_what_is_untrained: bool
     has_processor: bool
 
     @property
@@ -98,6 +100,17 @@ class CardFacts:
     @property
     def has_new_projector(self) -> bool:
         return self.origins.get("multi_modal_projector") == NEW
+
+    @property
+    def untrained_parts(self) -> list[str]:
+        """The parts that have never been trained, in words.
+
+        Checkpoints of earlier versions do not say so: a new projector counts, if nothing says that it was trained.
+        """
+        parts = self.summary.untrained_parts
+        if not self.says_what_is_untrained and self.has_new_projector and not self.training:
+            parts = ["multi_modal_projector"]
+        return [_TITLES.get(part, part).lower() for part in parts]
 
     @property
     def is_med_moe(self) -> bool:
@@ -200,17 +213,18 @@ def read_facts(source: Source, repo_id: str | None = None) -> CardFacts:
         moe=config.get("moe_config"),
         quantization=config.get("quantization_config"),
         training=_training(source, config.get("parts") or {}),
+        says_what_is_untrained=config.get("untrained_parts") is not None,
         has_processor=source.find("processor_config.json") is not None,
     )
 
 
-def _training(source: Source, origins: Mapping[str, Any]) -> dict[str, Any] | None:
-    if origins.get("training") is not None:
-        return dict(origins["training"])
+def _training(source: Source, origins: Mapping[str, Any]) -> list[dict[str, Any]]:
+    if records := training_records(origins):
+        return records
     state = source.read_json(TRAINER_STATE)
     if state is not None:
-        return {"steps": state.get("global_step"), "epochs": state.get("epoch")}
-    return None if source.find(TRAINING_ARGUMENTS) is None else {}
+        return [{"steps": state.get("global_step"), "epochs": state.get("epoch")}]
+    return [] if source.find(TRAINING_ARGUMENTS) is None else [{}]
 
 
 def is_hub_id(name: str | None) -> bool:

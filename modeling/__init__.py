@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 from ..configuration import MoellavaConfig
 from ..configuration.checkpoint_moellava import SAVE_HOOKS
 from ..hub_cards import write_card_of_save
+from ..stored_dtypes import write_stored_dtype
 from .modeling_moellava import MoellavaForCausalLM, MoellavaModel, MoellavaPreTrainedModel
 
 
@@ -25,6 +26,6 @@ AutoModel.register(MoellavaConfig, MoellavaModel, exist_ok=True)
 AutoModelForCausalLM.register(MoellavaConfig, MoellavaForCausalLM, exist_ok=True)
 AutoModelForImageTextToText.register(MoellavaConfig, MoellavaForCausalLM, exist_ok=True)
 AutoModelForMultimodalLM.register(MoellavaConfig, MoellavaForCausalLM, exist_ok=True)
-SAVE_HOOKS.append(write_card_of_save)
+SAVE_HOOKS.extend((write_stored_dtype, write_card_of_save))  # in this order: the card names the dtype
 
 __all__ = ["MoellavaForCausalLM", "MoellavaModel", "MoellavaPreTrainedModel"]

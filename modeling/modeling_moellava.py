@@ -223,10 +223,40 @@ class MoellavaPreTrainedModel(PreTrainedModel):
             adapter_config = find_adapter_config(pretrained_model_name_or_path, kwargs)
             if adapter_config is not None:
                 check_adapter(adapter_config)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
         if quantization_config is not None:
-            check_quantized(loaded[0] if isinstance(loaded, tuple) else loaded)
-        return loaded
+            check_quantized(model)
+        # With an adapter, `info` is about the adapter's weights alone.
+        if not model._hf_peft_config_loaded:
+            model._note_untrained_parts([*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])])
+        return (model, info) if wants_info else model
+
+    def _note_untrained_parts(self, random_weights: list[str]) -> None:
+        """Adds the parts of weights that no file gave to the config's `untrained_parts`, and warns of all of these."""
+        # New routers choose among equal experts, so that the answers are right before they are trained.
+        new = [name for name in random_weights if not name.endswith(tuple(ROUTER_WEIGHTS))]
+        new = {name.removeprefix("model.").partition(".")[0] for name in new}
+        if new:
+            self.config.untrained_parts = sorted({*(self.config.untrained_parts or ()), *new})
+        if self.config.untrained_parts:
+            logger.warning(
+                "Never trained: %s. The weights are random, so answers about images are meaningless. Train the model "
+                "first, or load trained weights.", " and ".join(self.config.untrained_parts),
+            )  # fmt: skip
+
+    def _note_training(self, has_images: bool) -> None:
+        """Takes the parts that a forward pass is about to train off the config's `untrained_parts`."""
+        parts, left = self.config.untrained_parts or [], []
+        for part in parts:
+            module = getattr(self, part, None) or getattr(self.model, part, None)
+            is_run = has_images or part not in ("vision_tower", "multi_modal_projector")
+            if module is None or not is_run or not any(weight.requires_grad for weight in module.parameters()):
+                left.append(part)
+        if len(left) < len(parts):
+            self.config.untrained_parts = left
 
     @classmethod
     def get_init_context(cls, dtype, is_quantized, *args, **kwargs):
@@ -705,6 +735,8 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
 
         The other arguments are those of `MoellavaModel.forward`.
         """
+        if self.training and torch.is_grad_enabled():
+            self._note_training(pixel_values is not None)
         wants_router_logits = self._wants_router_logits(output_router_logits)
         is_upcycled = self.config.moe_config is not None
         balances = is_upcycled and labels is not None and self.config.moe_config.router_aux_loss_coef > 0

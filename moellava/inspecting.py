@@ -200,6 +200,7 @@ class CheckpointSummary:
         parameters (`Parameters`): Of the whole model.
         bytes (`Bytes`): Of the whole model; `disk` is the size of the weight files.
         parts (`list[Part]`): The weights, part by part.
+        untrained_parts (`list[str]`): The parts that have never been trained, such as `"multi_modal_projector"`.
         own_code (`list[str]`): The parts of the author's own, such as `"projector 'gated'"`, that are not registered
             here: loading the checkpoint runs the code that it carries, and needs `trust_remote_code=True`.
         transformers_version (`str`, *optional*): The version that saved it.
@@ -220,6 +221,7 @@ class CheckpointSummary:
     parameters: Parameters
     bytes: Bytes
     parts: list[Part]
+    untrained_parts: list[str]
     own_code: list[str]
     transformers_version: str | None
 
@@ -298,6 +300,7 @@ def inspect_checkpoint(
         parameters=Parameters(*map(sum, zip(*(part.parameters for part in parts), strict=True))),
         bytes=Bytes(disk, sum(part.bytes.memory for part in parts)),
         parts=parts,
+        untrained_parts=list(config.untrained_parts or ()),
         own_code=own_parts,
         transformers_version=fields.get("transformers_version"),
     )

@@ -41,6 +41,7 @@ from .assembling import (
 from .building import build, make_processor
 from .configuration import MoellavaConfig
 from .configuration.checkpoint_moellava import AUTO_MAP
+from .configuration.configuration_moellava import public_name
 from .configuration.custom_code_moellava import CUSTOM_MODULE, is_own_class, registered_in
 from .configuration.names_moellava import canonical_projector, stacked_projector
 from .configuration.registry_moellava import ENCODERS, PROJECTORS, plain_value
@@ -219,7 +220,7 @@ def _load_checkpoint(source: Source, fields: dict[str, Any], request: LoadReques
     if request.moe is not None and config.moe_config is not None:
         changed["moe_config"] = with_moe_changes(config, request.moe)
     changed_config = config
-    if not _takes_other_parts(config, request):
+    if not _takes_other_parts(source, config, request):
         if changed:
             changed_config = _with_changes(config, changed)
         if projector_shapes(changed_config) == projector_shapes(config):
@@ -249,18 +250,18 @@ def read_processor(source: Source) -> Any:
         ) from error
 
 
-def _takes_other_parts(config: MoellavaConfig, request: LoadRequest) -> bool:
+def _takes_other_parts(source: Source, config: MoellavaConfig, request: LoadRequest) -> bool:
     """Whether a request asks for other weights than those that the checkpoint holds."""
     return (
-        _asks_for_another_tower(config, request)
+        _asks_for_another_tower(source, config, request)
         or request.projector_path is not None
         or _changed_projector(config, request) is not None
         or (request.moe is not None and config.moe_config is None)
     )
 
 
-def _asks_for_another_tower(config: MoellavaConfig, request: LoadRequest) -> bool:
-    if request.vision_tower is not None and request.vision_tower != (config.parts or {}).get("vision_tower"):
+def _asks_for_another_tower(source: Source, config: MoellavaConfig, request: LoadRequest) -> bool:
+    if request.vision_tower is not None and not _has_tower(source, config, request):
         return True
     encoder_type = request.model_fields.get("encoder_type", config.encoder_type)
     if not is_custom_encoder(encoder_type):
@@ -269,6 +270,36 @@ def _asks_for_another_tower(config: MoellavaConfig, request: LoadRequest) -> boo
     return encoder_type != config.encoder_type or any(
         getattr(config.vision_config, name, None) != value for name, value in own.items()
     )
+
+
+def _has_tower(source: Source, config: MoellavaConfig, request: LoadRequest) -> bool:
+    """Whether the vision tower that a request names is the one that the checkpoint holds.
+
+    A Hub id is compared with what the checkpoint was assembled from. Of a folder a checkpoint keeps no more than the
+    name, which others may have too: there the weights are compared.
+    """
+    name = os.path.expanduser(request.vision_tower)
+    recorded = (config.parts or {}).get("vision_tower")
+    if not os.path.isdir(name) or public_name(name) != recorded:
+        return name == recorded and not os.path.isdir(name)
+    if is_custom_encoder(config.encoder_type):
+        kept = {field: getattr(config.vision_config, field, None) for field in ENCODERS.fields(config.encoder_type)}
+        request = dataclasses.replace(
+            request,
+            encoder_fields={field: value for field, value in kept.items() if value is not None}
+            | request.encoder_fields,
+            model_fields={"encoder_type": config.encoder_type, **request.model_fields},
+        )
+    vision = read_vision_part(request)
+    given, held = vision.tensors(), source.tensors()
+    own = {key.removeprefix(TOWER_PREFIX): held[key] for key in held if key.startswith(TOWER_PREFIX)}
+    is_same = all(
+        key in given and given[key].shape == tensor.shape and given[key].to(tensor.dtype).equal(tensor)
+        for key, tensor in own.items()
+    )
+    if not is_same:
+        logger.warning("%s has other weights than the vision tower in %s, and takes its place.", name, source)
+    return is_same
 
 
 def _load_with_other_parts(
@@ -280,11 +311,12 @@ def _load_with_other_parts(
     options: dict[str, Any],
 ) -> MoellavaForCausalLM:
     """Loads a checkpoint with another tower or projector, or upcycled."""
-    vision = None
-    if _asks_for_another_tower(config, request):
+    vision, replaced = None, set()
+    if _asks_for_another_tower(source, config, request):
         vision = read_vision_part(request)
         changed |= {"vision_config": vision.config, "encoder_type": vision.encoder_type}
         changed["parts"] = with_tower_origin(config.parts, request)
+        replaced = {"vision_tower"}
         processor.image_processor = vision.image_processor
     else:
         report_claims(request, config.vision_config, f"of {source}")
@@ -318,6 +350,10 @@ def _load_with_other_parts(
         tensors = _with_part(tensors, PROJECTOR_PREFIX, {})
     if file_tensors is not None or new_projector:
         config.parts = with_projector_origin(config.parts, request)
+        replaced.add("multi_modal_projector")
+    # Of these, `from_pretrained` notes again what it draws at random.
+    if config.untrained_parts is not None:
+        config.untrained_parts = [part for part in config.untrained_parts if part not in replaced]
     new_experts = request.moe is not None and config.moe_config is None
     if new_experts:
         config, tensors = upcycled(config, tensors, request.moe)
@@ -442,6 +478,11 @@ def _load_adapter(request: LoadRequest, placement: Any) -> Any:
     base = _load(dataclasses.replace(request, model_path=request.model_base, model_base=None), placement)
     processor = base.processor
     model = PeftModel.from_pretrained(base, adapter.name, **adapter.hub_options)
+    if base.config.untrained_parts is not None:
+        adapted = [name for name, _ in model.named_parameters() if "lora_" in name or "modules_to_save" in name]
+        base.config.untrained_parts = [
+            part for part in base.config.untrained_parts if not any(f".{part}." in name for name in adapted)
+        ]
     if request.options["merge"]:
         model = model.merge_and_unload()
     else:
@@ -537,7 +578,8 @@ def _log_parts(model: Any, request: LoadRequest) -> None:
     """Logs what the vision tower and the projector are, where they come from, and every shape in them."""
     config, parts = model.config, model.config.parts or {}
     checkpoint = request.model_base or request.model_path
-    is_assembled = parts.get("language_model") == checkpoint
+    fields = Source(checkpoint, request.hub_options).config_dict()
+    is_assembled = fields["model_type"] != MoellavaConfig.model_type and not is_older(fields)
     inner = next(module for module in model.modules() if hasattr(module, "vision_tower") and hasattr(module, "encoder"))
     if request.options["encoder_debug"]:
         encoder = inner.encoder

@@ -63,7 +63,8 @@ def with_origin(
         parts (`dict`, *optional*): What is known already.
         name (`str`): `"language_model"`, `"vision_tower"`, `"multi_modal_projector"`, `"experts"` or
             `"converted_from"`.
-        origin (`str`, *optional*): The Hub id or the path, or `NEW` or `UPCYCLED`.
+        origin (`str`, *optional*): The Hub id or the path, of which a config keeps the last part; or `NEW` or
+            `UPCYCLED`.
         source (`Source`, *optional*): Where to look for the licence.
     """
     parts = dict(parts or {})
@@ -75,18 +76,40 @@ def with_origin(
 
 
 def with_training(
-    parts: Mapping[str, Any] | None, *, steps: int, epochs: float | None = None, data: Iterable[str] = ()
+    parts: Mapping[str, Any] | None,
+    *,
+    steps: int,
+    epochs: float | None = None,
+    data: Iterable[str] = (),
+    stage: str | None = None,
 ) -> dict[str, Any]:
-    """Returns a config's `parts` with what the model was trained on, last.
+    """Returns a config's `parts` with one more stage of training, after those that it lists in `training` already.
 
     Args:
         parts (`dict`, *optional*): What is known already.
         steps (`int`): The optimiser's steps.
         epochs (`float`, *optional*): How often the data were gone through.
         data (`Iterable[str]`, *optional*): Their Hub ids or names.
+        stage (`str`, *optional*): The stage's name.
     """
-    training = {"steps": steps, "epochs": epochs, "data": list(data)}
-    return dict(parts or {}) | {"training": {name: value for name, value in training.items() if value}}
+    training = {"stage": stage, "steps": steps, "epochs": epochs, "data": list(data)}
+    training = {name: value for name, value in training.items() if value}
+    return dict(parts or {}) | {"training": [*training_records(parts), training]}
 
 
-__all__ = ["LICENSE_KEYS", "NEW", "UPCYCLED", "license_of", "with_origin", "with_training"]
+def training_records(parts: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Returns what a config's `parts` says of the stages of training; earlier versions kept the last one alone."""
+    known = (parts or {}).get("training")
+    known = [known] if isinstance(known, Mapping) else known
+    return [dict(record) for record in known if isinstance(record, Mapping)] if isinstance(known, list) else []
+
+
+__all__ = [
+    "LICENSE_KEYS",
+    "NEW",
+    "UPCYCLED",
+    "license_of",
+    "training_records",
+    "with_origin",
+    "with_training",
+]

@@ -216,6 +216,11 @@ def test_what_a_card_says(shelf, kind, tmp_path):
 
 def test_training_is_told_of(shelf, tmp_path):
     folder = shelf.copy("dense", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("untrained_parts") == ["multi_modal_projector"]  # as earlier versions saved it
+    (folder / "config.json").write_text(json.dumps(config))
+    write_card(folder)
+    assert NEEDS_TRAINING in card_of(folder).text
     (folder / "training_args.bin").write_bytes(b"")
     write_card(folder)
     assert "- Trained with transformers' `Trainer`.\n" in card_of(folder).text

@@ -155,7 +155,8 @@ def test_three_stages(settings, data, tmp_path):
     assert report.checkpoint == tmp_path / "out" / "moe" / "model"
 
     card = (report.checkpoint / "README.md").read_text(encoding="utf-8")
-    assert "Trained with transformers' `Trainer`: 3 steps, 1 epoch, on `rows.json`." in card
+    for stage in ("align", "instruct", "moe"):
+        assert f"Trained with transformers' `Trainer`, stage `{stage}`: 3 steps, 1 epoch, on `rows.json`." in card
     assert "The projector needs training" not in card
 
     # What was logged: the loss, of the evaluation too; of the mixture also the routers'.

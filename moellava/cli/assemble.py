@@ -238,7 +238,7 @@ def assemble(
     summary = inspect_checkpoint(out)
     if as_json:
         print_json(summary.to_dict())
-    describe_assembled(summary, is_new=request.projector_path is None)
+    describe_assembled(summary)
 
 
 def _layers(text: str | None) -> int | list[int] | None:

@@ -46,17 +46,14 @@ def _finite(content: Any) -> Any:
     return [_finite(value) for value in content] if isinstance(content, list | tuple) else content
 
 
-def describe_assembled(summary: "CheckpointSummary", is_new: bool) -> None:
-    """Tells on standard error what has been assembled, and that a new projector has to be trained."""
+def describe_assembled(summary: "CheckpointSummary") -> None:
+    """Tells on standard error what has been assembled."""
     typer.echo(
         f"{summary.checkpoint}: {summary.encoder.type} encoder, {summary.projector.type} projector, "
         f"{summary.language_model.model_type} language model; {summary.tokens_per_image} tokens per picture, "
         f"{number_text(summary.parameters.total)} parameters, {size_text(summary.bytes.disk)}.",
         err=True,
     )
-    projector = next(part for part in summary.parts if part.name == "multi_modal_projector")
-    if is_new and projector.parameters.total:
-        typer.echo("The projector is new: train the model before you ask it about pictures.", err=True)
 
 
 def print_summary(summary: "CheckpointSummary") -> None:
@@ -209,6 +206,9 @@ def _overview(summary: "CheckpointSummary") -> Iterator[tuple[str, str]]:
     dtype = summary.dtype if summary.quantization is None else f"{summary.dtype}, quantised ({summary.quantization})"
     sizes = f"{size_text(summary.bytes.disk)} on disk, {size_text(summary.bytes.memory)} in memory"
     yield "Weights", f"{parameters}, {dtype}; {sizes}"
+    if summary.untrained_parts:
+        parts = " and ".join(summary.untrained_parts)
+        yield "Untrained", f"{parts}: the weights are random, so answers about images are meaningless"
     if summary.own_code:
         yield "Own code", f"{', '.join(summary.own_code)}: loading it runs code and needs --trust-remote-code"
 

@@ -267,16 +267,11 @@ def _projector_and_tower(
 
 
 def _origins(source: Source, vision_tower: str | None = None) -> dict[str, Any]:
-    parts = with_origin(None, "converted_from", _public_name(source.name), source)
+    parts = with_origin(None, "converted_from", source.name, source)
     if vision_tower is None:
         return parts
     tower = Source(vision_tower, source.hub_options)
-    return with_origin(parts, "vision_tower", _public_name(vision_tower), tower)
-
-
-def _public_name(name: str) -> str:
-    """A Hub id as it is, and of a path its end: the rest says nothing to others, and may say too much."""
-    return os.path.basename(os.path.normpath(name)) if os.path.exists(name) or name.count("/") > 1 else name
+    return with_origin(parts, "vision_tower", vision_tower, tower)
 
 
 def _has_tokenizer(source: Source) -> bool:

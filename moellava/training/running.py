@@ -32,6 +32,7 @@ from ..loading import context_length, load_pretrained_model
 from ..origins import with_training
 from ..request import read_request
 from ..sources import Source
+from ..stored_dtypes import frozen_as_loaded
 from .adapters import put_adapters
 from .checkpoints import last_checkpoint
 from .data import Collator, Examples, StreamedExamples, log_overlap, log_problems, processor_and_context
@@ -285,7 +286,11 @@ def _run(stage: Stage, model: Any, train_data: Any, eval_data: Any, folder: Path
     trainer.model.eval()
     data = [os.path.basename(stage.data)] if isinstance(stage.data, str | os.PathLike) else []
     base.config.parts = with_training(  # told before the save, which writes the card
-        base.config.parts, steps=trainer.state.global_step, epochs=round(trainer.state.epoch, 2), data=data
+        base.config.parts,
+        steps=trainer.state.global_step,
+        epochs=round(trainer.state.epoch, 2),
+        data=data,
+        stage=stage.name,
     )
     if isinstance(train_data, StreamedExamples):
         if writes:
@@ -357,7 +362,9 @@ def _save(trainer: MoellavaTrainer, stage: Stage, folder: Path) -> Path:
     processor = trainer.model.processor
     merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
     merged.processor = processor
-    merged.save_pretrained(folder / _MODEL)
+    # What is quantised is stored in a way of its own.
+    weights = None if getattr(merged, "hf_quantizer", None) else frozen_as_loaded(merged, merged.state_dict())
+    merged.save_pretrained(folder / _MODEL, state_dict=weights)
     return folder / _MODEL
 
 

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ..stored_dtypes import frozen_as_loaded
 from .parts import PartNames, by_part
 
 
@@ -253,6 +254,15 @@ class MoellavaTrainer(Trainer):
         processes = self.accelerator.num_processes
         rest = part * processes - has * (processes if self.args.average_tokens_across_devices else 1)
         return self.model.config.moe_config.router_aux_loss_coef * rest
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """As the library does, with frozen parts in the dtype that they were loaded from."""
+        model = self.accelerator.unwrap_model(self.model)
+        # What is quantised, sharded or an adapter, the library stores in ways of its own.
+        special = getattr(model, "hf_quantizer", None) or getattr(model.config, "distributed_config", None)
+        if isinstance(model, PreTrainedModel) and not special:
+            state_dict = frozen_as_loaded(model, model.state_dict() if state_dict is None else state_dict)
+        super()._save(output_dir, state_dict=state_dict)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As the library does, with the router loss and the experts' loads beside the loss."""

@@ -187,6 +187,11 @@ def _lay_out(models: list[ServedModel]) -> _Widgets:
     sparse = [model for model in models if model.is_sparse]
     described = "<br>".join(f"<strong>{escape(model.name)}</strong>: {escape(_described(model))}" for model in models)
     gr.HTML(f"<h1>MoELLaVA</h1><p>{described}</p>", elem_id="mv-title")
+    for model in models:
+        untrained = model.loaded.model.config.untrained_parts
+        if untrained:
+            text = f"{model.name}: {' and '.join(untrained)} never trained. Answers about images are meaningless."
+            gr.HTML(f'<p role="alert">{escape(text)}</p>', elem_classes="mv-alert")
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=280):
             pictures = gr.Gallery(

@@ -52,7 +52,7 @@ class GatedProjector(nn.Module):
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert "model: clip encoder, gated_cli projector, llama language model; 16 tokens per picture" in done.stderr
-    assert "The projector is new: train the model" in done.stderr
+    assert "Never trained: multi_modal_projector" in done.stderr
     assert "LOAD REPORT" not in done.stderr
     assert (tmp_path / "model" / "custom_gated_on_the_command_line.py").is_file()
 
@@ -140,7 +140,7 @@ def test_assemble_with_projector_weights(parts, checkpoint, tmp_path):
         "--projector-weights", tmp_path / "projector.safetensors", "--out", tmp_path / "model",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
-    assert "projector is new" not in result.stderr
+    assert "Never trained" not in result.stderr
     assembled = MoellavaForCausalLM.from_pretrained(tmp_path / "model").model.multi_modal_projector.state_dict()
     assert all(assembled[name].equal(tensor) for name, tensor in trained.items())
 
