@@ -23,7 +23,6 @@ A row's own fields tell what it is:
 Both may have `answer_type` (`OPEN`, `CLOSED`).
 """
 
-import base64
 import itertools
 import os
 from collections.abc import Iterable, Mapping
@@ -33,8 +32,9 @@ from typing import Any
 
 from ..asking import user_turn
 from ..building import IMAGE_TOKEN
+from ..dataset_pictures import undecoded
 from ..json_files import read_json_rows
-from ..processing.images_moellava import check_shape, to_rgb
+from ..processing.images_moellava import check_shape, decode_picture, to_rgb
 from ..wording import encodable
 from .scoring import CLOSED, OPEN, words
 
@@ -132,7 +132,7 @@ def read_questions(
         path = Path(data).expanduser()
         rows, found, default_folder = _read_rows(path), QuestionSet(path.stem), path.parent
     elif isinstance(data, Iterable) and not isinstance(data, Mapping | bytes):
-        rows, found, default_folder = data, QuestionSet("rows"), Path()
+        rows, found, default_folder = undecoded(data), QuestionSet("rows"), Path()
     else:
         raise TypeError(
             f"The data is of type {type(data).__name__}; expected the path of a .json or .jsonl file, or rows: a list "
@@ -162,7 +162,7 @@ def open_picture(picture: Any, aspect_ratio: str = "square") -> Any:
         ValueError: It cannot be decoded, or its shape is none that a processor with this `image_aspect_ratio` takes.
     """
     if isinstance(picture, Mapping):  # a column of datasets.Image(decode=False)
-        picture = f"data:image/*;base64,{base64.b64encode(picture['bytes']).decode()}"
+        picture = decode_picture(picture["bytes"])
     image = to_rgb(picture)
     check_shape(*image.size, aspect_ratio)
     return image
@@ -262,13 +262,15 @@ def _pictures_of(pictures: Any, name: str | None, folder: Path) -> list[Any]:
     found = []
     for picture in pictures if isinstance(pictures, list | tuple) else [pictures]:
         if isinstance(picture, Mapping):
-            if picture.get("bytes") is None:
+            if picture.get("path") and picture.get("bytes", "") is None:
+                picture = picture["path"]  # so `datasets` holds a picture that lies in a file
+            elif picture.get("bytes") is None:
                 raise _RowError(f"has a dictionary without bytes as {name!r}; expected a picture's name")
-        elif isinstance(picture, str | os.PathLike):
+        if isinstance(picture, str | os.PathLike):
             picture = folder / picture
             if not os.path.isfile(picture):  # which, unlike Path.is_file, takes names of any length
                 raise _RowError(f"names the picture {picture}, and there is no such file")
-        elif not hasattr(picture, "convert"):  # a PIL picture has it
+        elif not isinstance(picture, Mapping) and not hasattr(picture, "convert"):  # a PIL picture has it
             raise _RowError(f"has a {type(picture).__name__} as {name!r}; expected a picture's name")
         found.append(picture)
     return found
