@@ -46,6 +46,9 @@ _SMALLER = (
 )
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
 _WHITE = 255
+# Which doubts about pictures were logged: each once, and not those of a whole data set.
+_said: set[str] = set()
+_MOST_SAID = 50
 _MOST_ELONGATED = 200
 _FETCH_TIMEOUT_S = 60
 _LONGEST_PATH = 4096
@@ -445,8 +448,10 @@ def _dark(highest: int, name: str) -> str | None:
 
 
 def _warn(doubt: str | None) -> None:
-    if doubt is not None:
-        logger.warning_once(doubt)
+    if doubt is None or doubt in _said or len(_said) > _MOST_SAID:
+        return
+    _said.add(doubt)
+    logger.warning(doubt if len(_said) <= _MOST_SAID else "More 16-bit pictures are nearly black; they are not named.")
 
 
 def _has_transparency(image: PIL.Image.Image) -> bool:

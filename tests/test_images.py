@@ -701,7 +701,8 @@ def test_what_takes_too_many_bytes(served, monkeypatch):
 def warned(monkeypatch):
     """The warnings that were logged."""
     texts = []
-    monkeypatch.setattr(images_moellava.logger, "warning_once", lambda text: texts.append(text))
+    monkeypatch.setattr(images_moellava, "_said", set())
+    monkeypatch.setattr(images_moellava.logger, "warning", texts.append)
     return texts
 
 
@@ -763,6 +764,14 @@ def test_values_of_few_bits_are_said_of_arrays_and_pictures(warned, picture, bit
 def test_nothing_is_said_of_what_is_clear(warned, picture):
     to_rgb(picture)
     assert warned == []
+
+
+def test_pictures_of_a_whole_data_set_are_not_all_named(warned):
+    for number in range(100):
+        to_rgb(RAMP, f"Picture {number % 80}")
+    assert len(warned) == 51
+    assert warned[0].startswith("Picture 0 is") and warned[49].startswith("Picture 49 is")
+    assert warned[50] == "More 16-bit pictures are nearly black; they are not named."
 
 
 def test_colours_of_16_bits(warned):
