@@ -376,7 +376,7 @@ def _load(image: PIL.Image.Image, name: str) -> None:
         if is_deep and image.mode in ("L", "LA", "RGB", "RGBA"):  # of 16 bits a channel, Pillow keeps the upper 8
             extrema = np.array(image.getextrema()).reshape(-1, 2)[: 1 if image.mode[0] == "L" else 3]
             if extrema[:, 0].min() < extrema[:, 1].max():
-                _warn(_dark(int(extrema[:, 1].max()) * 256 + 255, name))
+                _warn(_dark(int(extrema[:, 1].max()) * 256 + 255, name, is_whole=False))
     except Exception as error:
         raise _not_decodable(name, error) from error
 
@@ -436,14 +436,16 @@ def _is_inverted(image: PIL.Image.Image) -> bool:
     return image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
 
 
-def _dark(highest: int, name: str) -> str | None:
+def _dark(highest: int, name: str, is_whole: bool = True) -> str | None:
+    """The text of `range_doubt`; `is_whole` says whether the picture in memory has all 16 bits still."""
     bits = next((depth for depth in (8, 10, 12, 14) if highest < 2**depth), None)
     if bits is None:
         return None
+    advice = f"pass np.asarray(picture) / {2**bits - 1}, or " if is_whole else ""
     return (
         f"{name} is a 16-bit picture, and its values end at {highest}. Read as 0 to 65535 it is nearly black: 0 to "
-        f"{highest * 255 // 65535} of 255. If its values have {bits} bits, scale them first: pass "
-        f"np.asarray(picture) / {2**bits - 1}, or save it with its values times {2 ** (16 - bits)}."
+        f"{highest * 255 // 65535} of 255. If its values have {bits} bits, scale them first: {advice}save it with its "
+        f"values times {2 ** (16 - bits)}."
     )
 
 
