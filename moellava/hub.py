@@ -16,9 +16,8 @@
 import dataclasses
 import logging
 import os
-import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,28 +31,19 @@ from .configuration.hub_moellava import commit_checkpoint
 from .hub_cards import write_card
 from .hub_cards.writing import read_card
 from .inspecting import inspect_checkpoint
+from .publishing import CARD_NAME, PROCESSOR_NAME, check_links, left_out, published_files
 from .sources import CONFIG_NAME, Source
 
 
 logger = logging.getLogger(__name__)
 
 _ADAPTER_NAME = "adapter_config.json"
-_CARD_NAME = "README.md"
-_PROCESSOR_NAME = "processor_config.json"
-# What transformers reads of a checkpoint beside weights and code, and what people read of it.
-_OTHER_FILES = (
-    CONFIG_NAME, "generation_config.json", _PROCESSOR_NAME, "preprocessor_config.json", "chat_template.json",
-    "chat_template.jinja", "additional_chat_templates/*.jinja", "tokenizer*.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
-    "sentencepiece.bpe.model", "*.tiktoken", _CARD_NAME, "LICENSE*", "NOTICE*",
-)  # fmt: skip
 _ADVICE = {
     401: "Log in with `hf auth login`, or give a token that may write to it.",
     403: "Log in with `hf auth login`, or give a token that may write to it.",
     412: "Somebody else has pushed in the meantime: push again.",
     429: "Wait for some minutes, then push again.",
 }
-_PICTURE_IN_CARD = re.compile(r"""!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img\b[^>]*?\bsrc=["']([^"']+)["']""")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +80,16 @@ def push(
     commit_description: str | None = None,
     token: str | bool | None = None,
     max_shard_size: int | str | None = None,
+    include: str | Iterable[str] = (),
 ) -> PushReport:
     r"""
     Pushes a saved checkpoint to the Hub: model, processor, code and card in one commit.
 
     The card is the folder's `README.md`, completed as `write_card` does it, where you wrote it; else the one that
     somebody wrote in the repository; else a new one. In the folder nothing is changed.
+
+    Files are sent by what they are: weights, config, tokenizer, processor, code, the card with the pictures that it
+    shows, and licences. What else lies in the folder is listed in a warning and in the report, and stays.
 
     What is wrong with the checkpoint is found before anything is sent. The commit comes last, after the large files
     have been uploaded: until then the repository is what it was. (A repository or a branch that is made for the push
@@ -114,14 +108,16 @@ def push(
         max_shard_size (`int` or `str`, *optional*): Weights are written anew in files of at most this size, such as
             `"5GB"`, to a temporary folder that has to have room for them. By default they are sent in the files that
             they lie in.
+        include (`str` or `Iterable[str]`, *optional*): Patterns of more files of the folder to send, such as `"*.csv"`
+            or `"results/"`. Files and folders that begin with a dot are not sent, whatever they say.
 
     Returns:
         [`PushReport`]
 
     Raises:
         FileNotFoundError: The folder, weights or code that the checkpoint needs are not there.
-        ValueError: It is no complete checkpoint of this package, a file of it is damaged, or a repository exists that
-            is not `private` as asked for.
+        ValueError: It is no complete checkpoint of this package, a file of it is damaged or a link to one elsewhere, a
+            pattern has no file, or a repository exists that is not `private` as asked for.
         OSError: The Hub cannot be reached or refuses; `PermissionError` where the token does not suffice.
 
     Example:
@@ -133,11 +129,13 @@ def push(
     >>> report.changed, report.commit, report.left_out
     ```"""
     source = Source(checkpoint)
-    files = checkpoint_files(source)
-    folder = Path(source.name)
-    left_out = _left_out(folder, files)
-    if left_out:
-        logger.info("Not sent, since the checkpoint does not need it: %s", ", ".join(left_out))
+    files = checkpoint_files(source, [include] if isinstance(include, str) else include)
+    staying = left_out(Path(source.name), files)
+    if staying:
+        logger.warning(
+            "Not sent, since it is no part of the checkpoint: %s. Name in include what is to be public too.",
+            ", ".join(staying),
+        )
     with tempfile.TemporaryDirectory() as staging, _told_in_a_sentence(repo_id):
         _stage(source, files, Path(staging), max_shard_size)
         hub = HfApi(token=token)
@@ -168,23 +166,25 @@ def push(
         changed=sent.changed,
         files=files,
         pull_request=sent.commit.pr_url,
-        left_out=left_out,
+        left_out=staying,
         deleted=sent.deleted if sent.changed else [],
     )
 
 
-def checkpoint_files(source: Source) -> list[str]:
+def checkpoint_files(source: Source, include: Iterable[str] = ()) -> list[str]:
     """Returns the names of the files that make up a checkpoint; no weight is read and none of its code is run.
 
-    These are the weights, as the index lists them where there is one; the code that transformers fetches for them; the
-    files of config, processor and tokenizer; the card with the pictures of the folder that it shows, and licences.
+    These are the weights, as the index lists them where there is one; the code that transformers fetches for them; and
+    what [`published_files`] returns.
 
     Args:
         source (`Source`): The checkpoint's folder.
+        include (`Iterable[str]`, *optional*): Patterns of more files of the folder.
 
     Raises:
         FileNotFoundError: There is no such folder, or weights or code are missing in it.
-        ValueError: It is no complete checkpoint of this package, or a file of it is damaged.
+        ValueError: It is no complete checkpoint of this package, a file of it is damaged or a link to one elsewhere, or
+            a pattern has no file.
     """
     if not source.is_local:
         raise FileNotFoundError(
@@ -197,30 +197,14 @@ def checkpoint_files(source: Source) -> list[str]:
             "model_base, save the merged model and push that."
         )
     inspect_checkpoint(folder)
-    if source.find(_PROCESSOR_NAME) is None:
+    if source.find(PROCESSOR_NAME) is None:
         raise ValueError(
-            f"{folder} has no {_PROCESSOR_NAME}: whoever loads it could not ask it about pictures. Save the processor "
+            f"{folder} has no {PROCESSOR_NAME}: whoever loads it could not ask it about pictures. Save the processor "
             f"there first: model.processor.save_pretrained({str(folder)!r})."
         )
-    names = {*_weight_names(source), *_code_names(source), *_pictures_in_card(folder)}
-    for pattern in _OTHER_FILES:
-        names |= {path.relative_to(folder).as_posix() for path in folder.glob(pattern) if path.is_file()}
-    _check_links(folder, names)
-    return sorted(names)
-
-
-def _check_links(folder: Path, names: set[str]) -> None:
-    """Raises a ValueError where a file of a checkpoint is a link to a file elsewhere, which a push would publish."""
-    home = folder.resolve()
-    # In the Hub's cache the files of a snapshot are links to those that its repository has.
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    for name in sorted(names):
-        target = (folder / name).resolve()
-        if not any(target.is_relative_to(place) for place in homes):
-            raise ValueError(
-                f"{folder / name} is a link to {target}, outside of the checkpoint. Nothing was sent. Put the file "
-                "itself there where it is to be public."
-            )
+    names = {*_weight_names(source), *_code_names(source)}
+    check_links(folder, names)
+    return sorted(names | published_files(folder, include))
 
 
 def _weight_names(source: Source) -> set[str]:
@@ -250,31 +234,6 @@ def _code_names(source: Source) -> set[str]:
     return names
 
 
-def _pictures_in_card(folder: Path) -> set[str]:
-    """The files of the folder that its card shows."""
-    card = folder / _CARD_NAME
-    if not card.is_file():
-        return set()
-    shown = {
-        markdown or html
-        for markdown, html in _PICTURE_IN_CARD.findall(card.read_text(encoding="utf-8", errors="replace"))
-    }
-    paths = {os.path.normpath(name) for name in shown if not os.path.isabs(name)}
-    return {Path(path).as_posix() for path in paths if not path.startswith("..") and (folder / path).is_file()}
-
-
-def _left_out(folder: Path, files: list[str]) -> list[str]:
-    """What of a folder is not among the files: folders of which nothing is, and files elsewhere."""
-    sent, sent_from = set(files), {name.partition("/")[0] for name in files}
-    left_out = set()
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        top = name.partition("/")[0]
-        if path.is_file() and name not in sent:
-            left_out.add(name if top in (name, *sent_from) else f"{top}/")
-    return sorted(left_out)
-
-
 def _stage(source: Source, files: list[str], staging: Path, max_shard_size: int | str | None) -> None:
     """Links the files into a folder, where the weights are written anew if they have to be sharded."""
     linked = set(files)
@@ -294,7 +253,7 @@ def _stage(source: Source, files: list[str], staging: Path, max_shard_size: int 
 
 def _card_on_hub(hub: HfApi, repo_id: str, revision: str | None) -> str | None:
     try:
-        return read_card(Path(hub.hf_hub_download(repo_id, _CARD_NAME, revision=revision)))
+        return read_card(Path(hub.hf_hub_download(repo_id, CARD_NAME, revision=revision)))
     except (EntryNotFoundError, RevisionNotFoundError):
         return None
 

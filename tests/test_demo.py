@@ -16,6 +16,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,14 +26,17 @@ import pytest
 import torch
 from PIL import Image
 from transformers import set_seed
+from typer.testing import CliRunner
 
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from moellava import load_pretrained_model, upcycle
+from moellava.cli import app
 from moellava.demo import lessons, running, scans
 from moellava.demo.picture_grid import draw_grid
+from moellava.demo.running import Demo, clear, mark
 from moellava.demo.specialisation import ROWS, ExpertLoad, draw_expert_load, expert_load
 from moellava.training import check_data, read_recipe
 from moellava.training.data import Collator, Examples
@@ -305,9 +309,8 @@ def test_the_grid_is_drawn_with_few_and_many_mistakes(mistakes, tmp_path):
 
 def test_a_short_run_writes_everything_and_fails_for_lack_of_training(tmp_path):
     output = tmp_path / "demo"
-    for earlier in (output / "checkpoint" / "model-00001-of-00002.safetensors", output / "notes.txt"):
-        earlier.parent.mkdir(parents=True, exist_ok=True)
-        earlier.write_text("from an earlier run")
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
     done = subprocess.run(
         [Path(sys.executable).with_name("moellava"), "demo", "--out", output, "--epochs", "4"],
         cwd=tmp_path,
@@ -335,8 +338,6 @@ def test_a_short_run_writes_everything_and_fails_for_lack_of_training(tmp_path):
     for item in answers:
         assert blank.setdefault(item["question"], item["blank_answer"]) == item["blank_answer"]
 
-    assert (output / "notes.txt").exists()  # not the demo's, so not the demo's to remove
-    assert not (output / "checkpoint" / "model-00001-of-00002.safetensors").exists()
     assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "modeling_moellava.py"} <= {
         path.name for path in (output / "checkpoint").iterdir()
     }
@@ -361,6 +362,11 @@ def test_a_short_run_writes_everything_and_fails_for_lack_of_training(tmp_path):
     with Image.open(output / "experts.png") as drawing:
         assert drawing.format == "PNG"
 
+    # The next run may replace all of it, and nothing else.
+    again = shutil.copytree(output, tmp_path / "again")
+    clear(Demo(again, 1))
+    assert [path.name for path in again.iterdir()] == ["notes.txt"]
+
     # The recipe can be typed, and begins anew.
     assert not (output / "training").exists()
     again = subprocess.run(
@@ -373,8 +379,117 @@ def test_a_short_run_writes_everything_and_fails_for_lack_of_training(tmp_path):
     )
     assert again.stdout.strip() == str(output / "training" / "moe" / "model"), again.stderr
 
+    # That training is the user's own.
+    with pytest.raises(FileExistsError, match=r"demo has training, which the demo would replace"):
+        clear(Demo(output, 1))
+    assert (output / "training" / "moe" / "model" / "config.json").is_file()
+
     # What is printed at the end can be typed.
     command = done.stdout.split("Ask it yourself:")[1].strip().splitlines()[0]
     assert f" ask {os.path.relpath(output / 'checkpoint', tmp_path)} " in command
     picture = command.split()[3]
     assert (tmp_path / picture).is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run may delete
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def everything(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """A folder as a run leaves it, small."""
+    demo = Demo(tmp_path / "demo", 1)
+    clear(demo)
+    for path in demo.made:
+        if path.suffix:
+            path.write_text(path.name)
+        elif path != demo.training:
+            (path / "inner").mkdir(parents=True)
+            (path / "inner" / "file.json").write_text(path.name)
+    mark(demo)
+    (demo.folder / "notes.txt").write_text("mine")
+    (demo.folder / "scans").mkdir()
+    return demo
+
+
+def test_a_second_run_replaces_what_the_first_has_written(earlier):
+    clear(earlier)
+    assert set(everything(earlier.folder)) == {"notes.txt", "scans"}
+    clear(earlier)
+
+
+def changed(name):
+    return lambda demo: (demo.folder / name).write_text("changed")
+
+
+def linked(demo):
+    shutil.move(demo.checkpoint, demo.folder / "scans" / "checkpoint")
+    demo.checkpoint.symlink_to(demo.folder / "scans" / "checkpoint")
+
+
+def unmarked(demo):
+    demo.marker.unlink()
+
+
+def marked_by_hand(demo):
+    demo.marker.write_text(json.dumps({path.name: True for path in demo.made}))
+
+
+@pytest.mark.parametrize(
+    "change, foreign",
+    [
+        (changed("recipe.yaml"), ["recipe.yaml"]),
+        (changed("checkpoint/inner/file.json"), ["checkpoint"]),
+        (changed("pictures/scan.png"), ["pictures"]),
+        (lambda demo: (demo.parts / "mine").mkdir(), ["parts"]),
+        (lambda demo: demo.training.mkdir(), ["training"]),
+        (lambda demo: (demo.lessons / "all").symlink_to("/"), ["lessons"]),
+        (lambda demo: (demo.lessons / "inner" / "file.json").rename(demo.lessons / "file.json"), ["lessons"]),
+        (linked, ["checkpoint"]),
+        (unmarked, ["parts", "lessons", "recipe.yaml", "checkpoint", "pictures"]),
+        (marked_by_hand, ["parts", "experts.png"]),
+        (lambda demo: demo.marker.write_text("[]"), ["checkpoint"]),
+        (lambda demo: demo.marker.write_bytes(b"\xff"), ["checkpoint"]),
+    ],
+)
+def test_what_the_demo_has_not_written_is_in_its_way_and_stays(earlier, change, foreign):
+    change(earlier)
+    before = everything(earlier.folder)
+    with pytest.raises(FileExistsError, match="Nothing was deleted. Give another folder, or move it away") as raised:
+        clear(earlier)
+    assert all(name in str(raised.value) for name in foreign)
+    assert everything(earlier.folder) == before
+
+
+def test_the_command_deletes_no_folders_of_a_user(tmp_path):
+    for name in ("pictures/scan.png", "checkpoint/config.json", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    before = everything(tmp_path)
+    ran = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
+    assert ran.exit_code == 1
+    assert "has checkpoint, pictures, which the demo would replace" in " ".join(ran.stderr.split())
+    assert everything(tmp_path) == before
+
+
+def test_a_run_that_breaks_off_marks_what_it_has_written(tmp_path, monkeypatch):
+    demo = Demo(tmp_path / "demo", 1)
+
+    def teach(demo):
+        demo.training.mkdir()
+        (demo.training / "half").write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "teach", teach)
+    with pytest.raises(KeyboardInterrupt):
+        running.run(demo)
+    assert {"parts", "lessons", "training", "recipe.yaml"} <= {path.name for path in demo.folder.iterdir()}
+    clear(demo)
+    assert list(demo.folder.iterdir()) == []

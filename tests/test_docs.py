@@ -30,6 +30,7 @@ import re
 import shlex
 import shutil
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,6 +66,7 @@ from moellava.configuration.names_moellava import (
     VISION_FIELD_NAMES,
 )
 from moellava.configuration.registry_moellava import ENCODERS, PROJECTORS, Registry
+from moellava.demo.running import run_demo
 from moellava.hub import checkpoint_files
 from moellava.request import _HUB_OPTIONS, _MODEL_OPTIONS, _OPTION_NAMES, _OPTIONS, _PARTS
 from moellava.sources import Source
@@ -97,6 +99,7 @@ NOT_RUN = {
     ("docs/hub.md", "from moellava import push"): "needs the Hub",
     ("docs/hub.md", "from transformers import AutoModelForImageTextToText, AutoProcessor"): "needs the Hub",
     ("docs/hub.md", "from moellava import load_pretrained_model"): "needs the Hub",
+    ("docs/troubleshooting.md", "import numpy as np"): "needs a picture of 12 bits",
     ("docs/older-checkpoints.md", "# MoE-LLaVA and Med-MoE, dense and sparse; LLaVA-1.5 in its original form"): (
         "needs the Hub"
     ),
@@ -591,9 +594,10 @@ def adapter_of_another_kind() -> str:
     return "my-adapter"
 
 
-def linked(model: MoellavaForCausalLM) -> Source:
+def linked(model: MoellavaForCausalLM, link: bool = True) -> Source:
     model.save_pretrained("my-linked-model")
-    Path("my-linked-model/LICENSE").symlink_to("/etc/hostname")
+    if link:
+        Path("my-linked-model/LICENSE").symlink_to("/etc/hostname")
     return Source("my-linked-model")
 
 
@@ -635,6 +639,24 @@ def broken_picture() -> str:
     picture(0).save("broken.png")
     Path("broken.png").write_bytes(Path("broken.png").read_bytes()[:200])
     return "broken.png"
+
+
+def postscript(name: str) -> str:
+    Path(name).write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    return name
+
+
+def large(name: str) -> str:
+    if name.endswith(".png"):
+        Image.new("RGB", (1, 1)).save(name)
+        content = bytearray(Path(name).read_bytes())
+        content[16:24] = (12000).to_bytes(4, "big") * 2  # what its head says
+        content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+        Path(name).write_bytes(content)
+    else:
+        with open(name, "wb") as file:
+            file.truncate(512 * 1024**2 + 1)
+    return name
 
 
 def large_scan(model: MoellavaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -685,6 +707,16 @@ def rows_of_a_file(**options) -> None:
 def evaluating(model: MoellavaForCausalLM, questions: list[dict[str, Any]]) -> None:
     model.save_pretrained("my-model")
     evaluate("my-model", questions, device="cpu")
+
+
+def training_beside(folder: str) -> None:
+    Path(folder).mkdir(parents=True)
+    training(resume=True)
+
+
+def demo_beside(folder: str) -> None:
+    Path(folder).mkdir(parents=True)
+    run_demo(Path(folder).parent)
 
 
 def training_again(model: MoellavaForCausalLM, first: dict[str, Any], then: dict[str, Any]) -> None:
@@ -739,6 +771,7 @@ ERRORS: dict[str, Callable] = {
     "oversized": lambda model, _: load(model_path=oversized(model)),
     "adapter of another kind": lambda model, _: load(model_path=adapter_of_another_kind(), model_base=LANGUAGE_MODEL),
     "link": lambda model, _: checkpoint_files(linked(model)),
+    "pattern of more files": lambda model, _: checkpoint_files(linked(model, link=False), [".env"]),
     "extra": lambda model, monkeypatch: load_without("timm", monkeypatch, vision_tower=BIOMEDCLIP),
     "extra for adapters": lambda model, monkeypatch: load_without("peft", monkeypatch, model_base=LANGUAGE_MODEL),
     "extra for 4 bits": lambda model, monkeypatch: load_without("bitsandbytes", monkeypatch, load_4bit=True),
@@ -754,11 +787,15 @@ ERRORS: dict[str, Callable] = {
     "placeholders of a row": lambda model, _: model.processor(text=["<image>", ""], images=[[picture(0)]] * 2),
     "cut prompt": lambda model, _: cut_prompt(model),
     "broken picture": lambda model, _: model.processor(text="<image>", images=broken_picture()),
+    "no picture's format": lambda model, _: model.processor(text="<image>", images=postscript("notes.png")),
+    "another format": lambda model, _: model.processor(text="<image>", images=Image.open(postscript("drawing.eps"))),
     "no such picture": lambda model, _: model.processor(text="<image>", images="no-such-picture.png"),
     "no picture": lambda model, _: model.processor(text="<image>", images={}),
     "scan": lambda model, monkeypatch: large_scan(model, monkeypatch),
     "long picture": lambda model, _: model.processor(text="<image>", images=Image.new("1", (14000, 10))),
     "large square": lambda model, _: model.processor(text="<image>", images=Image.new("1", (14000, 100))),
+    "decoded bytes": lambda model, _: model.processor(text="<image>", images=large("large.png")),
+    "bytes of a file": lambda model, _: model.processor(text="<image>", images=large("large.tif")),
     "range": lambda model, _: model.processor(text="<image>", images=np.linspace(0.0, 255.0, 64).reshape(8, 8)),
     "both names of a cache": lambda model, _: model(torch.tensor([[1]]), past_key_values=NO_TOKENS, cache=NO_TOKENS),
     "other features": lambda model, _: model.get_image_features(torch.zeros(1, 3, 32, 32), vision_feature_layer=-1),
@@ -768,9 +805,12 @@ ERRORS: dict[str, Callable] = {
         stage=..., stages=[{"stage": "instruct", "lora": {"merge": False}}, {"stage": "moe"}]
     ),
     "streamed": lambda model, _: training(data=iter(ROWS), max_steps=...),
+    "training that pushes": lambda model, _: training(push_to_hub=True),
     "earlier run": lambda model, _: training_again(model, {}, {}),
     "other recipe": lambda model, _: training_again(model, {}, {"resume": True, "learning_rate": 1e-2}),
     "weights alone": lambda model, _: training_again(model, {"save_only_model": True}, {"resume": True}),
+    "no run": lambda model, _: training_beside("out/align/checkpoint-1000"),
+    "folders of a user": lambda model, _: demo_beside("demo/checkpoint"),
     "no row": lambda model, _: training(model, data=BROKEN_ROWS),
     "broken row": lambda model, _: training(model, data=ROWS + BROKEN_ROWS, unusable_rows="error"),
     "no question": lambda model, _: evaluating(model, [{"question": "Which?"}]),
@@ -809,7 +849,7 @@ def test_errors_are_documented(case, model, parts, tmp_path, monkeypatch):
     # Without what other tests of this process have registered.
     for registry in (ENCODERS, PROJECTORS):
         monkeypatch.setattr(registry, "_classes", {name: registry[name] for name in built_in(registry)})
-    with pytest.raises((FileNotFoundError, ImportError, TypeError, ValueError)) as caught:
+    with pytest.raises((FileExistsError, FileNotFoundError, ImportError, TypeError, ValueError)) as caught:
         ERRORS[case](model, monkeypatch)
     # A subclass of no public name is what it is a subclass of, to the reader.
     kind = next(cls for cls in type(caught.value).__mro__ if not cls.__name__.startswith("_"))

@@ -793,6 +793,10 @@ PICTURES = {
         lambda: b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
         "no known format",
     ),
+    "program in PostScript": (
+        lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n",
+        "no known format",
+    ),
     "orientation of 2^16": (lambda: encoded(picture(), "JPEG", exif=exif()), None),
     "thousands of frames": (lambda: encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES), None),
 }

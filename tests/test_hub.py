@@ -19,6 +19,7 @@ that, and at what the server holds.
 
 import json
 import shutil
+import textwrap
 import threading
 from pathlib import Path
 
@@ -400,6 +401,121 @@ def test_a_checkpoint_that_lies_in_shards_is_sent_with_their_index(checkpoint, t
     }
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What may be published
+# ---------------------------------------------------------------------------------------------------------------------
+
+LICENCE = "Permission is hereby granted, free of charge, to any person obtaining a copy of this software"
+SHOWN = """# Mine
+
+![key](id_rsa) ![data](patients.csv) ![there](sub/../patients.csv) <img src='.env'> <img alt="" src=".hidden/scan.png">
+![fake](fake.png) ![program](program.png) ![drawing](drawing.svg) ![out](../outside.png) ![abs](@/outside.png)
+![token](.cache/huggingface/token) ![x](trainer_state.json) ![with blank](my%20scan.png) ![fine](figures/scan.webp)
+"""
+STAYS = (
+    "id_rsa", "patients.csv", ".env", ".hidden/scan.png", "fake.png", "program.png", "drawing.svg", "LICENSE.key",
+    "LICENSE.pem", "LICENSE_KEY.txt", "LICENSE", "COPYING", "NOTICE_OF_TERMINATION.txt", ".cache/huggingface/token",
+    "trainer_state.json", "training_args.bin", "tokenizer_secrets.json", "additional_chat_templates/notes.txt",
+    "run.py", "figures/other.webp", ".README.md", "optimizer.safetensors",
+)  # fmt: skip
+GOES = ("LICENSE.txt", "LICENSE-MIT", "LICENCE.md", "notice", "USE_POLICY.md", "my scan.png", "figures/scan.webp")
+
+
+@pytest.fixture
+def crowded(checkpoint, tmp_path) -> Path:
+    """A checkpoint among whatever people keep in such a folder."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, folder)
+    (folder / "README.md").write_text(SHOWN.replace("@", str(tmp_path)))
+    for name in STAYS:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("PRIVATE KEY of a license")
+    for path in (tmp_path / "outside.png", folder / ".hidden/scan.png", folder / "figures/other.webp"):
+        picture(1).save(path)
+    (folder / "program.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
+    (folder / "drawing.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    (folder / "COPYING").write_bytes(b"\x89\xff license")
+    for name in GOES:
+        if name.endswith((".png", ".webp")):
+            picture(1).save(folder / name)
+        else:
+            (folder / name).write_text(LICENCE)
+    return folder
+
+
+def test_files_are_chosen_by_what_they_are(crowded, checkpoint):
+    files = set(checkpoint_files(Source(crowded)))
+    assert files.isdisjoint(STAYS)
+    shown = {"pictures/shown.png", "pictures/too.png"}
+    assert files == {*checkpoint_files(Source(checkpoint)), *GOES} - shown
+    assert not any(name.startswith(("/", ".")) for name in files)
+
+
+@pytest.mark.parametrize(
+    "include, more",
+    [
+        (["patients.csv"], {"patients.csv"}),
+        (["./patients.csv", "run.py"], {"patients.csv", "run.py"}),
+        (["runs"], {"runs/first/config.json", "runs/first/events"}),
+        (["runs/"], {"runs/first/config.json", "runs/first/events"}),
+        (["*.webp", "*.csv"], {"figures/other.webp", "patients.csv"}),
+        (["train*.bin"], {"training_args.bin"}),
+    ],
+)
+def test_more_is_sent_by_name(crowded, include, more):
+    files = set(checkpoint_files(Source(crowded)))
+    assert set(checkpoint_files(Source(crowded), include)) - files == more
+
+
+@pytest.mark.parametrize(
+    "pattern", [".env", ".*", "*token", ".cache/*", ".hidden/", "missing", "../outside.png", "/etc/passwd", ""]
+)
+def test_what_begins_with_a_dot_or_is_not_there_cannot_be_included(crowded, pattern):
+    with pytest.raises(ValueError, match="has no such file to send.* What begins with a dot is never sent"):
+        push(crowded, "me/nothing", include=pattern)
+    everything = set(checkpoint_files(Source(crowded), ["*"]))
+    assert {"patients.csv", "id_rsa"} <= everything and not any(
+        part.startswith(".") for name in everything for part in name.split("/")
+    )
+
+
+@pytest.mark.parametrize("name", ["figures/scan.webp", "LICENSE.txt", "patients.csv", "README.md", "tokenizer.json"])
+def test_no_link_out_of_the_folder_is_sent_or_followed(crowded, tmp_path, name):
+    secret = tmp_path / "secret"
+    secret.write_text("PRIVATE")
+    (crowded / name).unlink()
+    (crowded / name).symlink_to(secret)
+    with pytest.raises(ValueError, match=f"is a link to {secret}, outside of the checkpoint. Nothing was sent"):
+        push(crowded, "me/nothing", include="patients.csv")
+
+
+def test_a_linked_folder_is_not_entered(crowded, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    picture(1).save(tmp_path / "elsewhere" / "scan.png")
+    (crowded / "linked").symlink_to(tmp_path / "elsewhere")
+    (crowded / "README.md").write_text("![x](linked/scan.png)")
+    assert not any(name.startswith("linked") for name in checkpoint_files(Source(crowded), ["*"]))
+
+
+def test_what_is_left_out_is_listed(crowded, server, tmp_path):
+    code = """
+    from typer.testing import CliRunner
+    from moellava.cli import app
+    ran = CliRunner().invoke(app, ["push", {folder!r}, "me/crowded", "--include", "*.csv", "--include", "run.py"])
+    print(ran.output)
+    print(ran.exit_code)
+    """
+    code = textwrap.dedent(code).format(folder=str(crowded))
+    said = run_python(code, block_moellava=False, env=server.environment(tmp_path))
+    assert said.splitlines()[-1] == "0", said
+    assert "Not sent, since it is no part of the checkpoint: .README.md, .cache/, .env, .gitignore, .hidden/" in said
+    sent = set(server.files("me/crowded")) - {".gitattributes"}
+    assert {"patients.csv", "run.py", *GOES} <= sent
+    assert sent.isdisjoint({*STAYS} - {"patients.csv", "run.py"})
+    for name in {*STAYS} - {"patients.csv", "run.py"}:
+        assert name in said or f"{name.partition('/')[0]}/" in said
+
+
 def test_a_hub_id_is_no_checkpoint_to_push(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="There is no folder 'me/model': expected a checkpoint that was saved"):
@@ -430,8 +546,18 @@ class GatedProjector(nn.Module):
         return self.linear(x)
 """
 
+# Folders of the repository's name, and of the save, in which a user keeps more.
+PRIVATE = """
+from pathlib import Path
+for folder in {folders!r}:
+    for name in ("patients.csv", "LICENSE.key", ".env", ".cache/huggingface/token", "sub/id_rsa"):
+        (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+        (Path(folder) / name).write_text("PRIVATE: not for the Hub")
+    (Path(folder) / "README.md").write_text("![x](patients.csv) <img src='.env'> ![x](sub/id_rsa)")
+"""
 MODEL = """
-import json, logging, sys
+import json, logging, os, sys
+os.chdir({home!r})
 sys.path.insert(0, {home!r})
 import gated_projector
 from moellava import load_pretrained_model
@@ -463,7 +589,8 @@ def model_pushed(server, parts, tmp_path_factory):
         "model_name_or_path": str(parts.language_model("llama")),
         "mm_vision_tower": str(parts.vision_tower("clip")),
     }
-    code = MODEL.format(home=str(home), config=config, owner=OWNER_TOKEN)
+    code = PRIVATE.format(folders=[str(home / name) for name in ("own", "processor", "saved", "me/own")])
+    code += MODEL.format(home=str(home), config=config, owner=OWNER_TOKEN)
     return last_line(run_python(code, block_moellava=False, env=server.environment(home, token=None)))
 
 
@@ -563,7 +690,8 @@ def loaded(server, pushed, model_pushed, checkpoint, tmp_path_factory):
     names |= {"reader": READER_TOKEN, "owner": OWNER_TOKEN}
     environment = server.environment(home, token=None)
     server.faults.append(Fault(f"GET /large/{a_shard(server).sha256}", -3))
-    online = last_line(run_python(LOAD.format(online=True, **names), env=environment))
+    private = PRIVATE.format(folders=["copy"])
+    online = last_line(run_python(private + LOAD.format(online=True, **names), env=environment))
     seen = len(server.requests)
     environment |= {"HF_HUB_OFFLINE": "1"}
     offline = last_line(run_python(LOAD.format(online=False, **names), env=environment))
@@ -610,6 +738,16 @@ def test_a_model_loaded_from_the_hub_can_be_pushed_without_the_package(loaded, s
     assert online["copy"] == online["own"]
     assert b"GatedProjector" in server.files("me/copy")["moellava_custom.py"].content
     assert "model.safetensors" not in weights(server, "me/copy")
+
+
+def test_nothing_of_a_users_folders_is_pushed_along(loaded, model_pushed, pushed, server):
+    """By model, processor and save_pretrained(push_to_hub=True), with the package and by the checkpoint's own code."""
+    for name in ("me/own", "me/processor", "me/copy"):
+        repository = server.repositories[name]
+        for ref in repository.refs:
+            for path, file in server.files(name, ref).items():
+                assert b"PRIVATE" not in file.content, (name, ref, path)
+                assert path == ".gitattributes" or not path.startswith("."), path
 
 
 OURS = """

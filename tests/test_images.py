@@ -13,26 +13,36 @@
 # limitations under the License.
 """Pictures of every kind become the RGB values that they stand for, and unusable ones give a clear error."""
 
+import ast
 import base64
 import colorsys
 import http.server
 import io
 import os
+import re
+import struct
 import threading
+import zlib
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
+from moellava.evaluating import questions
+from moellava.processing import images_moellava
 from moellava.processing.images_moellava import (
+    decode_picture,
     load_picture,
     pad_tensor_to_square,
     pad_to_square,
     scaled_to_tensor,
     to_rgb,
 )
+from moellava.training import rows
+from moellava.web import pictures as page_pictures
 
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -521,3 +531,286 @@ def test_scaled_values_are_laid_out_and_not_changed():
     assert torch.equal(scaled_to_tensor(values[:, :, :1]), expected[:1].expand(3, -1, -1))
     alpha = np.full((5, 7, 1), 0.25, dtype=np.float32)
     torch.testing.assert_close(scaled_to_tensor(np.dstack([values, alpha])), expected * 0.25 + 0.75)
+
+
+# --- What is opened, and by what ---
+
+
+ROOT = Path(__file__).parent.parent
+# What opens a picture without `decode_picture`: by the call, or by the import.
+OPENERS = re.compile(
+    r"\bImage\.open\(|\bload_images?\(|\bfetch_images\(|\bimread\(|\bdecode_image\(|\bread_image\(|"
+    r"\b(?:import|from) (?:cv2|imageio|torchvision\.io|skimage)"
+)
+
+
+def test_one_function_opens_pictures():
+    """Nothing else in the package lets Pillow, or another library, open one; templates of pages among it."""
+    found = []
+    for room in ("configuration", "hub_cards", "modeling", "moellava", "processing"):
+        for path in [*(ROOT / room).rglob("*.py"), *(ROOT / room).rglob("*.jinja")]:
+            text = path.read_text(encoding="utf-8")
+            if path.suffix == ".py":  # without comments
+                text = ast.unparse(ast.parse(text))
+            found += [(path.name, match) for match in OPENERS.findall(text)]
+    assert found == [("images_moellava.py", "Image.open(")]
+
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 8 8
+%%EndComments
+(pwned) print showpage
+%%EOF
+"""
+
+
+def rows_of_a_dataset(path):
+    """A picture as `datasets` would decode it when the row is read."""
+    import datasets
+
+    features = datasets.Features(
+        {"image": datasets.Image(), "scans": datasets.List(datasets.Image()), "messages": datasets.Value("string")}
+    )
+    held = {"bytes": path.read_bytes(), "path": None}
+    return datasets.Dataset.from_list([{"image": held, "scans": [held], "messages": None}], features=features)
+
+
+DOORS = {
+    "path": to_rgb,
+    "text": lambda path: to_rgb(str(path)),
+    "base64": lambda path: to_rgb(base64.b64encode(path.read_bytes()).decode()),
+    "data": lambda path: to_rgb(f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"),
+    "opened by the caller": lambda path: to_rgb(Image.open(path)),
+    "page": lambda path: page_pictures.open_picture(str(path)),
+    "row": rows.open_picture,
+    "row of bytes": lambda path: rows.open_picture({"bytes": path.read_bytes()}),
+    "question": questions.open_picture,
+    "question of bytes": lambda path: questions.open_picture({"bytes": path.read_bytes()}),
+    "dataset to train": lambda path: rows.open_picture(next(rows.Rows(rows_of_a_dataset(path)).raw())[1]["image"]),
+    "dataset to evaluate": lambda path: questions.open_picture(
+        questions.read_questions(
+            rows_of_a_dataset(path).map(lambda row: {"question": "What?", "answer": "That."}).remove_columns("messages")
+        ).questions[0].pictures[0]
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def ghostscript(tmp_path, monkeypatch):
+    """A program that Pillow takes for Ghostscript; returns the file that is there once it has run."""
+    trace = tmp_path / "ran"
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch '{trace}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    return trace
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the program is a shell script")
+@pytest.mark.parametrize("door", DOORS)
+def test_no_picture_starts_a_program(tmp_path, ghostscript, door):
+    path = tmp_path / "scan.png"
+    path.write_bytes(EPS)
+    said = "no known format|is a picture in the format EPS, which is not decoded here|there is no file 'JSFQ"
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        DOORS[door](path)
+    assert not ghostscript.exists()
+    with pytest.raises(OSError):  # Pillow alone: the test would see it
+        Image.open(path).load()
+    assert ghostscript.exists()
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_every_door_opens_a_picture(tmp_path, door):
+    path = tmp_path / "scan.png"
+    Image.fromarray(RGB).save(path)
+    assert (pixels(DOORS[door](path)) == RGB).all()
+
+
+@pytest.mark.parametrize(
+    "image_format", ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"]
+)
+def test_formats_that_people_use(image_format):
+    content = saved(Image.fromarray(RGB).resize((32, 32)), image_format)
+    assert to_rgb(decode_picture(content)).size == (32, 32)
+
+
+@pytest.mark.parametrize("image_format", ["DDS", "EPS", "ICNS", "ICO", "IM", "PCX", "SGI", "SPIDER", "TGA"])
+def test_other_formats_are_not_opened(image_format):
+    image = Image.fromarray(GREY, "L").resize((32, 32)).convert("F" if image_format == "SPIDER" else "RGB")
+    with pytest.raises(
+        ValueError, match="no known format. Expected a complete picture file, in one of the formats AVIF"
+    ):
+        decode_picture(saved(image, image_format))
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of what it finds odd
+@pytest.mark.parametrize("image_format", ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"])
+def test_whatever_a_decoder_raises_is_an_error_of_ours(image_format):
+    noise = np.random.default_rng(6).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    content = saved(Image.fromarray(noise), image_format)
+    chance, refused = np.random.default_rng(7), 0
+    for _ in range(300):
+        broken = bytearray(content[: chance.integers(1, len(content) + 1)] if chance.random() < 0.3 else content)
+        for place in chance.integers(0, len(broken), chance.integers(1, 6)):
+            broken[place] = chance.integers(0, 256)
+        try:
+            to_rgb(decode_picture(bytes(broken)))
+        except ValueError as error:
+            refused += 1
+            assert re.match(r"The picture( \('bytes'\))?.* (cannot be decoded|pixels|holds)", str(error))
+    assert refused > 10
+
+
+@pytest.mark.parametrize("error", [AssertionError, MemoryError, RecursionError, RuntimeError, struct.error])
+def test_unusual_errors_of_a_decoder(monkeypatch, error):
+    def fail(self):
+        raise error("from within")
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+    with pytest.raises(ValueError, match=rf"cannot be decoded: {error.__name__}: from within"):
+        decode_picture(saved(Image.fromarray(RGB), "PNG"))
+
+
+def test_what_takes_too_many_bytes(served, monkeypatch):
+    folder, address = served
+    monkeypatch.setattr(images_moellava, "_MOST_BYTES", 1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # Pillow opens twice as many
+    path = folder / "large.png"
+    Image.new("RGB", (50, 50)).save(path)
+    for picture in (path, Image.open(path)):
+        with pytest.raises(ValueError, match="50x50 pixels, 10,000 bytes when it is decoded; expected at most 8,000"):
+            to_rgb(picture)
+    Image.new("L", (50, 50)).save(path)
+    assert to_rgb(path).size == (50, 50)
+    path.write_bytes(bytes(8001))
+    for source in (path, f"{address}/large.png"):
+        with pytest.raises(ValueError, match="is a file of more than 8,000 bytes. Scale it down first"):
+            to_rgb(source)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # the caller's word
+    Image.new("RGB", (50, 50)).save(path)
+    assert to_rgb(path).size == (50, 50)
+
+
+# --- What 16 bits mean ---
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    """The warnings that were logged."""
+    texts = []
+    monkeypatch.setattr(images_moellava, "_said", set())
+    monkeypatch.setattr(images_moellava.logger, "warning", texts.append)
+    return texts
+
+
+RAMP = np.linspace(0, 4095, 35).astype(np.uint16).reshape(5, 7)
+
+
+def tiff(values, bits: int, photometric: int) -> bytes:
+    """A TIFF file without compression; values of 12 bits are packed."""
+    if bits == 12:
+        text = "".join(
+            "".join(f"{value:012b}" for value in row).ljust(-(-len(row) * 12 // 8) * 8, "0") for row in values
+        )
+        data = int(text, 2).to_bytes(len(text) // 8, "big")
+    else:
+        data = values.astype("<u2").tobytes()
+    height, width = values.shape
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8)]
+    tags += [(277, 1), (278, height), (279, len(data))]
+    data = data.ljust(-(-len(data) // 2) * 2, b"\0")
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
+def test_12_bits_in_a_16_bit_file_are_said(tmp_path, warned, image_format):
+    path = tmp_path / "scan"
+    path.write_bytes(saved(Image.fromarray(RAMP), image_format))
+    assert pixels(to_rgb(path)).max() == 16  # nothing is guessed
+    (text,) = warned
+    assert "scan') is a 16-bit picture, and its values end at 4095" in text and "0 to 15 of 255" in text
+    # What it recommends is right.
+    scaled = eval(re.search(r"pass (np.*) / ", text)[1], {"np": np, "picture": load_picture(path)}) / 4095
+    assert np.abs(pixels(to_rgb(scaled)) - grey3(RAMP / 4095 * 255)).max() <= 1
+    assert np.abs(pixels(to_rgb(Image.fromarray(RAMP * 16))) - grey3(RAMP / 4096 * 255)).max() <= 1
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize(
+    "picture, bits",
+    [
+        (RAMP, 12),
+        (np.dstack([RAMP] * 3), 12),
+        (np.dstack([RAMP] * 3 + [np.full_like(RAMP, 65535)]), 12),
+        (RAMP // 4, 10),
+        (RAMP * 4, 14),
+        (Image.fromarray(RAMP.astype(np.int32)), 12),
+        (Image.fromarray(RAMP), 12),
+    ],
+)
+def test_values_of_few_bits_are_said_of_arrays_and_pictures(warned, picture, bits):
+    to_rgb(picture)
+    assert len(warned) == 1 and f"If its values have {bits} bits" in warned[0]
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [DEEP, RAMP * 5, np.zeros_like(RAMP), np.full_like(RAMP, 4095), RAMP / 4095, (RAMP // 16).astype(np.uint8)],
+)
+def test_nothing_is_said_of_what_is_clear(warned, picture):
+    to_rgb(picture)
+    assert warned == []
+
+
+def test_pictures_of_a_whole_data_set_are_not_all_named(warned):
+    for number in range(100):
+        to_rgb(RAMP, f"Picture {number % 80}")
+    assert len(warned) == 51
+    assert warned[0].startswith("Picture 0 is") and warned[49].startswith("Picture 49 is")
+    assert warned[50] == "More 16-bit pictures are nearly black; they are not named."
+
+
+def test_colours_of_16_bits(warned):
+    """Pillow keeps the upper half of each; PNG has its numbers from the high byte on."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    for scale in (1, 16):
+        values = np.dstack([RAMP * scale] * 3).astype(">u2")
+        lines = b"".join(b"\0" + row.tobytes() for row in values)
+        head = struct.pack(">IIBBBBB", 7, 5, 16, 2, 0, 0, 0)
+        content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines))
+        to_rgb(decode_picture(content + chunk(b"IEND", b""), "Picture 0"))
+        (text,) = warned
+        assert text.endswith("If its values have 12 bits, scale them first: save it with its values times 16.")
+
+
+def test_a_tiff_of_12_bits_says_so_itself(warned):
+    picture = decode_picture(tiff(RAMP, 12, 1))
+    assert (np.asarray(picture) == RAMP).all()
+    assert np.abs(pixels(to_rgb(picture)) - grey3(RAMP / 4095 * 255)).max() <= 1
+    assert warned == []
+
+
+def test_a_tiff_in_which_0_is_white_is_inverted():
+    assert (pixels(to_rgb(decode_picture(tiff(DEEP, 16, 1)))) == grey3(eight_bit(DEEP))).all()
+    assert (pixels(to_rgb(decode_picture(tiff(DEEP, 16, 0)))) == grey3(eight_bit(65535 - DEEP))).all()
+
+
+def test_pnm_of_12_bits_is_scaled_by_pillow(warned):
+    content = b"P5 7 5 4095\n" + RAMP.astype(">u2").tobytes()
+    assert np.abs(pixels(to_rgb(decode_picture(content))) - grey3(RAMP / 4095 * 255)).max() <= 1
+    assert warned == []
+
+
+def test_the_page_says_it(tmp_path):
+    path = tmp_path / "scan.png"
+    Image.fromarray(RAMP).save(path)
+    assert page_pictures.doubt(str(path)).startswith("'scan.png' is a 16-bit picture, and its values end at 4095")
+    Image.fromarray(RGB).save(path)
+    assert page_pictures.doubt(str(path)) is None

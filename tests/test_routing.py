@@ -65,6 +65,25 @@ def test_the_trace_is_what_the_router_says(sparse):
             assert share == pytest.approx((routing.experts == expert).double().mean().item())
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["routing", "no-model", "scan.png", "What?", "--out", "folder/../scan.png"],
+        ["routing", "no-model", "other.png", "What?", "--picture", "scan.png", "--out", "scan.png"],
+        ["evaluate", "no-model", "scan.png", "--html", "scan.png"],
+    ],
+)
+def test_what_is_read_is_not_written_over(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for name in ("scan.png", "other.png"):
+        picture(1).save(name)
+    before = (tmp_path / "scan.png").read_bytes()
+    ran = CliRunner().invoke(app, arguments)
+    assert ran.exit_code == 1 and "would be written over scan.png, which is read" in " ".join(ran.stderr.split())
+    assert (tmp_path / "scan.png").read_bytes() == before
+
+
 def test_a_dense_model_has_no_routing(parts):
     with pytest.raises(ValueError, match="dense.*moellava upcycle"):
         trace_routing(assemble(parts), [], "What?")

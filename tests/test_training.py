@@ -500,6 +500,32 @@ def test_weights_alone_are_nothing_to_go_on_from(dense, data, tmp_path):
     assert train(recipe, **again).stages[0].steps == 2
 
 
+def test_a_folder_that_no_run_has_made_is_not_gone_on_with(dense, data, tmp_path):
+    """LLaVA's own trainer leaves checkpoints without a state, which look like those that were cut off."""
+    recipe = {"model": str(dense), "data": str(data), "output_dir": tmp_path, "stage": "align", "max_steps": 1} | QUIET
+    held = tmp_path / "align" / "checkpoint-1000" / "mm_projector.bin"
+    held.parent.mkdir(parents=True)
+    held.write_bytes(b"weeks of work")
+    with pytest.raises(ValueError, match=r"align holds files and no recipe.json, .* Nothing was deleted"):
+        train(recipe, resume=True)
+    with pytest.raises(ValueError, match="align holds an earlier run"):
+        train(recipe)
+    assert held.read_bytes() == b"weeks of work"
+
+
+def test_a_trainer_does_not_push_its_whole_folder(dense, data, tmp_path):
+    recipe = {"model": str(dense), "data": str(data), "output_dir": tmp_path, "stage": "align", "max_steps": 1} | QUIET
+    message = "sends its whole output folder, whatever lies there. Leave it out, and push what was trained afterwards"
+    with pytest.raises(ValueError, match=message):
+        read_recipe(recipe | {"push_to_hub": True})
+    model = load_pretrained_model(dense, device="cpu").model
+    trainer = MoellavaTrainer(model=model, args=TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
+    with pytest.raises(ValueError, match=message):
+        trainer.push_to_hub()
+    with pytest.raises(ValueError, match=message):
+        MoellavaTrainer(model=model, args=TrainingArguments(str(tmp_path), push_to_hub=True, report_to="none"))
+
+
 def test_what_is_no_checkpoint_of_a_run_is_left_alone(tmp_path, caplog):
     for name in ("checkpoint-2", "checkpoint-10", "checkpoint-30", "checkpoint-best", ".model.saving"):
         (tmp_path / name).mkdir()

@@ -32,7 +32,8 @@ def demo(
     """Assemble, train and ask a small model, dense and sparse, in a minute or two.
 
     Nothing is downloaded: the parts are made here, and the pictures are scans of digits that come with scikit-learn.
-    Ends with exit code 1 where the model does not see as well as it should. Needs the extra `demo`:
+    A second run replaces what the first has written; what it has not written, or what was changed since, is in its way
+    and stays. Ends with exit code 1 where the model does not see as well as it should. Needs the extra `demo`:
     `pip install 'moellava[demo]'`.
 
     Examples:

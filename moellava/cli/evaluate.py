@@ -19,6 +19,7 @@ from typing import Annotated
 
 import typer
 
+from .inputs import check_no_input
 from .logs import debug_options, logging_shown
 from .options import AsWritten, Checkpoint, Debug, Json, Loading, MaxNewTokens, TrustedHub, Verbose
 from .printing import print_json
@@ -71,6 +72,7 @@ def evaluate(
     if html is not None:
         if html.is_dir():
             raise IsADirectoryError(f"{html} is a folder; the page is a file. Give a file's path.")
+        check_no_input(html, [data])
         html.parent.mkdir(parents=True, exist_ok=True)  # before the work, as whatever can fail
     from ..evaluating import evaluate as evaluate_checkpoint
 

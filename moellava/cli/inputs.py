@@ -75,6 +75,13 @@ def open_pictures(names: Iterable[str]) -> list[Any]:
     return pictures
 
 
+def check_no_input(out: Path, inputs: Iterable[str | Path]) -> None:
+    """Raises a ValueError where a file that is to be written is one of those that are read."""
+    for name in inputs:
+        if out.exists() and os.path.exists(name) and out.samefile(name):
+            raise ValueError(f"{out} would be written over {name}, which is read. Give another file to write.")
+
+
 def check_is_checkpoint(name: str, hub: TrustedHub) -> dict[str, Any]:
     """Finds out before the work whether a name is a checkpoint of this package, and returns its config.
 
@@ -105,4 +112,4 @@ def load_checkpoint(name: str, loading: Loading, hub: TrustedHub, verbose: bool)
         return load_pretrained_model(name, **loading.options(), **debug_options(verbose), **hub.options())
 
 
-__all__ = ["check_is_checkpoint", "import_parts", "load_checkpoint", "open_pictures"]
+__all__ = ["check_is_checkpoint", "check_no_input", "import_parts", "load_checkpoint", "open_pictures"]

@@ -33,6 +33,8 @@ import typer
 
 DEBUG = "moellava.debug"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)[KMGT]B", re.IGNORECASE)
+# What a save would replace, beside weights.
+_OF_A_MODEL = ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
 LOADING, HUB, OUTPUT = "Loading", "Hugging Face Hub", "Output"
 
 
@@ -297,7 +299,10 @@ class Saving:
         """
         if out.exists() and not out.is_dir():
             raise NotADirectoryError(f"{out} is a file; a checkpoint is saved into a folder. Give a folder's path.")
-        if (out / "config.json").exists() and not self.overwrite:
+        from ..configuration.checkpoint_moellava import is_weight_file
+
+        held = os.listdir(out) if out.is_dir() else []
+        if not self.overwrite and any(name in _OF_A_MODEL or is_weight_file(name) for name in held):
             raise FileExistsError(f"{out} holds a model already. Give another folder, or --overwrite to replace it.")
         existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):

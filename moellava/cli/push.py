@@ -61,11 +61,22 @@ def push(
     ] = None,
     token: Token = None,
     max_shard_size: MaxShardSize = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="More files of the folder to send, such as '*.csv' or results/; can be repeated. What begins with a "
+            "dot is never sent.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Push a checkpoint to the Hub: model, processor, code and card in one commit.
+
+    Weights, config, tokenizer, processor, code, the card with the pictures that it shows, and licences are sent. What
+    else lies in the folder is listed, and stays.
 
     What is wrong with the checkpoint is found before anything is sent. Where the repository holds the same files
     already, nothing is committed.
@@ -74,6 +85,7 @@ def push(
 
     ```
     moellava push my-model me/my-model --private
+    moellava push my-model me/my-model --include results.csv --include 'figures/*.svg'
     moellava push my-model me/my-model --revision v2 --commit-message "Trained for another epoch"
     moellava push my-model team/their-model --create-pr --json | jq -r .pull_request
     ```
@@ -91,6 +103,7 @@ def push(
             commit_description=commit_description,
             token=token,
             max_shard_size=max_shard_size,
+            include=include or (),
         )
     if as_json:
         print_json(dataclasses.asdict(report))

@@ -19,7 +19,7 @@ from typing import Annotated
 
 import typer
 
-from .inputs import load_checkpoint, open_pictures
+from .inputs import check_no_input, load_checkpoint, open_pictures
 from .options import Checkpoint, Debug, Json, Loading, MorePictures, Picture, TrustedHub, Verbose
 from .printing import print_json
 
@@ -45,7 +45,9 @@ def routing(
     moellava routing my-sparse-model scan.png "What is shown here?" --out routing.png
     ```
     """
-    pictures = open_pictures([picture, *(more_pictures or [])])
+    names = [picture, *(more_pictures or [])]
+    check_no_input(out, names)
+    pictures = open_pictures(names)
     loaded = load_checkpoint(checkpoint, loading, hub, verbose)
 
     from ..routing import draw_routing, trace_routing

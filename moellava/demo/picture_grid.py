@@ -21,7 +21,8 @@ import matplotlib
 matplotlib.use("Agg")  # draws into a file, with or without a screen
 
 from matplotlib import pyplot
-from PIL import Image
+
+from ..processing.images_moellava import load_picture
 
 
 COLUMNS = 6
@@ -83,8 +84,8 @@ class _Sheet:
 
     def _draw(self, place, item: dict) -> None:
         is_right = item["answer"] == item["truth"]
-        with Image.open(self.folder / item["picture"]) as picture:
-            place.imshow(picture.convert("L"), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        picture = load_picture(self.folder / item["picture"])
+        place.imshow(picture.convert("L"), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         place.set(xticks=[], yticks=[])
         for edge in place.spines.values():
             edge.set(color=LINE if is_right else WRONG, linewidth=1 if is_right else 2)

@@ -18,6 +18,7 @@ through the recipe's three stages; a process without this package then loads the
 questions about scans that no training has seen.
 """
 
+import hashlib
 import importlib.util
 import json
 import logging
@@ -63,6 +64,12 @@ class Demo:
         self.sparse_results = folder / "sparse-results.json"
         self.grid = folder / "answers.png"
         self.experts = folder / "experts.png"
+        self.pictures = folder / "pictures"
+        self.marker = folder / ".moellava-demo.json"
+        self.made = (
+            self.parts, self.lessons, self.recipe, self.training, self.checkpoint, self.sparse_checkpoint,
+            self.questions, self.results, self.sparse_results, self.grid, self.experts, self.pictures,
+        )  # fmt: skip
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -76,13 +83,55 @@ class Demo:
 
 
 def clear(demo: Demo) -> None:
-    """Removes what an earlier run has made, and nothing else."""
+    """Removes what an earlier run has made, and nothing else.
+
+    Raises:
+        FileExistsError: Something in the way is not, or not any more, what a demo has written. Nothing is removed.
+    """
     demo.folder.mkdir(parents=True, exist_ok=True)
-    trained = (demo.training, demo.checkpoint, demo.sparse_checkpoint)
-    for path in (demo.parts, demo.lessons, *trained, demo.folder / "pictures"):
-        shutil.rmtree(path, ignore_errors=True)
-    for path in (demo.recipe, demo.questions, demo.results, demo.sparse_results, demo.grid, demo.experts):
-        path.unlink(missing_ok=True)
+    written = _written(demo)
+    present = [path for path in demo.made if os.path.lexists(path)]
+    foreign = [path.name for path in present if written.get(path.name) != _digest(path)]
+    if foreign:
+        raise FileExistsError(
+            f"{demo.folder} has {', '.join(foreign)}, which the demo would replace. It has not written this, or it has "
+            "been changed since. Nothing was deleted. Give another folder, or move it away."
+        )
+    for path in present:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    demo.marker.unlink(missing_ok=True)
+
+
+def mark(demo: Demo) -> None:
+    """Writes down what the demo has made, by which the next run knows that it may be removed."""
+    made = {path.name: _digest(path) for path in demo.made if os.path.lexists(path)}
+    demo.marker.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+
+
+def _written(demo: Demo) -> dict[str, str]:
+    try:
+        written = json.loads(demo.marker.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return written if isinstance(written, dict) else {}
+
+
+def _digest(path: Path) -> str:
+    """Returns a digest of a file, or of a folder with all that is in it; links are not followed."""
+    digest = hashlib.sha256()
+    for held in sorted([path, *path.rglob("*")] if path.is_dir() and not path.is_symlink() else [path]):
+        digest.update(os.fsencode(held.relative_to(path)) + b"\0")
+        if held.is_symlink():
+            digest.update(b"link\0")
+        elif held.is_file():
+            with open(held, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        elif not held.is_dir():
+            digest.update(b"neither\0")
+    return digest.hexdigest()
 
 
 def make_parts(demo: Demo) -> None:
@@ -114,7 +163,7 @@ def write_questions(demo: Demo, examples: list) -> None:
     """Writes the held-out pictures, and what is asked about them."""
     from .scans import blank_picture, draw
 
-    pictures = demo.folder / "pictures"
+    pictures = demo.pictures
     pictures.mkdir()
     blank_picture().save(pictures / "blank.png")
     items = []
@@ -166,9 +215,16 @@ def say_load(load) -> None:
 def run(demo: Demo) -> bool:
     """Runs all stages; returns whether the model keeps what the demo promises."""
     began = time.perf_counter()
+    clear(demo)
     typer.echo(_bold("MoELLaVA: a model from small parts learns to read handwritten digits"))
     typer.echo("    Everything here starts from random weights, offline, on the CPU.")
-    clear(demo)
+    try:
+        return _run_stages(demo, began)
+    finally:
+        mark(demo)
+
+
+def _run_stages(demo: Demo, began: float) -> bool:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it lacks, it lacks for 4-bit models alone
     import torch  # late, as all that is slow to import: the title comes first
     import transformers
@@ -294,6 +350,7 @@ def run_demo(folder: str | os.PathLike, epochs: float = EPOCHS) -> bool:
         `bool`: Whether the models see as well as the demo promises.
 
     Raises:
+        FileExistsError: The folder has something in the place of what the demo writes that no demo has written.
         ImportError: The extra `demo` is not installed.
     """
     for module in ("matplotlib", "sklearn"):

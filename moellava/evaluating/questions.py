@@ -23,7 +23,6 @@ A row's own fields tell what it is:
 Both may have `answer_type` (`OPEN`, `CLOSED`), and a `system` text.
 """
 
-import base64
 import itertools
 import os
 from collections.abc import Iterable, Mapping
@@ -43,8 +42,9 @@ from ..conversations import (
     refuse_unread_fields,
     row_pictures,
 )
+from ..dataset_pictures import undecoded
 from ..json_files import read_json_rows
-from ..processing.images_moellava import check_shape, to_rgb
+from ..processing.images_moellava import check_shape, decode_picture, to_rgb
 from ..wording import encodable
 from .choices import read_choices, right_choice
 from .scoring import CLOSED, OPEN, words
@@ -144,7 +144,7 @@ def read_questions(
         path = Path(data).expanduser()
         rows, found, default_folder = _read_rows(path), QuestionSet(path.stem), path.parent
     elif isinstance(data, Iterable) and not isinstance(data, Mapping | bytes):
-        rows, found, default_folder = data, QuestionSet("rows"), Path()
+        rows, found, default_folder = undecoded(data), QuestionSet("rows"), Path()
     else:
         raise TypeError(
             f"The data is of type {type(data).__name__}; expected the path of a .json or .jsonl file, or rows: a list "
@@ -174,7 +174,7 @@ def open_picture(picture: Any, aspect_ratio: str = "square") -> Any:
         ValueError: It cannot be decoded, or its shape is none that a processor with this `image_aspect_ratio` takes.
     """
     if isinstance(picture, Mapping):  # a column of datasets.Image(decode=False)
-        picture = f"data:image/*;base64,{base64.b64encode(picture['bytes']).decode()}"
+        picture = decode_picture(picture["bytes"])
     image = to_rgb(picture)
     check_shape(*image.size, aspect_ratio)
     return image
@@ -268,8 +268,11 @@ def _pictures_of(pictures: list[Any], name: str | None, folder: Path) -> list[An
     """Returns the images of a row: paths of files that exist, or the images that it holds."""
     found = []
     for picture in pictures:
-        if isinstance(picture, Mapping) and not picture.get("bytes"):
-            raise RowError("form", f"has a dictionary without bytes as {name!r}; expected a picture's name")
+        if isinstance(picture, Mapping):
+            if picture.get("path") and picture.get("bytes", "") is None:
+                picture = picture["path"]  # so `datasets` holds an image that lies in a file
+            elif not picture.get("bytes"):
+                raise RowError("form", f"has a dictionary without bytes as {name!r}; expected a picture's name")
         picture = located(picture, folder)
         if isinstance(picture, os.PathLike):
             if not os.path.isfile(picture):  # which, unlike Path.is_file, takes names of any length

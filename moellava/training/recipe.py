@@ -48,6 +48,11 @@ _OLDER_NAMES = {
 # Set by the run itself.
 _OWN_ARGUMENTS = {"output_dir", "remove_unused_columns", "resume_from_checkpoint", "label_names", "do_train"}
 
+PUSHES_ALL = (
+    "A trainer's push_to_hub sends its whole output folder, whatever lies there. Leave it out, and push what was "
+    "trained afterwards: `moellava push CHECKPOINT REPO`, or model.push_to_hub(REPO)."
+)
+
 # The older recipes' values. Whatever the stage:
 _DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 1,
@@ -235,6 +240,8 @@ class Stage:
         for name, value in self.arguments.items():
             if name in _NUMBERS:
                 _check_type(name, value, int | float, "a number")
+        if self.arguments.get("push_to_hub"):
+            raise ValueError(PUSHES_ALL)
 
     def training_arguments(self, folder: Path) -> TrainingArguments:
         """Returns the arguments of the `Trainer`: the stage's, over the defaults.

@@ -46,18 +46,25 @@ def check_records(plan: Recipe) -> None:
     """Compares a recipe with what the stages were begun with that an earlier run has left.
 
     Raises:
-        ValueError: It is another recipe; or there are checkpoints that no run can go on from.
+        ValueError: It is another recipe; there are checkpoints that no run can go on from; or a stage's folder holds
+            what no run has made.
     """
     changes = []
     for stage in plan.stages:
         folder = plan.output_dir / stage.name
+        if not (folder / _RECORD).is_file():
+            if folder.is_dir() and any(folder.iterdir()):
+                # What a cut-off run has left is cleared away, and the Trainer deletes old checkpoints: only our own.
+                raise ValueError(
+                    f"{folder} holds files and no {_RECORD}, so that no run of a recipe has made them. Nothing was "
+                    "deleted. Give another output_dir, or move them away."
+                )
+            continue
         if stage.arguments.get("save_only_model") and (checkpoint := last_checkpoint(folder)) is not None:
             raise ValueError(
                 f"{checkpoint} holds weights alone (save_only_model), so that no run can go on from it. Give it as the "
                 "model of a new run, in another output_dir."
             )
-        if not (folder / _RECORD).is_file():
-            continue
         then, now = json.loads((folder / _RECORD).read_text(encoding="utf-8")), _record(plan, stage)
         changes += [
             f"{stage.name}: {key} is {now.get(key)!r} and was {then.get(key)!r}"

@@ -13,19 +13,17 @@
 # limitations under the License.
 """Rows of training data: LLaVA's JSON, and `messages` with `images`, in one form; what is wrong in a row is named."""
 
-import io
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
-
 from ..configuration.registry_moellava import known_names
 from ..conversations import RowError, located, read_conversation
+from ..dataset_pictures import undecoded
 from ..json_files import read_json_rows
-from ..processing.images_moellava import check_shape, load_picture, to_rgb
+from ..processing.images_moellava import check_shape, decode_picture, to_rgb
 from ..wording import encodable
 
 
@@ -182,7 +180,7 @@ class Rows:
         image_folder: str | os.PathLike | None = None,
         as_written: bool = False,
     ):
-        self.source = _undecoded(source)
+        self.source = undecoded(source)
         self.as_written = as_written
         self.image_folder = Path(image_folder or ".").expanduser()
 
@@ -230,16 +228,14 @@ def open_picture(source: Any, aspect_ratio: str = "square") -> Any:
     Raises:
         RowError: There is no such file, or it cannot be decoded, or its shape is none that a processor takes.
     """
-    held = source
     try:
         if isinstance(source, Mapping):
-            held = PIL.Image.open(io.BytesIO(source["bytes"]))
-        elif isinstance(source, str | os.PathLike):
-            held = load_picture(source)
-        picture = to_rgb(held)
+            picture = to_rgb(decode_picture(source["bytes"]))
+        else:
+            picture = to_rgb(source)
     except FileNotFoundError as error:
         raise RowError("missing picture", f"there is no file {source}") from error
-    except (OSError, SyntaxError, TypeError, ValueError, PIL.Image.DecompressionBombError) as error:
+    except (OSError, TypeError, ValueError) as error:
         where = source if isinstance(source, os.PathLike) else f"a {type(source).__name__}"
         raise RowError("unreadable picture", f"{where} cannot be decoded ({error})") from error
     try:
@@ -247,22 +243,6 @@ def open_picture(source: Any, aspect_ratio: str = "square") -> Any:
     except ValueError as error:
         raise RowError("unreadable picture", str(error)) from error
     return picture
-
-
-def _undecoded(source: Any) -> Any:
-    """Makes a dataset hand out its pictures as bytes: they are decoded where they are used."""
-    features = getattr(source, "features", None)
-    if not features:
-        return source
-    import datasets
-
-    for name in ("image", "images"):
-        feature = features.get(name)
-        if isinstance(feature, datasets.Image):
-            source = source.cast_column(name, datasets.Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            source = source.cast_column(name, datasets.List(datasets.Image(decode=False)))
-    return source
 
 
 __all__ = ["Row", "RowError", "Rows", "open_data", "open_picture", "row_name"]

@@ -23,6 +23,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..stored_dtypes import frozen_as_loaded
 from .parts import PartNames, by_part
+from .recipe import PUSHES_ALL
 
 
 class SeededLengthSampler(LengthGroupedSampler):
@@ -163,6 +164,14 @@ class MoellavaTrainer(Trainer):
         )
         self._first_choices: FirstChoices | None = None
         self._uncounted: list[dict[str, torch.Tensor]] = []
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        """Refuses: the library would send the whole output folder, with the reports on the data.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(PUSHES_ALL)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Splits the groups that the library makes, by weight decay, into those of each learning rate."""

@@ -28,7 +28,7 @@ except ImportError as error:
 from ..inspecting import inspect_checkpoint
 from ..loading import load_pretrained_model
 from ..wording import number_text
-from .pictures import open_picture
+from .pictures import doubt, open_picture
 from .routing_view import routing_html
 from .session import ServedModel, Session, Turn
 from .style import CSS, theme
@@ -327,15 +327,16 @@ def _wire(widgets: _Widgets, models: list[ServedModel]) -> None:
 
 
 def _check(pictures: list[tuple[str, Any]] | None) -> tuple[Any, Any]:
-    """Takes out of the pictures what is none, and says so."""
-    good, faults = [], []
+    """Takes out of the pictures what is none, and says so; and says of which the range is doubtful."""
+    good, faults, doubts = [], [], []
     for path, _ in pictures or []:
         try:
             open_picture(path)
             good.append(path)
+            doubts.append(doubt(path))
         except ValueError as error:
             faults.append(str(error))
-    return (good if faults else gr.skip()), _alert(" ".join(faults))
+    return (good if faults else gr.skip()), _alert(" ".join([*faults, *filter(None, doubts)]))
 
 
 def _answer(session: Session, max_new_tokens: int, temperature: float, with_routing: bool) -> Iterator[list[Any]]:

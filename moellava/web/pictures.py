@@ -19,7 +19,7 @@ from pathlib import Path
 
 import PIL.Image
 
-from ..processing.images_moellava import load_picture, to_rgb
+from ..processing.images_moellava import load_picture, range_doubt, to_rgb
 
 
 def open_picture(path: str) -> PIL.Image.Image:
@@ -33,6 +33,11 @@ def open_picture(path: str) -> PIL.Image.Image:
         return to_rgb(load_picture(Path(path)))
     except (OSError, ValueError) as error:
         raise ValueError(str(error).replace(path, Path(path).name)) from error
+
+
+def doubt(path: str) -> str | None:
+    """Says why an uploaded picture that can be opened may be shown far too dark; `None` of most."""
+    return range_doubt(load_picture(Path(path)), repr(Path(path).name))
 
 
 def thumbnail(picture: PIL.Image.Image, side: int = 160) -> PIL.Image.Image:
@@ -49,4 +54,4 @@ def data_uri(picture: PIL.Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-__all__ = ["data_uri", "open_picture", "thumbnail"]
+__all__ = ["data_uri", "doubt", "open_picture", "thumbnail"]

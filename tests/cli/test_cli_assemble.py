@@ -159,6 +159,15 @@ def test_assemble_replaces_a_model_only_when_told_to(parts, checkpoint, tmp_path
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model-00001-of-00002.bin", "tokenizer.json"])
+def test_a_part_of_a_model_is_not_replaced_unasked(parts, tmp_path, name):
+    """A save deletes the weights that its own take the place of."""
+    (tmp_path / name).write_bytes(b"mine")
+    arguments = ["--language-model", parts.language_model("llama"), "--vision-tower", parts.vision_tower("clip")]
+    assert "holds a model already" in fails("assemble", *arguments, "--out", tmp_path)
+    assert (tmp_path / name).read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
