@@ -734,6 +734,9 @@ ERRORS: dict[str, Callable] = {
     "earlier run": lambda model, _: training_again(model, {}, {}),
     "other recipe": lambda model, _: training_again(model, {}, {"resume": True, "learning_rate": 1e-2}),
     "weights alone": lambda model, _: training_again(model, {"save_only_model": True}, {"resume": True}),
+    "other weights": lambda model, _: training_again(
+        model, {}, {"resume": True}, change=lambda: without_a_weight("out/align/checkpoint-1")
+    ),
     "no row": lambda model, _: training(model, data=BROKEN_ROWS),
     "broken row": lambda model, _: training(model, data=ROWS + BROKEN_ROWS, unusable_rows="error"),
     "no question": lambda model, _: evaluating(model, [{"question": "Which?"}]),

@@ -14,13 +14,15 @@
 """`transformers.Trainer` with learning rates by part, batches grouped by length, and the routers in its logs."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from .checkpoints import check_adapter, check_restored, restore
 from .parts import PartNames, by_part
 
 
@@ -253,6 +255,30 @@ class MoellavaTrainer(Trainer):
         processes = self.accelerator.num_processes
         rest = part * processes - has * (processes if self.args.average_tokens_across_devices else 1)
         return self.model.config.moe_config.router_aux_loss_coef * rest
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load = partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
+        self._restore(resume_from_checkpoint, load)
+
+    def _load_best_model(self) -> None:
+        self._restore(self.state.best_model_checkpoint, super()._load_best_model)
+
+    def _restore(self, checkpoint: str, load: Callable[[], None]) -> None:
+        """Puts a checkpoint's weights into the model, or fails: a weight that keeps another value ruins a run."""
+        self._restored = checkpoint
+        # Divided models have loaders of the library's own, which write and read weights in the form that is held.
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            load()
+        elif isinstance(self.model, PreTrainedModel):
+            restore(self.model, checkpoint)
+        else:
+            check_adapter(self.model, checkpoint)
+            load()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        check_restored(self._restored, missing, load_result.unexpected_keys)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As the library does, with the router loss and the experts' loads beside the loss."""
