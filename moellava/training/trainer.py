@@ -138,6 +138,11 @@ def _kept(logits: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Te
     return attention_mask.flatten().bool()
 
 
+def _share(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
+    """The share of the learnt tokens of a whole batch that a part of it has."""
+    return (labels[..., 1:] != -100).sum() / num_items_in_batch
+
+
 class MoellavaTrainer(Trainer):
     """The library's trainer; the arguments beside those of `Trainer` are:
 
@@ -159,9 +164,15 @@ class MoellavaTrainer(Trainer):
         self._routers = None
         if config.moe_config is not None:
             self._routers = RouterStatistics(config.moe_config.num_experts_per_tok, list(config.moe_config.layers))
+        own_loss = self.compute_loss_func is not None  # the caller's, of which the router loss need not be a part
         self._exact_router_loss = (
-            exact_router_loss and self._routers is not None and config.moe_config.router_aux_loss_coef > 0
+            exact_router_loss
+            and not own_loss
+            and self._routers is not None
+            and config.moe_config.router_aux_loss_coef > 0
         )
+        if self.label_smoother is not None and not own_loss:
+            self.compute_loss_func = self._smoothed_loss
         self._first_choices: FirstChoices | None = None
         self._uncounted: list[dict[str, torch.Tensor]] = []
 
@@ -230,15 +241,36 @@ class MoellavaTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
         """As the library does; notes what the routers of a sparse model did in training."""
-        if self._routers is None or not model.training:
+        is_smoothed = self.compute_loss_func == self._smoothed_loss
+        if self._routers is None or not (model.training or is_smoothed):
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        labels, mask = inputs.get("labels"), inputs.get("attention_mask")
         inputs = {**inputs, "output_router_logits": True}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        mask = inputs.get("attention_mask")
+        if not model.training:  # asked for the loss alone: an evaluation gathers whatever it gets
+            outputs = type(outputs)(**{key: outputs[key] for key in outputs if key not in ("router_logits", "aux_loss")})
+            return (loss, outputs) if return_outputs else loss
         if self._first_choices is not None:
-            loss = loss + self._rest_of_router_loss(outputs, inputs["labels"], mask, **kwargs)
+            loss = loss + self._rest_of_router_loss(outputs, labels, mask, **kwargs)
         self._routers.add(outputs, mask)
         return (loss, outputs) if return_outputs else loss
+
+    def _smoothed_loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """The next-token loss with smoothed labels, and the router loss beside it.
+
+        The library takes the labels away from the model, whose own loss has the router loss in it, and shifts them only
+        for the classes of a list of its own.
+        """
+        loss = self.label_smoother(outputs, labels, shift_labels=True, num_items_in_batch=num_items_in_batch)
+        if outputs.get("aux_loss") is None:
+            return loss
+        config = self.model.config
+        weight = (config.text_config if config.moe_config is None else config.moe_config).router_aux_loss_coef
+        if num_items_in_batch is not None:
+            weight = weight * _share(labels, num_items_in_batch)
+        return loss + weight * outputs["aux_loss"].to(loss.device)
 
     def _rest_of_router_loss(
         self, outputs: Any, labels: torch.Tensor, mask: torch.Tensor | None, num_items_in_batch: torch.Tensor | int
@@ -246,7 +278,7 @@ class MoellavaTrainer(Trainer):
         """Returns what is missing from the loss of a part of a batch, for the whole to have its own router loss; notes
         that in `outputs`."""
         part = self._first_choices.loss(outputs["router_logits"], mask)
-        has = (labels[..., 1:] != -100).sum() / num_items_in_batch * outputs["aux_loss"]
+        has = _share(labels, num_items_in_batch) * outputs["aux_loss"]
         # Averaged over all tokens by `RouterStatistics`, this is the loss of the whole.
         outputs["aux_loss"] = (
             part.detach() * self._first_choices.tokens / _kept(outputs["router_logits"][0], mask).sum()
