@@ -40,7 +40,7 @@ from transformers.utils import TransformersKwargs, logging, torch_compilable_che
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.checkpoint_moellava import run_save_hooks
-from ..configuration.configuration_moellava import MoellavaConfig
+from ..configuration.configuration_moellava import EXPERT_COUNTS, MoellavaConfig
 from ..configuration.custom_code_moellava import is_own_class
 from ..configuration.hub_moellava import commit_saved
 from ..configuration.registry_moellava import PROJECTORS
@@ -623,6 +623,9 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MoellavaModel(config)
         self.lm_head = build_head(config.text_config)
+        if config.moe_config is not None:
+            for name in EXPERT_COUNTS:  # TRL computes the router loss by them; an engine that must not builds no head
+                setattr(config.text_config, name, getattr(config.moe_config, name))
         # The name of the embedding differs by family, so the tie belongs to the instance.
         embedding = self.model.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embedding)
