@@ -153,7 +153,12 @@ def test_the_router_loss_is_kept(dense, rows, tmp_path, exact):
     for size in (4, 2):
         model = model_of(dense, moe_config=MOE)
         trainer = trainer_for(
-            MoellavaTrainer, model, rows, tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size
+            MoellavaTrainer,
+            model,
+            rows,
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=4 // size,
         )
         trainer._exact_router_loss = trainer._exact_router_loss and exact
         batch = Collator(model.processor)(list(trainer.train_dataset))

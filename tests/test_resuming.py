@@ -25,7 +25,13 @@ from moellava import load_pretrained_model, train
 from moellava.training.checkpoints import restore
 
 
-QUIET = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "dtype": "float32", "gradient_accumulation_steps": 1}
+QUIET = {
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "report_to": "none",
+    "dtype": "float32",
+    "gradient_accumulation_steps": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +40,10 @@ def data(tmp_path_factory):
     rows = []
     for number in range(8):
         picture(number).save(folder / f"{number}.png")
-        turns = [{"from": "human", "value": "<image>\nWhich one?"}, {"from": "gpt", "value": ("One.", "Two.")[number % 2]}]
+        turns = [
+            {"from": "human", "value": "<image>\nWhich one?"},
+            {"from": "gpt", "value": ("One.", "Two.")[number % 2]},
+        ]
         rows.append({"image": f"{number}.png", "conversations": turns})
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     return folder / "rows.json"

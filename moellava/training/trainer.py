@@ -248,7 +248,9 @@ class MoellavaTrainer(Trainer):
         inputs = {**inputs, "output_router_logits": True}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if not model.training:  # asked for the loss alone: an evaluation gathers whatever it gets
-            outputs = type(outputs)(**{key: outputs[key] for key in outputs if key not in ("router_logits", "aux_loss")})
+            outputs = type(outputs)(
+                **{key: outputs[key] for key in outputs if key not in ("router_logits", "aux_loss")}
+            )
             return (loss, outputs) if return_outputs else loss
         if self._first_choices is not None:
             loss = loss + self._rest_of_router_loss(outputs, labels, mask, **kwargs)
