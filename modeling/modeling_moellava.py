@@ -623,6 +623,7 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MoellavaModel(config)
         self.lm_head = build_head(config.text_config)
+        # CODEPATH: sparse checkpoints have a moe_config, dense ones and natively sparse language models have none.
         if config.moe_config is not None:
             for name in EXPERT_COUNTS:  # TRL computes the router loss by them; an engine that must not builds no head
                 setattr(config.text_config, name, getattr(config.moe_config, name))

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Label smoothing: of the next token, with the router loss beside it, in this package's trainer and in the library's."""
+"""Label smoothing: of the next token, and with the router loss, in this package's trainer and in the library's."""
 
 import json
 import logging

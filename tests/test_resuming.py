@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Resumed runs, and the best model kept, with language models whose checkpoints are written in another form than held."""
+"""Resumed runs, and the best model kept, with language models that are saved in another form than they are held in."""
 
 import json
 import shutil
