@@ -83,6 +83,7 @@ _LIBRARY_FIELDS = frozenset(
 
 # What serving engines ask a language model's config about its experts.
 EXPERT_COUNTS = ("num_experts", "num_experts_per_tok")
+ROUTER_LOSS = ("output_router_logits", "router_aux_loss_coef")
 
 # What a processor has to agree with.
 _FOR_PROCESSOR = ("image_aspect_ratio", "image_seq_length", "image_size")
@@ -581,6 +582,14 @@ class MoellavaConfig(PreTrainedConfig):
             elif key == "text_config" and self.moe_config is None and _is_sparse(part):
                 part._experts_implementation = value
 
+    def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
+        """The language model's config; arguments as in transformers."""
+        text = super().get_text_config(*args, **kwargs)
+        if self.moe_config is not None and text is self.text_config:
+            for name in ROUTER_LOSS:  # here TRL looks for the router loss, and for its weight
+                setattr(text, name, getattr(self.moe_config, name))
+        return text
+
     def part_classes(self) -> list[type]:
         """The classes that the encoder and the projector are made of; a user's own ones travel with the checkpoint."""
         return [ENCODERS[self.encoder_type], PROJECTORS[self.projector_config.type]]
@@ -593,7 +602,7 @@ class MoellavaConfig(PreTrainedConfig):
                     output[key].pop(foreign, None)
                 output[key]["_name_or_path"] = ""  # every config has one: a part's is then equal to its own class's
         if self.moe_config is not None and isinstance(output.get("text_config"), dict):
-            for name in EXPERT_COUNTS:  # the text config is that of the dense language model
+            for name in (*EXPERT_COUNTS, *ROUTER_LOSS):  # the text config is that of the dense language model
                 output["text_config"].pop(name, None)
         return output
 

@@ -33,13 +33,14 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import load_state_dict
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.checkpoint_moellava import run_save_hooks
-from ..configuration.configuration_moellava import MoellavaConfig
+from ..configuration.configuration_moellava import EXPERT_COUNTS, MoellavaConfig
 from ..configuration.custom_code_moellava import is_own_class
 from ..configuration.hub_moellava import commit_saved
 from ..configuration.registry_moellava import PROJECTORS
@@ -669,11 +670,22 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MoellavaModel(config)
         self.lm_head = build_head(config.text_config)
+        # CODEPATH: sparse checkpoints have a moe_config, dense ones and natively sparse language models have none.
+        if config.moe_config is not None:
+            for name in EXPERT_COUNTS:  # TRL computes the router loss by them; an engine that must not builds no head
+                setattr(config.text_config, name, getattr(config.moe_config, name))
         # The name of the embedding differs by family, so the tie belongs to the instance.
         embedding = self.model.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embedding)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
+
+    def _get_name(self) -> str:
+        # By this name transformers' Trainer looks up, for label smoothing, whether logits are those of the next token.
+        return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(self.config.text_config.model_type, type(self).__name__)
+
+    def __repr__(self) -> str:
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -739,7 +751,8 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
             self._note_training(pixel_values is not None)
         wants_router_logits = self._wants_router_logits(output_router_logits)
         is_upcycled = self.config.moe_config is not None
-        balances = is_upcycled and labels is not None and self.config.moe_config.router_aux_loss_coef > 0
+        balances_in_training = is_upcycled and self.config.moe_config.router_aux_loss_coef > 0
+        balances = balances_in_training and labels is not None
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         cache = one_cache(past_key_values, cache)
         mask = None
@@ -765,6 +778,11 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        elif self.training and "num_items_in_batch" in kwargs and balances_in_training and not wants_router_logits:
+            logger.warning_once(
+                "The trainer computes the loss by itself (label_smoothing_factor, compute_loss_func), and the load-"
+                "balancing loss of the routers is not in it. moellava's own trainer adds it: see docs/training.md."
             )
         aux_loss = None
         if outputs.router_logits:

@@ -15,6 +15,7 @@
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -49,6 +50,32 @@ and multimodal_message['content'] is not string and multimodal_message['content'
 {%- endif -%}
 {%- endfor -%}
 {%- set messages = multimodal_header.messages %}
+"""
+
+# Templates of text models seldom mark what the model is to say, which `return_assistant_tokens_mask`, and by it TRL, go
+# by. Around such a template: it becomes a macro, by which each answer is found as what a conversation goes on with
+# behind its prompt. Where a template rewrites its history, only answers that begin as they were asked for are marked.
+# A question renders once, as before. `{%+` keeps what stands before the tag.
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+_MARKED = """\
+{%- macro multimodal_render(messages, add_generation_prompt) %}
+TEMPLATE{%+ endmacro -%}
+{%- set multimodal_marks = namespace(text=multimodal_render(messages, add_generation_prompt), done=0) -%}
+{%- for multimodal_message in messages -%}
+{%- if not add_generation_prompt and loop.index0 and multimodal_message['role'] == 'assistant' \
+and messages[loop.index0 - 1]['role'] not in ['assistant', 'system'] -%}
+{%- set multimodal_prompt = multimodal_render(messages[:loop.index0], true) -%}
+{%- set multimodal_answered = multimodal_render(messages[:loop.index], false).rstrip() -%}
+{%- if multimodal_answered.startswith(multimodal_prompt) and multimodal_marks.text.startswith(multimodal_answered) -%}
+{{- multimodal_marks.text[multimodal_marks.done:multimodal_prompt | length] -}}
+{%- generation -%}
+{{- multimodal_answered[multimodal_prompt | length:] -}}
+{%- endgeneration -%}
+{%- set multimodal_marks.done = multimodal_answered | length -%}
+{%- endif -%}
+{%- endif -%}
+{%- endfor -%}
+{{- multimodal_marks.text[multimodal_marks.done:] -}}
 """
 
 # A text that no template writes by itself.
@@ -112,8 +139,9 @@ def multimodal_chat_template(
     """Returns a chat template that takes contents made of parts, for a tokenizer's own template.
 
     In contents that are lists, each picture becomes `image_token` and a newline where it stands, and texts are taken
-    as they are. Conversations whose contents are plain text render exactly as with `tokenizer_template`. A template
-    that knows parts, and writes `image_token` for pictures, is returned as it is.
+    as they are. Conversations whose contents are plain text render exactly as with `tokenizer_template`. Answers are
+    marked for `return_assistant_tokens_mask`. A template that knows parts, and writes `image_token` for pictures, is
+    returned as it is.
 
     Args:
         tokenizer_template (`str`, `dict[str, str]` or `None`):
@@ -150,20 +178,39 @@ def multimodal_chat_template(
                 "leaves out contents that are plain text, so it cannot be adapted. Pass another template, or "
                 "None for the Vicuna form."
             )
-    return header + tokenizer_template
+    return header + _marked(tokenizer_template)
+
+
+def _marked(template: str) -> str:
+    """Returns a template that marks answers; as it is where it does so already, or begins them not as it asks for them
+    (thinking, mostly)."""
+    if _GENERATION.search(template):
+        return template
+    marked = _MARKED.replace("TEMPLATE", template.removesuffix("\n"))  # as jinja does with the end of a template
+    conversation = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
+    return marked if _rendered(marked, conversation)[1] else template
 
 
 def _rendered_probe(template: str, content: str | list[dict[str, str]]) -> str:
     """Renders one user message; a template that cannot take this content gives nothing."""
+    return _rendered(template, [{"role": "user", "content": content}])[0]
 
-    def render() -> str:
-        conversation = [{"role": "user", "content": content}]
+
+def _rendered(template: str, conversation: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+    """Renders a conversation; returns the text, and where its marked answers begin and end."""
+
+    def render() -> tuple[str, list[tuple[int, int]]]:
         try:
-            return render_jinja_template([conversation], chat_template=template, bos_token="<s>", eos_token="</s>")[0][
-                0
-            ]
+            (text,), marks = render_jinja_template(
+                [conversation],
+                chat_template=template,
+                return_assistant_tokens_mask=_GENERATION.search(template) is not None,
+                bos_token="<s>",
+                eos_token="</s>",
+            )
+            return text, marks[0] if marks else []
         except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            return ""
+            return "", []
 
     # On a stack of its own: Jinja's errors hold on to themselves, and by their frames to what all callers hold, which
     # here may be the weights of a model.

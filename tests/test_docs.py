@@ -719,11 +719,23 @@ def demo_beside(folder: str) -> None:
     run_demo(Path(folder).parent)
 
 
-def training_again(model: MoellavaForCausalLM, first: dict[str, Any], then: dict[str, Any]) -> None:
+def training_again(
+    model: MoellavaForCausalLM, first: dict[str, Any], then: dict[str, Any], between: Callable[[], None] | None = None
+) -> None:
     """Trains, and once more into the same folder, as if the first run had been stopped at its end."""
     training(model, **first)
     Path("out/align/stage.json").unlink()
+    if between is not None:
+        between()
     training(**first | then)
+
+
+def without_a_weight() -> None:
+    """Takes a weight of the projector out of the run's checkpoint."""
+    file = "out/align/checkpoint-1/model.safetensors"
+    weights = load_file(file)
+    weights.pop(next(name for name in weights if "multi_modal_projector" in name))
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 # Each gets a model and a monkeypatch, and raises an error that the document has; in its order.
@@ -809,6 +821,7 @@ ERRORS: dict[str, Callable] = {
     "earlier run": lambda model, _: training_again(model, {}, {}),
     "other recipe": lambda model, _: training_again(model, {}, {"resume": True, "learning_rate": 1e-2}),
     "weights alone": lambda model, _: training_again(model, {"save_only_model": True}, {"resume": True}),
+    "other weights": lambda model, _: training_again(model, {}, {"resume": True}, without_a_weight),
     "no run": lambda model, _: training_beside("out/align/checkpoint-1000"),
     "folders of a user": lambda model, _: demo_beside("demo/checkpoint"),
     "no row": lambda model, _: training(model, data=BROKEN_ROWS),

@@ -14,6 +14,7 @@
 """`transformers.Trainer` with learning rates by part, batches grouped by length, and the routers in its logs."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..stored_dtypes import frozen_as_loaded
+from .checkpoints import check_adapter, check_restored, restore
 from .parts import PartNames, by_part
 from .recipe import PUSHES_ALL
 
@@ -138,6 +140,11 @@ def _kept(logits: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Te
     return attention_mask.flatten().bool()
 
 
+def _share(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
+    """The share of the learnt tokens of a whole batch that a part of it has."""
+    return (labels[..., 1:] != -100).sum() / num_items_in_batch
+
+
 class MoellavaTrainer(Trainer):
     """The library's trainer; the arguments beside those of `Trainer` are:
 
@@ -159,9 +166,15 @@ class MoellavaTrainer(Trainer):
         self._routers = None
         if config.moe_config is not None:
             self._routers = RouterStatistics(config.moe_config.num_experts_per_tok, list(config.moe_config.layers))
+        own_loss = self.compute_loss_func is not None  # the caller's, of which the router loss need not be a part
         self._exact_router_loss = (
-            exact_router_loss and self._routers is not None and config.moe_config.router_aux_loss_coef > 0
+            exact_router_loss
+            and not own_loss
+            and self._routers is not None
+            and config.moe_config.router_aux_loss_coef > 0
         )
+        if self.label_smoother is not None and not own_loss:
+            self.compute_loss_func = self._smoothed_loss
         self._first_choices: FirstChoices | None = None
         self._uncounted: list[dict[str, torch.Tensor]] = []
 
@@ -238,15 +251,38 @@ class MoellavaTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
         """As the library does; notes what the routers of a sparse model did in training."""
-        if self._routers is None or not model.training:
+        is_smoothed = self.compute_loss_func == self._smoothed_loss
+        if self._routers is None or not (model.training or is_smoothed):
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        labels, mask = inputs.get("labels"), inputs.get("attention_mask")
         inputs = {**inputs, "output_router_logits": True}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        mask = inputs.get("attention_mask")
+        if not model.training:  # asked for the loss alone: an evaluation gathers whatever it gets
+            outputs = type(outputs)(
+                **{key: outputs[key] for key in outputs if key not in ("router_logits", "aux_loss")}
+            )
+            return (loss, outputs) if return_outputs else loss
         if self._first_choices is not None:
-            loss = loss + self._rest_of_router_loss(outputs, inputs["labels"], mask, **kwargs)
+            loss = loss + self._rest_of_router_loss(outputs, labels, mask, **kwargs)
         self._routers.add(outputs, mask)
         return (loss, outputs) if return_outputs else loss
+
+    def _smoothed_loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """The next-token loss with smoothed labels, and the router loss beside it.
+
+        The library takes the labels away from the model, whose own loss has the router loss in it, and shifts them only
+        for the classes of a list of its own.
+        """
+        loss = self.label_smoother(outputs, labels, shift_labels=True, num_items_in_batch=num_items_in_batch)
+        if outputs.get("aux_loss") is None:
+            return loss
+        config = self.model.config
+        weight = (config.text_config if config.moe_config is None else config.moe_config).router_aux_loss_coef
+        if num_items_in_batch is not None:
+            weight = weight * _share(labels, num_items_in_batch)
+        return loss + weight * outputs["aux_loss"].to(loss.device)
 
     def _rest_of_router_loss(
         self, outputs: Any, labels: torch.Tensor, mask: torch.Tensor | None, num_items_in_batch: torch.Tensor | int
@@ -254,7 +290,7 @@ class MoellavaTrainer(Trainer):
         """Returns what is missing from the loss of a part of a batch, for the whole to have its own router loss; notes
         that in `outputs`."""
         part = self._first_choices.loss(outputs["router_logits"], mask)
-        has = (labels[..., 1:] != -100).sum() / num_items_in_batch * outputs["aux_loss"]
+        has = _share(labels, num_items_in_batch) * outputs["aux_loss"]
         # Averaged over all tokens by `RouterStatistics`, this is the loss of the whole.
         outputs["aux_loss"] = (
             part.detach() * self._first_choices.tokens / _kept(outputs["router_logits"][0], mask).sum()
@@ -272,6 +308,30 @@ class MoellavaTrainer(Trainer):
         if isinstance(model, PreTrainedModel) and not special:
             state_dict = frozen_as_loaded(model, model.state_dict() if state_dict is None else state_dict)
         super()._save(output_dir, state_dict=state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load = partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
+        self._restore(resume_from_checkpoint, load)
+
+    def _load_best_model(self) -> None:
+        self._restore(self.state.best_model_checkpoint, super()._load_best_model)
+
+    def _restore(self, checkpoint: str, load: Callable[[], None]) -> None:
+        """Puts a checkpoint's weights into the model, or fails: a weight that keeps another value ruins a run."""
+        self._restored = checkpoint
+        # Divided models have loaders of the library's own, which write and read weights in the form that is held.
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            load()
+        elif isinstance(self.model, PreTrainedModel):
+            restore(self.model, checkpoint)
+        else:
+            check_adapter(self.model, checkpoint)
+            load()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        check_restored(self._restored, missing, load_result.unexpected_keys)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As the library does, with the router loss and the experts' loads beside the loss."""
