@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
-from transformers import AutoImageProcessor
 from transformers.utils import cached_file
 
 from .json_files import read_json_object
+from .processing import part_files_moellava
 
 
 CONFIG_NAME = "config.json"
@@ -251,7 +251,7 @@ def load_image_processor(source: Source) -> Any:
         ValueError: It has none.
     """
     try:
-        return AutoImageProcessor.from_pretrained(
+        return part_files_moellava.load_image_processor(
             source.name, trust_remote_code=source.trust_remote_code, **source.hub_options
         )
     except (OSError, ValueError) as error:
