@@ -248,12 +248,14 @@ def load_image_processor(source: Source) -> Any:
     """Returns the image processor of a source.
 
     Raises:
-        ValueError: It has none.
+        ValueError: It has none; or, a `RefusedFileError`, it asks for one that no vision tower uses.
     """
     try:
         return part_files_moellava.load_image_processor(
             source.name, trust_remote_code=source.trust_remote_code, **source.hub_options
         )
+    except part_files_moellava.RefusedFileError:
+        raise
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{source} has no image processor ({str(error).splitlines()[0]}). Expected a preprocessor_config.json "

@@ -56,31 +56,31 @@ _TEXTS = (".bpe", ".jinja", ".json", ".model", ".spm", ".tiktoken", ".txt")
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-def load_tokenizer(
-    name: str | os.PathLike,
-    config: PreTrainedConfig | None = None,
-    trust_remote_code: bool | None = None,
-    **options: Any,
-) -> Any:
+class RefusedFileError(ValueError):
+    """A file asks for what it may not: a class that models do not need, or a file outside of its folder."""
+
+
+def load_tokenizer(name: str | os.PathLike, config: PreTrainedConfig | None = None, **options: Any) -> Any:
     """Loads a tokenizer; arguments as for `AutoTokenizer.from_pretrained`.
 
     Raises:
-        ValueError: Its files ask for a class that is no tokenizer of a language model, without `trust_remote_code`, or
-            name a file outside of the folder or repository.
+        RefusedFileError: Its files ask for a class that is no tokenizer of a language model, without
+            `trust_remote_code`, or name a file outside of the folder or repository.
+        ValueError: A file is damaged.
     """
     options = _at_one_revision(name, options)
     check_links(name, options.get("subfolder"))
     path, fields = _read(name, "tokenizer_config.json", options)
     for file in fields.get("fast_tokenizer_files") or ():
         if not isinstance(file, str) or file != os.path.basename(file):
-            raise ValueError(
+            raise RefusedFileError(
                 f"{path} names {file!r}; expected the plain name of a file beside it. Nothing outside the folder is "
                 "read."
             )
     for key, value in fields.items():
         is_path = isinstance(value, str) and key in _NEVER_PATHS
         if is_path or (value and key in _NEVER_SAVED) or (key.endswith("_kwargs") and _has_text(value)):
-            raise ValueError(
+            raise RefusedFileError(
                 f"{path} has {key!r}, {value!r}, by which files outside of the folder would be opened. Take the field "
                 "out; a tokenizer is read from the files beside it."
             )
@@ -88,8 +88,8 @@ def load_tokenizer(
     for key in special_tokens:
         # transformers takes any field of this file before what it has found in the folder.
         if not key.endswith(("_token", "_tokens")):
-            raise ValueError(f"{path} has {key!r}; expected special tokens alone, such as 'bos_token'.")
-    if not trust_remote_code:
+            raise RefusedFileError(f"{path} has {key!r}; expected special tokens alone, such as 'bos_token'.")
+    if not options.get("trust_remote_code"):
         if config is None:
             _, model = _read(name, "config.json", options)
         else:
@@ -98,29 +98,28 @@ def load_tokenizer(
         _check_tokenizer_classes(name, (fields.get("tokenizer_class"), model.get("tokenizer_class"), registered))
     # Old files tell where their author's vocabulary was. The one in the folder is taken.
     elsewhere = {key: None for key, value in fields.items() if key.endswith(("_file", "_spm")) and value is not None}
-    return AutoTokenizer.from_pretrained(
-        name, config=config, trust_remote_code=trust_remote_code, **(elsewhere | options)
-    )
+    return AutoTokenizer.from_pretrained(name, config=config, **(elsewhere | options))
 
 
-def load_image_processor(name: str | os.PathLike, trust_remote_code: bool | None = None, **options: Any) -> Any:
+def load_image_processor(name: str | os.PathLike, **options: Any) -> Any:
     """Loads an image processor; arguments as for `AutoImageProcessor.from_pretrained`.
 
     Raises:
-        ValueError: Its files ask for a class that is no image processor of a vision tower, without `trust_remote_code`.
+        RefusedFileError: Its files ask for a class that is no image processor of a vision tower, without
+            `trust_remote_code`.
     """
     options = _at_one_revision(name, options)
     check_links(name, options.get("subfolder"))
-    if not trust_remote_code:
+    if not options.get("trust_remote_code"):
         _check_image_processor_class(name, options)
-    return AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+    return AutoImageProcessor.from_pretrained(name, **options)
 
 
 def check_links(folder: str | os.PathLike, subfolder: str | None = None) -> None:
     """Checks that the texts of a processor lie in its folder; a link may lead into the Hub's cache.
 
     Raises:
-        ValueError: One is a link to a file elsewhere, whose text would be saved and pushed with the model.
+        RefusedFileError: One is a link to a file elsewhere, whose text would be saved and pushed with the model.
     """
     home = Path(folder).resolve()
     place = Path(folder, subfolder or "")
@@ -130,7 +129,7 @@ def check_links(folder: str | os.PathLike, subfolder: str | None = None) -> None
         target = path.resolve()
         is_cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
         if not target.is_relative_to(home) and not is_cached:
-            raise ValueError(
+            raise RefusedFileError(
                 f"{path} is a link to {target}, outside of the folder, and would be saved and pushed as part of the "
                 "model. Put the file itself in its place, if it belongs to the model."
             )
@@ -173,7 +172,7 @@ def _has_text(value: Any) -> bool:
 def _check_tokenizer_classes(source: str | os.PathLike, names: Iterable[Any]) -> None:
     for name in filter(None, names):
         if not isinstance(name, str):
-            raise ValueError(f"tokenizer_class of {source} is {name!r}; expected the name of a class.")
+            raise RefusedFileError(f"tokenizer_class of {source} is {name!r}; expected the name of a class.")
         found = tokenizer_class_from_name(name)
         # Of a name that it does not know transformers makes a `TokenizersBackend`; of what is not installed, an error.
         if found is None or getattr(found, "is_dummy", False):
@@ -185,7 +184,7 @@ def _check_tokenizer_classes(source: str | os.PathLike, names: Iterable[Any]) ->
             or not found.__module__.startswith("transformers.")  # registered by the user
         )
         if not is_known:
-            raise ValueError(
+            raise RefusedFileError(
                 f"The files of {source} ask for {name!r}, which is no tokenizer of a language model. Expected one "
                 "such as 'LlamaTokenizer', 'Qwen2Tokenizer' or 'PreTrainedTokenizerFast' as tokenizer_class."
             )
@@ -206,10 +205,10 @@ def _check_image_processor_class(source: str | os.PathLike, options: Mapping[str
     for name in named:
         base = str(name).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
         if base not in _IMAGE_PROCESSORS and name not in registered:
-            raise ValueError(
+            raise RefusedFileError(
                 f"The files of {source} ask for {name!r}, which is no image processor of a vision tower. Expected one "
                 "such as 'CLIPImageProcessor', 'SiglipImageProcessor' or 'ViTImageProcessor' as image_processor_type."
             )
 
 
-__all__ = ["check_links", "load_image_processor", "load_tokenizer"]
+__all__ = ["RefusedFileError", "check_links", "load_image_processor", "load_tokenizer"]

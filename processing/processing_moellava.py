@@ -38,7 +38,7 @@ from .images_moellava import (
     to_rgb,
 )
 from .open_clip_moellava import OpenClipImageProcessor
-from .part_files_moellava import load_image_processor, load_tokenizer
+from .part_files_moellava import check_links, load_image_processor, load_tokenizer
 
 
 logger = logging.get_logger(__name__)
@@ -312,8 +312,9 @@ class MoellavaProcessor(ProcessorMixin):
         """Reads what the files say of a processor; arguments as in transformers.
 
         Raises:
-            ValueError: They ask for an audio tokenizer, or are nested too deeply to be read.
+            ValueError: They ask for an audio tokenizer, are links to elsewhere, or are nested too deeply to be read.
         """
+        check_links(pretrained_model_name_or_path, kwargs.get("subfolder"))
         try:
             return _ProcessorFiles.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         except RecursionError as error:

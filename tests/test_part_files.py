@@ -204,6 +204,23 @@ def test_links_within_the_folder_and_into_the_hubs_cache_are_followed(folder, tm
     assert tokenizer.convert_tokens_to_ids("ab") == WORDS.index("ab")
 
 
+def test_files_of_the_hub_are_checked_too(secrets, guard, folder, tmp_path):
+    commit, repository = "0123456789abcdef0123456789abcdef01234567", tmp_path / "hub" / "models--evil--part"
+    write_json(
+        folder / "tokenizer_config.json", {"tokenizer_class": "FunnelTokenizer", "vocab": f"{secrets}/lines.txt"}
+    )
+    write_json(folder / "preprocessor_config.json", {"image_processor_type": "OneFormerImageProcessor"})
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    options = {"cache_dir": tmp_path / "hub", "local_files_only": True}
+    with pytest.raises(ValueError, match="has 'vocab'"):
+        load_tokenizer("evil/part", config=PreTrainedConfig(), **options)
+    with pytest.raises(ValueError, match="which is no image processor"):
+        load_image_processor("evil/part", **options)
+    assert opened_by(guard) == []
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Which classes are built
 # ---------------------------------------------------------------------------------------------------------------------
