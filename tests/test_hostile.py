@@ -706,7 +706,11 @@ FORMATS = {
         both(EVIL, config(**FOREIGN), edit("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]})),
         None,
     ),
-    "older: vocabulary elsewhere": ("older", vocabulary_elsewhere, "has 'vocab', .*outside of the folder"),
+    "older: vocabulary elsewhere": (
+        "older",
+        both(vocabulary_elsewhere, write("vocab.json", "{}")),
+        "has 'vocab', .*outside of the folder",
+    ),
     "tower: image processor that asks the Hub": (
         "tower",
         edit("preprocessor_config.json", image_processor_type="OneFormerImageProcessor", repo_path="evil/repo"),

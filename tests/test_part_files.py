@@ -29,6 +29,7 @@ import pytest
 import transformers
 from hostile_doors import Guard
 from older import _write_tokenizer as write_older_tokenizer
+from parts import VISION_TOWERS
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -421,6 +422,13 @@ def test_image_processors_of_towers_are_built_by_all_their_names(tmp_path, name,
     folder.mkdir()
     write_image_processor(folder, "preprocessor_config.json", {"feature_extractor_type": f"{name}FeatureExtractor"})
     assert type(load_image_processor(folder)) is type(AutoImageProcessor.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("tower", VISION_TOWERS)
+def test_image_processors_of_real_towers_are_built(parts, tower):
+    folder = parts.vision_tower(tower)
+    ours, theirs = load_image_processor(folder), AutoImageProcessor.from_pretrained(folder)
+    assert type(ours) is type(theirs) and ours.to_dict() == theirs.to_dict()
 
 
 def test_the_image_processor_of_a_model_that_also_hears_is_built(tmp_path):
