@@ -34,18 +34,20 @@ from transformers.utils import cached_file, resolve_revision
 # Tokenizers of language models that are not built on the `tokenizers` library.
 _OTHER_TOKENIZERS = (
     "BertGenerationTokenizer", "BioGptTokenizer", "ByT5Tokenizer", "CTRLTokenizer", "CpmAntTokenizer",
-    "GPTNeoXJapaneseTokenizer", "GPTSw3Tokenizer", "MistralCommonBackend", "RoCBertTokenizer", "XLMTokenizer",
+    "GPTNeoXJapaneseTokenizer", "GPTSw3Tokenizer", "MistralCommonBackend", "PythonBackend", "RoCBertTokenizer",
+    "SentencePieceBackend", "XLMTokenizer",
 )  # fmt: skip
 # Image processors of vision towers; each of them also with "Fast" or "Pil" behind its name.
 _IMAGE_PROCESSORS = tuple(
     f"{name}ImageProcessor"
     for name in (
         "Aria", "Beit", "Bit", "Blip", "BridgeTower", "CHMv2", "CLIP", "Chameleon", "ChineseCLIP", "Cohere2Vision",
-        "ConvNext", "DINOv3ViT", "DPT", "DeepseekVL", "DeepseekVLHybrid", "DeiT", "EfficientNet", "Flava", "GLPN",
-        "Gemma3", "GotOcr2", "Idefics2", "Idefics3", "Janus", "Levit", "Llama4", "Llava", "LlavaNext", "LlavaOnevision",
-        "Mllama", "MobileNetV1", "MobileNetV2", "MobileViT", "Ovis2", "OwlViT", "Owlv2", "PerceptionLM",
-        "Phi4Multimodal", "Pixtral", "PoolFormer", "Pvt", "Qwen2VL", "Sam", "Sam2", "Sam3", "Segformer", "Siglip",
-        "Siglip2", "SmolVLM", "TextNet", "TimmWrapper", "Tipsv2", "ViT", "VideoMAE", "Vilt",
+        "ConvNext", "DINOv3ViT", "DPT", "DeepseekVL", "DeepseekVLHybrid", "DeiT", "DepthPro", "Donut", "EfficientNet",
+        "Flava", "GLPN", "Gemma3", "Gemma4", "GotOcr2", "Idefics2", "Idefics3", "Janus", "Levit", "Lfm2Vl", "Llama4",
+        "Llava", "LlavaNext", "LlavaOnevision", "Mllama", "MobileNetV1", "MobileNetV2", "MobileViT", "Nougat", "Ovis2",
+        "OwlViT", "Owlv2", "PerceptionLM", "Phi4Multimodal", "Pixtral", "PoolFormer", "Pvt", "Qwen2VL", "Sam", "Sam2",
+        "Sam3", "Segformer", "Siglip", "Siglip2", "SmolVLM", "Swin2SR", "TextNet", "TimmWrapper", "Tipsv2", "ViT",
+        "VideoMAE", "Vilt", "VitPose", "Yolos",
     )
 )  # fmt: skip
 # By these transformers would open files or look for them. Some tokenizers save what a vocabulary holds, none a path.

@@ -318,6 +318,17 @@ def test_tokenizers_of_language_models_are_read_as_before(parts, tmp_path, famil
     same_tokenizer(tmp_path / "part")
 
 
+@pytest.mark.parametrize(
+    "name", ["PreTrainedTokenizerFast", "PreTrainedTokenizer", "LlamaTokenizerFast", "LLaMATokenizer", None]
+)
+def test_a_tokenizer_is_read_by_whatever_name_it_was_saved(parts, tmp_path, name):
+    shutil.copytree(parts.language_model("llama"), tmp_path / "part")
+    edited = json.loads((tmp_path / "part" / "tokenizer_config.json").read_text())
+    write_json(tmp_path / "part" / "tokenizer_config.json", edited | {"tokenizer_class": name})
+    same_tokenizer(tmp_path / "part")
+    same_tokenizer(tmp_path / "part", config=PreTrainedConfig())
+
+
 @pytest.mark.parametrize("family", ["llama", "phi", "stablelm"])
 def test_files_of_slow_tokenizers_are_read_as_before(tmp_path, family):
     """Vicuna's tokenizer.model, and vocab.json with merges.txt."""
