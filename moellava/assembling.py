@@ -29,7 +29,6 @@ import torch
 import transformers
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     GenerationConfig,
     GraniteConfig,
     PreTrainedConfig,
@@ -50,7 +49,7 @@ from .modeling.encoders_moellava import detect_encoder_type, encoder_for
 from .modeling.language_moellava import check_head, own_causal_lm
 from .modeling.own_parts_moellava import build_projector
 from .origins import NEW, with_origin
-from .processing.processing_moellava import check_tokenizer_files
+from .processing.part_files_moellava import RefusedFileError, load_tokenizer
 from .projector_files import read_projector
 from .request import LoadRequest, is_custom_encoder
 from .sources import OPEN_CLIP_CONFIG_NAME, Source, load_image_processor
@@ -109,7 +108,7 @@ def read_tokenizer(source: Source, text_config: PreTrainedConfig | None = None) 
             one of transformers.
 
     Raises:
-        ValueError: It has none that can be loaded.
+        ValueError: It has none that can be loaded; or, a `RefusedFileError`, it asks for what a tokenizer may not.
     """
     # A type that transformers does not have (MiniCPM) says nothing of the tokenizer, so no config is loaded for it.
     if text_config is not None:
@@ -120,15 +119,15 @@ def read_tokenizer(source: Source, text_config: PreTrainedConfig | None = None) 
     else:
         config = None if source.config_dict()["model_type"] in CONFIG_MAPPING else PreTrainedConfig()
     try:
-        if source.is_local:
-            check_tokenizer_files(source.name)
-        return AutoTokenizer.from_pretrained(
+        return load_tokenizer(
             source.name,
             config=config,
             trust_remote_code=source.trust_remote_code,
             **source.hub_options,
         )
-    except (ImportError, LookupError, OSError, TypeError, ValueError) as error:
+    except RefusedFileError:
+        raise
+    except (AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
         raise ValueError(
             f"The tokenizer of {source} cannot be loaded ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
             "Expected tokenizer.json and tokenizer_config.json beside the model; where there is a tokenizer.model "

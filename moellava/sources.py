@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
-from transformers import AutoImageProcessor
 from transformers.utils import cached_file
 
 from .json_files import read_json_object
+from .processing import part_files_moellava
 
 
 CONFIG_NAME = "config.json"
@@ -248,12 +248,14 @@ def load_image_processor(source: Source) -> Any:
     """Returns the image processor of a source.
 
     Raises:
-        ValueError: It has none.
+        ValueError: It has none; or, a `RefusedFileError`, it asks for one that no vision tower uses.
     """
     try:
-        return AutoImageProcessor.from_pretrained(
+        return part_files_moellava.load_image_processor(
             source.name, trust_remote_code=source.trust_remote_code, **source.hub_options
         )
+    except part_files_moellava.RefusedFileError:
+        raise
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{source} has no image processor ({str(error).splitlines()[0]}). Expected a preprocessor_config.json "

@@ -13,14 +13,12 @@
 # limitations under the License.
 """The processor: pictures and text in, what `MoellavaForCausalLM.forward` takes out."""
 
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoImageProcessor, BatchFeature
+from transformers import BatchFeature, PreTrainedConfig
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import TextInput
@@ -40,6 +38,7 @@ from .images_moellava import (
     to_rgb,
 )
 from .open_clip_moellava import OpenClipImageProcessor
+from .part_files_moellava import check_links, load_image_processor, load_tokenizer
 
 
 logger = logging.get_logger(__name__)
@@ -313,9 +312,9 @@ class MoellavaProcessor(ProcessorMixin):
         """Reads what the files say of a processor; arguments as in transformers.
 
         Raises:
-            ValueError: They ask for an audio tokenizer, or are nested too deeply to be read.
+            ValueError: They ask for an audio tokenizer, are links to elsewhere, or are nested too deeply to be read.
         """
-        check_tokenizer_files(pretrained_model_name_or_path)
+        check_links(pretrained_model_name_or_path, kwargs.get("subfolder"))
         try:
             return _ProcessorFiles.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         except RecursionError as error:
@@ -325,24 +324,22 @@ class MoellavaProcessor(ProcessorMixin):
             ) from error
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """Loads a processor; arguments as in transformers.
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        """Loads the image processor and the tokenizer.
 
         The image processor is of the backend that it was saved with (`"pil"`, `"torchvision"` or `"open_clip"`), unless
         `backend` says otherwise. transformers by itself does not remember it and takes torchvision's wherever it can,
         whose resizing differs from Pillow's in single levels.
         """
-        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        saved = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)[0].get("image_backend")
-        if "backend" in kwargs or saved in (None, _backend_of(processor.image_processor)):
-            return processor
-        if saved == OpenClipImageProcessor.backend_name:
-            processor.image_processor = OpenClipImageProcessor.from_dict(processor.image_processor.to_dict())
-        else:
-            processor.image_processor = AutoImageProcessor.from_pretrained(
-                pretrained_model_name_or_path, backend=saved, **kwargs
-            )
-        return processor
+        saved = None if "backend" in kwargs else (processor_dict or {}).get("image_backend")
+        is_open_clip = saved == OpenClipImageProcessor.backend_name
+        backend = kwargs.pop("backend", None if is_open_clip else saved)
+        image_processor = load_image_processor(pretrained_model_name_or_path, backend=backend, **kwargs)
+        if is_open_clip:
+            image_processor = OpenClipImageProcessor.from_dict(image_processor.to_dict())
+        # A config of ours says nothing of the tokenizer, so none is loaded for it.
+        tokenizer = load_tokenizer(pretrained_model_name_or_path, config=PreTrainedConfig(), **kwargs)
+        return [image_processor, tokenizer]
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoProcessor"):
@@ -351,32 +348,6 @@ class MoellavaProcessor(ProcessorMixin):
         It would make transformers copy this class's source file on the next save, and that copier cannot follow the
         imports between the folders of this package. [`save_pretrained`] writes the code and the `auto_map` itself.
         """
-
-
-def check_tokenizer_files(folder: str | os.PathLike) -> None:
-    """Checks that a tokenizer's config names files beside it alone; transformers opens whatever it names.
-
-    Args:
-        folder (`str` or `os.PathLike`): Where the tokenizer is. Of what is no folder nothing is checked: of a
-            repository on the Hub, transformers asks by name.
-
-    Raises:
-        ValueError: It is damaged, or names a file outside of the folder.
-    """
-    path = Path(folder, "tokenizer_config.json")
-    if not path.is_file():
-        return
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid JSON ({error}). Save or download it again.") from error
-    names = fields.get("fast_tokenizer_files") if isinstance(fields, dict) else None
-    for name in names or ():
-        if not isinstance(name, str) or name != os.path.basename(name):
-            raise ValueError(
-                f"{path} names {name!r}; expected the plain name of a file beside it. Nothing outside the folder is "
-                "read."
-            )
 
 
 class _ProcessorFiles(ProcessorMixin):

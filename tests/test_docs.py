@@ -601,6 +601,21 @@ def linked(model: MoellavaForCausalLM, link: bool = True) -> Source:
     return Source("my-linked-model")
 
 
+def edited_part(source: str, name: str, **changes) -> str:
+    """A copy of a part, with fields of a JSON file changed."""
+    shutil.copytree(source, "my-part")
+    path = Path("my-part", name)
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
+    return "my-part"
+
+
+def linked_template() -> str:
+    folder = edited_part(LANGUAGE_MODEL, "tokenizer_config.json")
+    Path(folder, "chat_template.jinja").unlink(missing_ok=True)
+    Path(folder, "chat_template.jinja").symlink_to("/etc/hostname")
+    return folder
+
+
 GATED = """
 import torch.nn as nn
 from moellava import register_projector
@@ -784,6 +799,19 @@ ERRORS: dict[str, Callable] = {
     "adapter of another kind": lambda model, _: load(model_path=adapter_of_another_kind(), model_base=LANGUAGE_MODEL),
     "link": lambda model, _: checkpoint_files(linked(model)),
     "pattern of more files": lambda model, _: checkpoint_files(linked(model, link=False), [".env"]),
+    "path of a tokenizer": lambda model, _: load(
+        model_path=edited_part(LANGUAGE_MODEL, "tokenizer_config.json", vocab="/etc/hostname")
+    ),
+    "path among special tokens": lambda model, _: load(
+        model_path=edited_part(LANGUAGE_MODEL, "special_tokens_map.json", vocab_file="/etc/hostname")
+    ),
+    "link of a tokenizer": lambda model, _: load(model_path=linked_template()),
+    "class of a tokenizer": lambda model, _: load(
+        model_path=edited_part(LANGUAGE_MODEL, "tokenizer_config.json", tokenizer_class="RagTokenizer")
+    ),
+    "class of an image processor": lambda model, _: load(
+        vision_tower=edited_part(CLIP, "preprocessor_config.json", image_processor_type="OneFormerImageProcessor")
+    ),
     "extra": lambda model, monkeypatch: load_without("timm", monkeypatch, vision_tower=BIOMEDCLIP),
     "extra for adapters": lambda model, monkeypatch: load_without("peft", monkeypatch, model_base=LANGUAGE_MODEL),
     "extra for 4 bits": lambda model, monkeypatch: load_without("bitsandbytes", monkeypatch, load_4bit=True),

@@ -99,6 +99,22 @@ def write(name: str, content: str | bytes):
     return change
 
 
+def link(name: str, target: str):
+    """Puts a link in the place of a file; of its target `@` stands for the folder above."""
+
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(target.replace("@", f"{folder.parent}/"))
+
+    return change
+
+
+def vocabulary_elsewhere(folder: Path) -> None:
+    """A tokenizer whose vocabulary is the lines of a file."""
+    (folder / "tokenizer.json").unlink()
+    edit("tokenizer_config.json", tokenizer_class="FunnelTokenizer", vocab="@outside/config.json")(folder)
+
+
 def both(*changes):
     def change(folder: Path) -> None:
         for each in changes:
@@ -213,6 +229,11 @@ OTHER_BASE = {
 }
 
 ADAPTER = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], **OTHER_BASE}
+ONEFORMER = {
+    "image_processor__image_processor_type": "OneFormerImageProcessorFast",
+    "image_processor__repo_path": "@outside",
+    "image_processor__class_info_file": "config.json",
+}
 HUGE = 10**9
 
 CASES = {
@@ -294,6 +315,22 @@ CASES = {
     ),
     "tokenizer file of another version elsewhere": edit(
         "tokenizer_config.json", fast_tokenizer_files=["../outside/tokenizer.4.0.0.json"]
+    ),
+    "tokenizer's vocabulary elsewhere": vocabulary_elsewhere,
+    "tokenizer's vocabulary elsewhere by its special tokens": edit(
+        "special_tokens_map.json", vocab_file="@outside/tokenizer.json", tokenizer_file="@outside/tokenizer.json"
+    ),
+    "tokenizer's model elsewhere": edit(
+        "tokenizer_config.json",
+        tokenizer_class="GPTSw3Tokenizer",
+        sp_model_kwargs={"model_file": "@outside/tokenizer.json"},
+    ),
+    "tokenizer class of a model": edit("tokenizer_config.json", tokenizer_class="AutoModel"),
+    "tokenizer that is a link": link("tokenizer.json", "@outside/tokenizer.json"),
+    "template that is a link": link("chat_template.jinja", "../outside/config.json"),
+    "image processor that reads elsewhere": edit("processor_config.json", **ONEFORMER),
+    "image processor that asks the Hub": edit(
+        "processor_config.json", **ONEFORMER | {"image_processor__repo_path": "evil/repo"}
     ),
     # sizes and values
     "huge hidden_size": config(text_config__hidden_size=HUGE),
@@ -402,6 +439,14 @@ SAID = {
     "huge layers of the tower": "vision_config.num_hidden_layers is 1000000000",
     "huge number of projector layers": "projector_config.num_hidden_layers is 1000000000",
     "tokenizer file of another version elsewhere": "names '../outside/tokenizer.4.0.0.json'; expected the plain name",
+    "tokenizer's vocabulary elsewhere": "has 'vocab', .*by which files outside of the folder would be opened",
+    "tokenizer's vocabulary elsewhere by its special tokens": "has 'vocab_file'; expected special tokens alone",
+    "tokenizer's model elsewhere": "has 'sp_model_kwargs', .*by which files outside of the folder would be opened",
+    "tokenizer class of a model": "ask for 'AutoModel', which is no tokenizer of a language model",
+    "tokenizer that is a link": "tokenizer.json is a link to .*outside of the folder",
+    "template that is a link": "chat_template.jinja is a link to .*outside of the folder",
+    "image processor that reads elsewhere": "'OneFormerImageProcessorFast', which is no image processor of a vision",
+    "image processor that asks the Hub": "'OneFormerImageProcessorFast', which is no image processor of a vision",
     "huge number of image tokens": "makes 1000000000 tokens of a picture, its model 16",
     "negative image_size": "vision_config.image_size is -32; expected at least 1",
     "dtype by name": "dtype is 'os.system', which is no dtype of PyTorch",
@@ -429,7 +474,10 @@ COMMANDED = ("deeply nested", "shard above", "tower with a backbone")
 OF_THE_LIBRARY = {"AttributeError", "KeyError", "RecursionError", "RuntimeError", "SafetensorError", "UnpicklingError"}
 ERRORS = {"ValueError", "TypeError", "OSError", "ImportError", "CommandFailed"}
 # SECURITY.md names it: AutoProcessor reads the processor's files before it knows that the processor is ours.
-LEFT_TO_THE_LIBRARY = {("audio tokenizer elsewhere", "AutoProcessor"), ("audio tokenizer of the Hub", "AutoProcessor")}
+LEFT_TO_THE_LIBRARY = {
+    (name, "AutoProcessor")
+    for name in ("audio tokenizer elsewhere", "audio tokenizer of the Hub", "template that is a link")
+}
 FIRST_ABOUT_SIZES, FIRST_ABOUT_WEIGHTS = "huge hidden_size", "shard above"
 
 
@@ -657,6 +705,26 @@ FORMATS = {
         "language model",
         both(EVIL, config(**FOREIGN), edit("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]})),
         None,
+    ),
+    "older: vocabulary elsewhere": (
+        "older",
+        both(vocabulary_elsewhere, write("vocab.json", "{}")),
+        "has 'vocab', .*outside of the folder",
+    ),
+    "tower: image processor that asks the Hub": (
+        "tower",
+        edit("preprocessor_config.json", image_processor_type="OneFormerImageProcessor", repo_path="evil/repo"),
+        "'OneFormerImageProcessor', which is no image processor of a vision tower",
+    ),
+    "language model: vocabulary elsewhere": (
+        "language model",
+        vocabulary_elsewhere,
+        "has 'vocab', .*outside of the folder",
+    ),
+    "language model: tokenizer of another model": (
+        "language model",
+        both(config(tokenizer_class="RagTokenizer"), edit("tokenizer_config.json", tokenizer_class=None)),
+        "ask for 'RagTokenizer', which is no tokenizer of a language model",
     ),
     "language model: pickle": ("language model", pickled(), PICKLED),
     "language model: shard above": ("language model", sharded("../outside/model.safetensors"), "the plain name"),

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from ..assembling import read_tokenizer
+from ..processing.part_files_moellava import check_links
 from ..sources import Source
 from .older_config import OlderCheckpointError
 
@@ -52,6 +53,7 @@ def read_older_tokenizer(source: Source, text_config: PreTrainedConfig) -> Any:
     path = source.find(_QWEN_FILE)
     if path is None or any(source.find(name) for name in ("tokenizer.json", "vocab.json")):
         return read_tokenizer(source, text_config)
+    check_links(path.parent)
     try:
         converted = _QwenConverter(
             str(path), pattern=_QWEN_PATTERN, extra_special_tokens=list(_QWEN_SPECIAL_TOKENS)
