@@ -33,7 +33,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.nemotron.modeling_nemotron import NemotronMLP
 from transformers.models.phi.modeling_phi import PhiMLP
@@ -41,6 +40,7 @@ from transformers.models.phi.modeling_phi import PhiMLP
 from moellava import MoellavaConfig, MoellavaForCausalLM, MoellavaMoeConfig, load_pretrained_model, upcycle
 from moellava.modeling.modeling_moellava import token_mask
 from moellava.modeling.sparse_moellava import (
+    EXPERTS_FUNCTIONS,
     DenseForm,
     RouterLogits,
     SparseMoeBlock,
@@ -405,18 +405,6 @@ def test_shapes(implementation, shape):
         if tokens.numel() and "eval_capacity_factor" not in fields:
             each = torch.stack([block(token.view(1, 1, -1)).view(-1) for token in tokens.view(-1, HIDDEN)])
             assert_near(output.view(-1, HIDDEN), each, 1e-5)
-
-
-def test_sorted_mm_serves_any_experts(parts):
-    """It is registered for every model of the process, those of transformers among them."""
-    assert "sorted_mm" in ALL_EXPERTS_FUNCTIONS
-    for family in ("mixtral", "qwen2_moe"):
-        model = AutoModelForCausalLM.from_pretrained(parts.language_model(family))
-        ids = torch.arange(12).view(2, 6)
-        with torch.no_grad():
-            expected = model(ids).logits
-            model.set_experts_implementation("sorted_mm")
-            assert_near(model(ids).logits, expected, 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -949,15 +937,15 @@ def sparse_folder(sparse, tmp_path_factory):
 def ran(model, inputs) -> str:
     """The experts implementation that a pass really went through."""
     calls = []
-    originals = {name: ALL_EXPERTS_FUNCTIONS[name] for name in ("batched_mm", "grouped_mm", "sorted_mm")}
+    originals = {name: EXPERTS_FUNCTIONS[name] for name in ("batched_mm", "grouped_mm", "sorted_mm")}
     for name, original in originals.items():
-        ALL_EXPERTS_FUNCTIONS[name] = lambda *args, own=name, run=original: (calls.append(own), run(*args))[1]
+        EXPERTS_FUNCTIONS[name] = lambda *args, own=name, run=original: (calls.append(own), run(*args))[1]
     try:
         with torch.no_grad():
             model(**inputs)
     finally:
         for name, original in originals.items():
-            ALL_EXPERTS_FUNCTIONS[name] = original
+            EXPERTS_FUNCTIONS[name] = original
     assert len(set(calls)) <= 1
     return calls[0] if calls else "eager"
 
