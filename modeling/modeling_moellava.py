@@ -366,7 +366,10 @@ class MoellavaPreTrainedModel(PreTrainedModel):
         return True  # transformers looks for the decorator in the source of this file; ours is in `sparse_moellava.py`
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        return super().get_correct_experts_implementation(requested_experts or "sorted_mm")
+        # One of our own, which no other model has.
+        if requested_experts in (None, "sorted_mm"):
+            return "sorted_mm"
+        return super().get_correct_experts_implementation(requested_experts)
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from fractions import Fraction
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.integrations import use_experts_implementation
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 from transformers.utils.generic import maybe_autocast
 from transformers.utils.output_capturing import CompileableContextVar
 
@@ -127,7 +127,7 @@ def sorted_mm_experts_forward(
     Args:
         hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`): What the experts get.
         top_k_index (`torch.Tensor` of shape `(num_tokens, k)`): The chosen experts.
-        top_k_weights (`torch.Tensor` of shape `(num_tokens, k)`): Their weights.
+        top_k_weights (`torch.Tensor` of shape `(num_tokens, k)`): Their weights, in fp32.
 
     Returns:
         `torch.Tensor` of shape `(num_tokens, hidden_size)`.
@@ -159,27 +159,33 @@ def sorted_mm_experts_forward(
     output = _SortedExperts.apply(tokens, *weights, self._apply_gate if self.has_gate else self.act_fn, counts)
     if getattr(self, "has_post_expert_norm", False):
         output = self.post_expert_norm(output)
-    output = output * top_k_weights.reshape(-1)[order].unsqueeze(-1).to(output.dtype)
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel())
-    return output[back].view(num_tokens, num_choices, -1).sum(dim=1).to(hidden_states.dtype)
+    choices = zip(back.view(num_tokens, num_choices).unbind(1), top_k_weights.float().split(1, dim=1), strict=True)
+    # Weighted and summed in fp32: in 16 bits equal experts would not add up to one of them.
+    return reduce(torch.add, (output[place] * weight for place, weight in choices)).to(hidden_states.dtype)
 
 
-ALL_EXPERTS_FUNCTIONS.register("sorted_mm", sorted_mm_experts_forward)
+# An interface of this file alone. In the one that all models of the process share, the file of a checkpoint that is
+# loaded later would replace the function of those that are loaded already.
+EXPERTS_FUNCTIONS = ExpertsInterface()
+EXPERTS_FUNCTIONS["sorted_mm"] = sorted_mm_experts_forward
+_use_experts_implementation = partial(use_experts_implementation, experts_interface=EXPERTS_FUNCTIONS)
 
 
 def _one_after_the_other(
     experts: Iterable[Callable], hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """Runs every touched expert, a function of tokens, on its own tokens; shapes as in the forward of experts."""
-    output = torch.zeros_like(hidden_states)
+    # In fp32, as in `sorted_mm_experts_forward`.
+    output = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float))
     for number, expert in enumerate(experts):
         token, choice = torch.where(top_k_index == number)
         if token.numel():
             result = expert(hidden_states[token])
-            weight = top_k_weights[token, choice].unsqueeze(-1).to(result.dtype)
-            output = output.index_add(0, token, (result * weight).to(output.dtype))
-    return output
+            weighted = result * top_k_weights[token, choice].float().unsqueeze(-1)
+            output = output.index_add(0, token, weighted.to(output.dtype))
+    return output.to(hidden_states.dtype)
 
 
 class _Experts(nn.Module):
@@ -253,7 +259,7 @@ class _Experts(nn.Module):
         return _one_after_the_other(experts, hidden_states, top_k_index, top_k_weights)
 
 
-@use_experts_implementation
+@_use_experts_implementation
 class GatedExperts(_Experts):
     """Experts of the form `down(act(gate(x)) * up(x))`: LLaMA, Mistral, Qwen, StableLM, Granite."""
 
@@ -264,14 +270,14 @@ class GatedExperts(_Experts):
 # Divided by their width, experts with biases would add that of the down projection once per process.
 
 
-@use_experts_implementation(has_bias=True)
+@_use_experts_implementation(has_bias=True)
 class BiasedGatedExperts(_Experts):
     """Gated experts whose projections have biases: LLaMA with `mlp_bias`."""
 
     gated, biased = True, True
 
 
-@use_experts_implementation(has_gate=False)
+@_use_experts_implementation(has_gate=False)
 class PlainExperts(_Experts):
     """Experts of the form `fc2(act(fc1(x)))` without biases."""
 
@@ -279,7 +285,7 @@ class PlainExperts(_Experts):
     _tp_plan = {"": "moe_tp_experts", "up_proj": "colwise", "down_proj": "rowwise"}
 
 
-@use_experts_implementation(has_gate=False, has_bias=True)
+@_use_experts_implementation(has_gate=False, has_bias=True)
 class BiasedPlainExperts(_Experts):
     """Experts of the form `fc2(act(fc1(x)))`: Phi."""
 
@@ -498,10 +504,11 @@ class SparseMoeBlock(nn.Module):
 
     With `p = softmax(gate(x))` over all experts, in fp32, and `T` the `k` experts of the largest `p`:
 
-    - `k = 1`: `y = p_e * expert_e(x)`, the probability as it is.
-    - `k > 1`: `y = sum over e in T of p_e / (sum over T of p) * expert_e(x)` (`norm_topk_prob`).
+    - `norm_topk_prob`: `y = sum over e in T of p_e / (sum over T of p) * expert_e(x)`.
+    - otherwise: `y = sum over e in T of p_e * expert_e(x)`, the probabilities as they are.
     - with a capacity, an expert takes `max(ceil(k * tokens / num_experts * capacity_factor), min_capacity)` tokens, by
-      position, first choices before second ones; what is over is dropped before the weights are normalised.
+      position, first choices before second ones; what is over is dropped before the weights are normalised. The
+      tokens are those of the batch in training, and those of the row otherwise.
     - residual: `y = c_0 * y + c_1 * mlp(x)` with `c = softmax(coefficient(x))`.
     - meta expert: `y = y + meta_expert(x)`.
 
@@ -544,22 +551,26 @@ class SparseMoeBlock(nn.Module):
         collector = _router_logits_of_pass.get()
         if collector is not None:
             collector.add(router_logits)
-        weights, index = self.route(router_logits)
+        rows = hidden_states.shape[0] if hidden_states.dim() == 3 else 1
+        weights, index = self.route(router_logits, rows)
         # Before the experts, which vLLM replaces by its own: those may write their output over their input.
         dense = None if self.mlp is None else self.mlp(tokens)
         # (tokens, 2)
         coefficient = None if self.coefficient is None else torch.softmax(self.coefficient(tokens), dim=-1)
         shared = None if self.meta_expert is None else self.meta_expert(tokens)
-        output = self.experts(tokens, index, weights.to(tokens.dtype))
+        output = self.experts(tokens, index, weights)
         if coefficient is not None:
-            coefficient = coefficient.to(output.dtype)
-            output = coefficient[:, :1] * output + coefficient[:, 1:] * dense
+            output = (coefficient[:, :1] * output + coefficient[:, 1:] * dense).to(output.dtype)
         if shared is not None:
             output = output + shared
         return output.reshape(hidden_states.shape)
 
-    def route(self, router_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def route(self, router_logits: torch.Tensor, rows: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """Chooses experts.
+
+        Args:
+            router_logits (`torch.Tensor` of shape `(num_tokens, num_experts)`): Their scores, row after row.
+            rows (`int`, *optional*, defaults to 1): How many rows of a batch the tokens are from.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: The weights in fp32 and the experts, both `(num_tokens, k)`.
@@ -575,27 +586,31 @@ class SparseMoeBlock(nn.Module):
             weights, index = torch.topk(probabilities, self.top_k, dim=-1)
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         if factor is not None:
-            weights = weights * self._within_capacity(index, factor)
+            weights = weights * self._within_capacity(index, factor, 1 if self.training else rows)
         if self.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).eps)
         return weights, index
 
-    def _within_capacity(self, index: torch.Tensor, factor: tuple[int, int]) -> torch.Tensor:
-        """Returns 1 for every choice that its expert has room for and 0 for the others, of shape `(num_tokens, k)`."""
+    def _within_capacity(self, index: torch.Tensor, factor: tuple[int, int], rows: int) -> torch.Tensor:
+        """Returns 1 for every choice that its expert has room for and 0 for the others, of shape `(num_tokens, k)`.
+
+        Each of the `rows` that the tokens are from has the experts to itself.
+        """
         num_tokens, num_choices = index.shape
-        chosen = F.one_hot(index, self.num_experts)  # (num_tokens, k, num_experts)
+        length = num_tokens // max(rows, 1)
+        chosen = F.one_hot(index.view(rows, length, num_choices), self.num_experts)  # (rows, length, k, num_experts)
         mask = _token_mask_of_pass.get()
-        count = num_tokens
+        count = length
         if mask is not None:
-            mask = mask.to(chosen)
-            chosen = chosen * mask.view(-1, 1, 1)
-            count = mask.sum()
+            mask = mask.to(chosen).view(rows, length)
+            chosen = chosen * mask[..., None, None]
+            count = mask.sum(dim=1, keepdim=True)  # (rows, 1)
         capacity = -(-count * num_choices * factor[0] // (factor[1] * self.num_experts))  # rounded up
         # In the order of the queue: all first choices by position, then all second ones.
-        queue = chosen.transpose(0, 1).reshape(num_choices * num_tokens, self.num_experts)
-        place = (queue.cumsum(dim=0) * queue).sum(dim=-1)  # counted from 1; 0 for padding
-        within = (place <= capacity) | (place <= self.min_capacity)
-        return within.view(num_choices, num_tokens).transpose(0, 1).to(torch.float)
+        queue = chosen.transpose(1, 2).reshape(rows, num_choices * length, self.num_experts)
+        place = (queue.cumsum(dim=1) * queue).sum(dim=-1)  # counted from 1; 0 for padding
+        within = (place <= capacity) | (place <= self.min_capacity)  # (rows, k * length)
+        return within.view(rows, num_choices, length).transpose(1, 2).reshape(num_tokens, num_choices).to(torch.float)
 
 
 def initializer_range(config) -> float:

@@ -18,6 +18,7 @@ weights the new model says what the dense one said, until training tells the exp
 """
 
 import copy
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -36,6 +37,8 @@ from .modeling.sparse_moellava import DenseForm, dense_mlps
 from .origins import UPCYCLED, with_origin
 from .sources import Source, read_tensors, unmapped
 
+
+logger = logging.getLogger(__name__)
 
 _BODY = "model.language_model."
 # Fields of a mixture that a trained one may be loaded with anew; the others say what it is made of.
@@ -189,6 +192,8 @@ def upcycled(
     if router is not None:
         moe.setdefault("router_bias", "bias" in router)
     sparse_config = upcycled_config(config, moe)
+    for reason in differences(sparse_config.moe_config):
+        logger.warning("The sparse model will not answer as the dense one does until it is trained: %s", reason)
     return sparse_config, _sparse_tensors(sparse_config, tensors, router, router_path)
 
 
@@ -199,8 +204,30 @@ def upcycled_config(config: MoellavaConfig, moe: Mapping[str, Any]) -> MoellavaC
         ValueError: The model is sparse already, or a field is wrong.
     """
     check_is_dense(config.moe_config and config.moe_config.to_dict())
+    moe = dict(moe)
+    if moe.get("norm_topk_prob") is None:
+        moe["norm_topk_prob"] = True  # for one expert too: copies of an MLP then add up to it
     parts = with_origin(config.parts, "experts", UPCYCLED)
-    return MoellavaConfig.from_dict(config.to_dict() | {"moe_config": dict(moe), "parts": parts})
+    return MoellavaConfig.from_dict(config.to_dict() | {"moe_config": moe, "parts": parts})
+
+
+def differences(moe: MoellavaMoeConfig) -> list[str]:
+    """Returns why an upcycled model answers otherwise than its dense one, a sentence each; none where it does not."""
+    reasons = []
+    if not moe.norm_topk_prob and moe.num_experts_per_tok < moe.num_experts:
+        reasons.append(
+            "norm_topk_prob is False, so the weights of a token's experts sum to less than 1. Leave it out to keep the "
+            "dense model's answers."
+        )
+    if moe.use_meta_expert:
+        reasons.append("use_meta_expert adds a second copy of the MLP's output. Leave it out to keep the answers.")
+    factor = moe.eval_capacity_factor
+    if factor is not None and factor * moe.num_experts_per_tok < moe.num_experts:
+        reasons.append(
+            f"eval_capacity_factor is {factor}, so tokens are dropped when experts are full. Leave it out, or give at "
+            f"least {moe.num_experts / moe.num_experts_per_tok:g}."
+        )
+    return reasons
 
 
 def _sparse_tensors(
@@ -326,8 +353,6 @@ def with_moe_changes(config: MoellavaConfig, moe: dict[str, Any]) -> dict[str, A
         )
     own = {name: getattr(config.moe_config, name) for name in MoellavaMoeConfig.__annotations__ if name != "model_type"}
     given = {name: value for name, value in moe.items() if name in own}
-    if "num_experts_per_tok" in given and own["norm_topk_prob"] == (own["num_experts_per_tok"] > 1):
-        own["norm_topk_prob"] = None  # the default, which follows from the number of experts
     asked = MoellavaMoeConfig(**own | given)
     asked.layers = asked.resolved_layers(config.text_config.num_hidden_layers)
     for name in sorted(set(given) - _CHANGEABLE):

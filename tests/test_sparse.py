@@ -14,8 +14,10 @@
 """The sparse block, its routing and its loss, against a reference that is written out token by token in float64."""
 
 import copy
+import inspect
 import math
 import threading
+import types
 from fractions import Fraction
 
 import pytest
@@ -39,8 +41,10 @@ from transformers.models.nemotron.modeling_nemotron import NemotronMLP
 from transformers.models.phi.modeling_phi import PhiMLP
 
 from moellava import MoellavaConfig, MoellavaForCausalLM, MoellavaMoeConfig, load_pretrained_model, upcycle
+from moellava.modeling import sparse_moellava
 from moellava.modeling.modeling_moellava import token_mask
 from moellava.modeling.sparse_moellava import (
+    EXPERTS_FUNCTIONS,
     DenseForm,
     RouterLogits,
     SparseMoeBlock,
@@ -407,16 +411,52 @@ def test_shapes(implementation, shape):
             assert_near(output.view(-1, HIDDEN), each, 1e-5)
 
 
-def test_sorted_mm_serves_any_experts(parts):
-    """It is registered for every model of the process, those of transformers among them."""
-    assert "sorted_mm" in ALL_EXPERTS_FUNCTIONS
-    for family in ("mixtral", "qwen2_moe"):
-        model = AutoModelForCausalLM.from_pretrained(parts.language_model(family))
-        ids = torch.arange(12).view(2, 6)
-        with torch.no_grad():
-            expected = model(ids).logits
-            model.set_experts_implementation("sorted_mm")
-            assert_near(model(ids).logits, expected, 1e-5)
+def test_the_function_of_later_code_is_not_that_of_earlier_code():
+    """Code of another generation is loaded: neither it nor what it registers changes a block that is there."""
+    block = make_block(implementation="sorted_mm", num_experts_per_tok=2)
+    tokens = random_tokens(5)[None]
+    expected = block(tokens)
+    assert "sorted_mm" not in type(EXPERTS_FUNCTIONS)._global_mapping
+    source = inspect.getsource(sparse_moellava).replace("* weight for place", "* weight * 2 for place")
+    other = types.ModuleType("later_sparse_moellava")
+    exec(compile(source, sparse_moellava.__file__, "exec"), other.__dict__)
+    config = block.experts.config
+    later = other.SparseMoeBlock(config, DENSE["gated"]()).eval()
+    later.load_state_dict(block.state_dict())
+    assert_near(later(tokens), 2 * expected.detach(), 1e-6)
+    assert torch.equal(block(tokens), expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:1] + IMPLEMENTATIONS[2:])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [1, 2, 3])
+@torch.no_grad()
+def test_equal_experts_add_up_to_one_in_16_bits(k, dtype, implementation):
+    block = make_block(implementation=implementation, num_experts_per_tok=k, norm_topk_prob=True, use_residual=True)
+    block.mlp.to(dtype)
+    weights = block.mlp.state_dict()
+    block.experts.to(dtype)
+    block.experts.gate_up_proj.data[:] = torch.cat([weights["gate_proj.weight"], weights["up_proj.weight"]])
+    block.experts.down_proj.data[:] = weights["down_proj.weight"]
+    tokens = random_tokens(64).to(dtype)[None]
+    assert torch.equal(block(tokens), block.mlp(tokens))
+
+
+@torch.no_grad()
+def test_capacity_in_evaluation_counts_each_row_alone():
+    block = make_block(num_experts_per_tok=2, eval_capacity_factor=0.6, capacity_factor=0.6)
+    tokens = random_tokens(36).view(3, 12, HIDDEN)
+    alone = torch.cat([block(row[None]) for row in tokens])
+    assert_near(block(tokens), alone, 1e-6)
+    # Padding, on either side, changes nothing of a row.
+    mask = torch.ones(3, 16, dtype=torch.long)
+    mask[0, 12:] = mask[1:, :4] = 0
+    wide = torch.randn(3, 16, HIDDEN, generator=torch.Generator().manual_seed(3))
+    wide[mask.bool()] = tokens.flatten(0, 1)
+    with TokenMask(mask.flatten()):
+        assert_near(block(wide)[mask.bool()], alone.flatten(0, 1), 1e-6)
+    block.train()
+    assert not torch.allclose(block(tokens), alone, atol=1e-3)  # training counts over the batch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -949,15 +989,22 @@ def sparse_folder(sparse, tmp_path_factory):
 def ran(model, inputs) -> str:
     """The experts implementation that a pass really went through."""
     calls = []
-    originals = {name: ALL_EXPERTS_FUNCTIONS[name] for name in ("batched_mm", "grouped_mm", "sorted_mm")}
-    for name, original in originals.items():
-        ALL_EXPERTS_FUNCTIONS[name] = lambda *args, own=name, run=original: (calls.append(own), run(*args))[1]
+    originals = [
+        (functions, name, functions[name])
+        for functions, names in (
+            (EXPERTS_FUNCTIONS, IMPLEMENTATIONS[1:]),
+            (ALL_EXPERTS_FUNCTIONS, IMPLEMENTATIONS[1:3]),
+        )
+        for name in names
+    ]
+    for functions, name, original in originals:
+        functions[name] = lambda *args, own=name, run=original: (calls.append(own), run(*args))[1]
     try:
         with torch.no_grad():
             model(**inputs)
     finally:
-        for name, original in originals.items():
-            ALL_EXPERTS_FUNCTIONS[name] = original
+        for functions, name, original in originals:
+            functions[name] = original
     assert len(set(calls)) <= 1
     return calls[0] if calls else "eager"
 
@@ -1074,7 +1121,7 @@ def test_experts_implementation_reaches_a_sparse_language_model(parts, family, t
     with torch.no_grad():
         expected = model(**inputs).logits
         assert ran(model, inputs) == "grouped_mm"  # transformers' own default
-        for name in IMPLEMENTATIONS:
+        for name in IMPLEMENTATIONS[:3]:
             for loaded in (
                 AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation=name),
                 load_pretrained_model(tmp_path, experts_implementation=name, device="cpu").model,
@@ -1086,6 +1133,9 @@ def test_experts_implementation_reaches_a_sparse_language_model(parts, family, t
             model.set_experts_implementation(name)
             assert ran(model, inputs) == name
             assert_near(model(**inputs).logits, expected, 1e-5)
+        # It is one of this package's own, for its own experts.
+        with pytest.raises(ValueError, match="sorted_mm.*is not supported"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="sorted_mm")
 
 
 @pytest.mark.parametrize("family", NATIVE)

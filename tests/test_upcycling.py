@@ -142,8 +142,8 @@ def test_identity_of_other_families(dense_of, family):
 
 
 FORMULAS = {
+    "top-1, not normalised": {"num_experts_per_tok": 1, "norm_topk_prob": False},
     "top-1": {"num_experts_per_tok": 1},
-    "top-1, normalised": {"num_experts_per_tok": 1, "norm_topk_prob": True},
     "top-2, not normalised": {"num_experts_per_tok": 2, "norm_topk_prob": False},
     "meta expert": {"num_experts_per_tok": 2, "use_meta_expert": True},
     "top-1 with meta expert": {"num_experts_per_tok": 1, "use_meta_expert": True, "router_bias": True},
@@ -428,12 +428,42 @@ def test_what_a_sparse_checkpoint_may_be_loaded_with(sparse_folder, name):
         assert all(block.top_k == 6 for block in blocks_of(model).values())
 
 
-def test_the_default_of_norm_topk_prob_follows(sparse_folder):
-    for k, normalised in ((1, False), (2, True), (3, True)):
+def test_norm_topk_prob_stays_that_of_the_checkpoint(sparse_folder):
+    for k in (1, 2, 3):
         moe = load_pretrained_model(sparse_folder, moe_config={"num_experts_per_tok": k}, device="cpu").model.config
-        assert moe.moe_config.norm_topk_prob == normalised
-    moe = {"num_experts_per_tok": 1, "norm_topk_prob": True}
-    assert load_pretrained_model(sparse_folder, moe_config=moe, device="cpu").model.config.moe_config.norm_topk_prob
+        assert moe.moe_config.norm_topk_prob
+    moe = {"num_experts_per_tok": 1, "norm_topk_prob": False}
+    loaded = load_pretrained_model(sparse_folder, moe_config=moe, device="cpu").model
+    assert not loaded.config.moe_config.norm_topk_prob
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"num_experts_per_tok": 1}, None),
+        ({"num_experts_per_tok": 1, "use_residual": True}, None),
+        ({"eval_capacity_factor": 2.0}, None),
+        ({"num_experts_per_tok": 1, "norm_topk_prob": False}, "norm_topk_prob is False"),
+        ({"use_meta_expert": True}, "use_meta_expert adds"),
+        ({"eval_capacity_factor": 1.0}, "eval_capacity_factor is 1.0"),
+    ],
+)
+def test_a_sparse_model_that_answers_otherwise_is_warned_of(dense, caplog, fields, said):
+    upcycle(dense, layers="dense", **fields)
+    found = [record.getMessage() for record in caplog.records if record.name == "moellava.upcycling"]
+    assert [said in message for message in found] == ([] if said is None else [True])
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@torch.no_grad()
+def test_a_real_model_in_bf16_answers_as_before(smollm2, parts, k):
+    dense = load_pretrained_model(smollm2, mm_vision_tower=parts.vision_tower("clip"), device="cpu").model
+    assert dense.dtype == torch.bfloat16
+    sparse = upcycle(dense, num_experts=2, num_experts_per_tok=k, layers="dense")
+    inputs = dense.processor.tokenizer("The capital of France is", return_tensors="pt")
+    assert torch.equal(sparse(**inputs).logits, dense(**inputs).logits)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(sparse.generate(**inputs, **options), dense.generate(**inputs, **options))
 
 
 def test_what_a_sparse_checkpoint_says_itself_may_be_repeated(sparse_folder):
