@@ -81,6 +81,7 @@ OLDER = {
     "llava_v0": ("SINGLE", SINGLE_ROLES, "###", None, HUMAN_SYSTEM, "<image>\n"),
     "v0_mmtag": ("SINGLE", SINGLE_ROLES, "###", None, MMTAG_SYSTEM, "<Image><image></Image>\n"),
     "llava_llama_2": ("LLAMA_2", TWO_ROLES, "<s>", "</s>", VISION_SYSTEM, "<image>\n"),
+    "mistral_instruct": ("LLAMA_2", TWO_ROLES, "", "</s>", "", "<image>\n"),
     "mpt": ("MPT", MPT_ROLES, "<|im_end|>", None, MPT_SYSTEM, "<image>\n"),
     "plain": ("PLAIN", ("", ""), "\n", None, "", "<image>"),
     "v0_plain": ("PLAIN", ("", ""), "\n", None, "", "<image>"),
@@ -107,7 +108,7 @@ def older_prompt(name: str, turns: list[tuple[str | None, str | None]], system: 
     elif style == "LLAMA_2":
         prompt = ""
         for i, (_, text) in enumerate(messages):
-            if i == 0:
+            if i == 0 and system:
                 text = f"<<SYS>>\n{system}\n<</SYS>>\n\n{text}"
             if text is not None:
                 prompt += f" {text} {sep2}" if i % 2 else f"{sep}[INST] {text} [/INST]"
