@@ -343,7 +343,8 @@ def prepare_tokenizer(tokenizer: Any) -> None:
     Raises:
         ValueError: It has no token to pad with.
     """
-    tokenizer.padding_side = "left"  # generation continues at the right end
+    # Generation continues at the right end. By init_kwargs a tokenizer that is saved alone keeps it.
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     if tokenizer.pad_token is None:
         # Padding is masked, so any token serves; the unknown one keeps the end token trainable.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

@@ -47,6 +47,7 @@ from .configuration.names_moellava import canonical_projector, stacked_projector
 from .configuration.registry_moellava import ENCODERS, PROJECTORS, plain_value
 from .converting import is_older, load_older
 from .converting.adapters import ADAPTER_FILES
+from .lora import put_adapter
 from .modeling import MoellavaForCausalLM
 from .modeling.weight_files_moellava import check_adapter
 from .processing import MoellavaProcessor
@@ -177,7 +178,7 @@ def _load_older(source: Source, base: Source | None, request: LoadRequest, place
             f"{source} is an older checkpoint, whose projector and experts are part of what it is. Convert it first "
             "(`moellava convert`), then load the result with another projector_config or moe_config."
         )
-    model, _ = load_older(
+    model, converted = load_older(
         source,
         base,
         request.vision_tower,
@@ -188,6 +189,8 @@ def _load_older(source: Source, base: Source | None, request: LoadRequest, place
         quantization_config=request.options["quantization_config"],
         **request.model_options,
     )
+    for note in converted.notes:
+        logger.warning("%s: %s.", source, note)
     return model
 
 
@@ -337,16 +340,22 @@ def _load_with_other_parts(
 
     # What can be wrong apart from the weights has been found by now.
     tensors = source.tensors()
-    new_tower = False
+    new_tower, other_tower = False, False
     if vision is not None:
         tower_tensors = vision.tensors()
         new_tower = not tower_tensors
+        other_tower = new_tower or not _has_part(tensors, TOWER_PREFIX, tower_tensors)
         tensors = _with_part(tensors, TOWER_PREFIX, tower_tensors)
-    new_projector = file_tensors is None and (projector is not None or shapes != earlier_shapes)
+    new_projector = file_tensors is None and (projector is not None or other_tower or shapes != earlier_shapes)
     if file_tensors is not None:
         tensors = _with_part(tensors, PROJECTOR_PREFIX, file_tensors)
     elif new_projector:
-        logger.warning("The projector of %s does not fit what was asked for; a new one is initialised.", source)
+        reason = "does not fit what was asked for"
+        if other_tower:
+            reason = (
+                'was trained with another vision tower (to keep it, give its file as projector_config={"path": ...})'
+            )
+        logger.warning("The projector of %s %s; a new one is initialised.", source, reason)
         tensors = _with_part(tensors, PROJECTOR_PREFIX, {})
     if file_tensors is not None or new_projector:
         config.parts = with_projector_origin(config.parts, request)
@@ -370,6 +379,15 @@ def _load_with_other_parts(
     model.generation_config = read_generation_config(source) or model.generation_config
     model.processor = make_processor_like(processor, model)
     return model
+
+
+def _has_part(tensors: dict[str, torch.Tensor], prefix: str, part: dict[str, torch.Tensor]) -> bool:
+    """Whether a checkpoint holds these very weights of a part, in its own dtype. A path alone does not tell."""
+    for name, tensor in part.items():
+        own = tensors.get(f"{prefix}{name}")
+        if own is None or own.shape != tensor.shape or not torch.equal(own, tensor.to(own.dtype)):
+            return False
+    return True
 
 
 def _with_part(tensors: dict[str, torch.Tensor], prefix: str, part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -461,7 +479,7 @@ def _load_adapter(request: LoadRequest, placement: Any) -> Any:
     if fields is not None and is_older(fields):
         return _load_older(adapter, Source(request.model_base, request.hub_options), request, placement)
     try:
-        from peft import PeftModel
+        importlib.import_module("peft")
     except ImportError as error:
         raise ImportError("A LoRA adapter needs PEFT, which is not installed: `pip install moellava[peft]`.") from error
     adapter_config = adapter.find("adapter_config.json")
@@ -471,13 +489,16 @@ def _load_adapter(request: LoadRequest, placement: Any) -> Any:
             "checkpoint, give its path as model_path and leave model_base out."
         )
     check_adapter(adapter_config)
-    for name in ADAPTER_FILES:
-        weights = adapter.find(name)
-        if weights is not None:
-            dict(read_tensors(weights))  # PEFT's errors on damaged files do not say which it is
+    weights = next((path for name in ADAPTER_FILES if (path := adapter.find(name)) is not None), None)
+    if weights is None:
+        raise FileNotFoundError(
+            f"{adapter} has an adapter_config.json, but no weights of an adapter: expected "
+            f"{' or '.join(ADAPTER_FILES)} beside it. Save or download it again."
+        )
+    tensors = dict(read_tensors(weights))
     base = _load(dataclasses.replace(request, model_path=request.model_base, model_base=None), placement)
     processor = base.processor
-    model = PeftModel.from_pretrained(base, adapter.name, **adapter.hub_options)
+    model = put_adapter(base, adapter, tensors)
     if base.config.untrained_parts is not None:
         adapted = [name for name, _ in model.named_parameters() if "lora_" in name or "modules_to_save" in name]
         base.config.untrained_parts = [

@@ -44,6 +44,10 @@ from .part_files_moellava import check_links, load_image_processor, load_tokeniz
 logger = logging.get_logger(__name__)
 
 IMAGE_ASPECT_RATIOS = ("pad", "square")
+_TOKENIZER_SETTINGS = (
+    "clean_up_tokenization_spaces", "legacy", "model_input_names", "padding_side", "split_special_tokens",
+    "truncation_side",
+)  # fmt: skip
 
 
 class MoellavaImagesKwargs(ImagesKwargs, total=False):
@@ -284,9 +288,10 @@ class MoellavaProcessor(ProcessorMixin):
             `list[str]`: The path of `processor_config.json`.
         """
         save_directory = os.fspath(save_directory)
-        if hasattr(self.tokenizer, "legacy"):
-            # transformers saves it of a tokenizer that was made with it, and not of one that was loaded so.
-            self.tokenizer.init_kwargs["legacy"] = self.tokenizer.legacy
+        # transformers writes of these only what the tokenizer was made with, not what was set on it afterwards.
+        for name in _TOKENIZER_SETTINGS:
+            if hasattr(self.tokenizer, name):
+                self.tokenizer.init_kwargs[name] = getattr(self.tokenizer, name)
         with staged_folder(save_directory) as staging:
             files = super().save_pretrained(staging)
             export_code(staging, earlier=save_directory)
@@ -330,6 +335,9 @@ class MoellavaProcessor(ProcessorMixin):
         The image processor is of the backend that it was saved with (`"pil"`, `"torchvision"` or `"open_clip"`), unless
         `backend` says otherwise. transformers by itself does not remember it and takes torchvision's wherever it can,
         whose resizing differs from Pillow's in single levels.
+
+        The tokenizer pads on the left, where answers in a batch need it, unless its files or `padding_side` say
+        otherwise.
         """
         saved = None if "backend" in kwargs else (processor_dict or {}).get("image_backend")
         is_open_clip = saved == OpenClipImageProcessor.backend_name
@@ -339,6 +347,8 @@ class MoellavaProcessor(ProcessorMixin):
             image_processor = OpenClipImageProcessor.from_dict(image_processor.to_dict())
         # A config of ours says nothing of the tokenizer, so none is loaded for it.
         tokenizer = load_tokenizer(pretrained_model_name_or_path, config=PreTrainedConfig(), **kwargs)
+        if "padding_side" not in tokenizer.init_kwargs:
+            tokenizer.padding_side = "left"
         return [image_processor, tokenizer]
 
     @classmethod

@@ -209,9 +209,9 @@ CHAT_TEMPLATES = {
 
 # What a tokenizer of each style uses where the caller does not say.
 _STYLES = {
-    "llama": {"bos": True, "pad_token": "</s>", "padding_side": "right"},
-    "gpt2": {"bos": False, "pad_token": None, "padding_side": "right"},
-    "qwen2": {"bos": False, "pad_token": "<|endoftext|>", "padding_side": "right"},
+    "llama": {"bos": True, "pad_token": "</s>"},
+    "gpt2": {"bos": False, "pad_token": None},
+    "qwen2": {"bos": False, "pad_token": "<|endoftext|>"},
 }
 
 
@@ -256,14 +256,13 @@ def _trained_vocabulary(style: str, vocab_size: int) -> tuple[dict[str, int], tu
 
 
 def _new_tokenizer(
-    chat_template: str | None, style: str, vocab_size: int, bos: bool, pad_token: str | None, padding_side: str
+    chat_template: str | None, style: str, vocab_size: int, bos: bool, pad_token: str | None, padding_side: str | None
 ) -> transformers.PreTrainedTokenizerBase:
     common = {
         "chat_template": chat_template,
         "pad_token": pad_token,
-        "padding_side": padding_side,
         "model_max_length": 2048,
-    }
+    } | ({} if padding_side is None else {"padding_side": padding_side})
     if style == "llama":
         vocab, merges = _trained_vocabulary(style, vocab_size)
         return transformers.LlamaTokenizer(
@@ -305,7 +304,7 @@ def _tokenizer_settings(
         "vocab_size": vocab_size,
         "bos": defaults["bos"] if bos is None else bos,
         "pad_token": defaults["pad_token"] if pad_token == "default" else pad_token,
-        "padding_side": padding_side or defaults["padding_side"],
+        "padding_side": padding_side,
     }
 
 
@@ -322,7 +321,7 @@ def make_tokenizer(folder: str | os.PathLike, **settings) -> Path:
         bos: whether the beginning of a text is marked; by default as the style's models do (llama alone does).
         pad_token: by default "</s>" for llama, none at all for gpt2, "<|endoftext|>" for qwen2. None: no such token.
             A token that the vocabulary does not have is added after it.
-        padding_side: "right" by default, as published tokenizers mostly have it.
+        padding_side: by default the files do not say it, as those of SmolLM2, Qwen2, GPT-2 and GPT-NeoX do not.
     """
     settings = _tokenizer_settings(**settings)
     return _build_once(

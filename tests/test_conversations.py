@@ -11,441 +11,441 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The one reader of rows: the same tokens for training, evaluating and asking, and no field dropped in silence."""
+"""Tests of `moellava.converting.conversations`: prompts byte for byte, ids piece by piece, stops.
 
-import base64
-import json
+The prompts come from a renderer of its own here, written from the older formats; the ids from a tokenisation of the
+pieces between the pictures, each on its own, as the older code does it.
+"""
 
-import datasets
+import itertools
+
 import pytest
-import torch
 from parts import picture
+from transformers import AutoTokenizer, CLIPImageProcessorPil
 
-from moellava import check_data, evaluate, load_pretrained_model
-from moellava.asking import chat_tokens, user_turn
-from moellava.chatting import Chat
-from moellava.conversations import IMAGE_TOKEN, RowError, arranged, read_conversation, text_parts
-from moellava.evaluating.questions import asked_turns, read_questions
-from moellava.training.encoding import Encoder
-from moellava.training.recipe import read_recipe
-from moellava.training.rows import Rows
-from moellava.training.running import _open, _prepared
+from moellava.chat_templates import VICUNA_CHAT_TEMPLATE, VICUNA_SYSTEM_TEXT, multimodal_chat_template
+from moellava.converting.conversations import (
+    FAMILIES,
+    Conversation,
+    conversation_for,
+    prepare_older_tokenizer,
+    stop_token_ids,
+)
+from moellava.processing.processing_moellava import MoellavaProcessor
+
+
+USER_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+HUMAN_SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+MMTAG_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant is able to understand the visual content that the user provides, and assist the user with a variety "
+    "of tasks using natural language."
+    "The visual content will be provided with the following format: <Image>visual content</Image>."
+)
+VISION_SYSTEM = (
+    "You are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
+MPT_SYSTEM = (
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+)
+TWO_ROLES, SINGLE_ROLES = ("USER", "ASSISTANT"), ("Human", "Assistant")
+MPT_ROLES = ("<|im_start|>user\n", "<|im_start|>assistant\n")
+
+# Name -> style, roles, sep, sep2, system text, what a picture is.
+OLDER = {
+    **{
+        name: ("TWO", TWO_ROLES, " ", sep2, USER_SYSTEM, "<image>\n")
+        for name, sep2 in {
+            "llama": "</s>",
+            "v1": "</s>",
+            "vicuna_v1": "</s>",
+            "mistral": "</s>",
+            "minicpm": "</s>",
+            "openchat": "<|end_of_turn|>",
+            "phi": "<|endoftext|>",
+            "qwen": "<|endoftext|>",
+            "qwen1_5": "<|endoftext|>",
+            "stablelm": "<|endoftext|>",
+        }.items()
+    },
+    "llava_v1": ("TWO", TWO_ROLES, " ", "</s>", HUMAN_SYSTEM, "<image>\n"),
+    "v1_mmtag": ("TWO", TWO_ROLES, " ", "</s>", MMTAG_SYSTEM, "<Image><image></Image>\n"),
+    "llava_v0": ("SINGLE", SINGLE_ROLES, "###", None, HUMAN_SYSTEM, "<image>\n"),
+    "v0_mmtag": ("SINGLE", SINGLE_ROLES, "###", None, MMTAG_SYSTEM, "<Image><image></Image>\n"),
+    "llava_llama_2": ("LLAMA_2", TWO_ROLES, "<s>", "</s>", VISION_SYSTEM, "<image>\n"),
+    "mistral_instruct": ("LLAMA_2", TWO_ROLES, "", "</s>", "", "<image>\n"),
+    "mpt": ("MPT", MPT_ROLES, "<|im_end|>", None, MPT_SYSTEM, "<image>\n"),
+    "plain": ("PLAIN", ("", ""), "\n", None, "", "<image>"),
+    "v0_plain": ("PLAIN", ("", ""), "\n", None, "", "<image>"),
+}
+
+
+def older_prompt(name: str, turns: list[tuple[str | None, str | None]], system: str | None = None) -> str:
+    """The prompt of (question, answer) pairs; an answer of `None` is the open turn."""
+    style, roles, sep, sep2, default, _ = OLDER[name]
+    system = default if system is None else system
+    messages = [(roles[i % 2], text) for i, text in enumerate(text for turn in turns for text in turn)]
+    if style == "TWO":
+        prompt = system + sep
+        for i, (role, text) in enumerate(messages):
+            prompt += f"{role}:" if text is None else f"{role}: {text}{(sep, sep2)[i % 2]}"
+    elif style == "SINGLE":
+        prompt = system + sep
+        for role, text in messages:
+            prompt += f"{role}:" if text is None else f"{role}: {text}{sep}"
+    elif style == "MPT":
+        prompt = f"<|im_start|>system\n{system}{sep}"
+        for role, text in messages:
+            prompt += role if text is None else role + text + sep
+    elif style == "LLAMA_2":
+        prompt = ""
+        for i, (_, text) in enumerate(messages):
+            if i == 0 and system:
+                text = f"<<SYS>>\n{system}\n<</SYS>>\n\n{text}"
+            if text is not None:
+                prompt += f" {text} {sep2}" if i % 2 else f"{sep}[INST] {text} [/INST]"
+        prompt = prompt.removeprefix(sep)
+    else:  # PLAIN: the picture and what it shows, closed by a newline
+        prompt = system + "".join(f"{question}{'' if answer is None else answer + sep}" for question, answer in turns)
+    return prompt
+
+
+def conversation(turns: list[tuple[int, str, str | None]], system: str | None = None) -> list[dict]:
+    """Messages made of parts, of (how many pictures, question, answer)."""
+    messages = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
+    for pictures, question, answer in turns:
+        parts = [{"type": "image", "image": picture(number)} for number in range(pictures)]
+        messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
+
+
+QUESTIONS = ("What is shown in this picture?", "And 'why', {{ so }}?\nSay.")
+ANSWERS = ("A red bus.", "Two cars \\ {% a %}.")
+TURNS = {
+    "one": [(1, QUESTIONS[0], None)],
+    "one without picture": [(0, QUESTIONS[0], None)],
+    "two": [(1, QUESTIONS[0], ANSWERS[0]), (0, QUESTIONS[1], None)],
+    "two without picture": [(0, QUESTIONS[1], ANSWERS[1]), (0, QUESTIONS[0], None)],
+    "two answered": [(1, QUESTIONS[0], ANSWERS[0]), (1, QUESTIONS[1], ANSWERS[1])],
+    "two pictures": [(2, QUESTIONS[0], None)],
+}
+SYSTEMS = (None, "You describe what you see.")
+
+
+def rendered(tokenizer, template: str, messages: list[dict], **kwargs) -> str:
+    return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **kwargs)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    for number in range(4):
-        picture(number).save(folder / f"{number}.png")
-    return folder
-
-
-@pytest.fixture(scope="module", params=["vicuna", "chatml", "smollm2"])
-def loaded(request, parts):
-    language_model = {
-        "vicuna": lambda: parts.language_model("llama"),
-        "chatml": lambda: parts.language_model("qwen2", with_chat_template=True),
-        "smollm2": lambda: request.getfixturevalue("smollm2"),
-    }[request.param]()
-    torch.manual_seed(0)
-    return load_pretrained_model(language_model, mm_vision_tower=parts.vision_tower("clip"), device="cpu")
-
-
-def llava(question, images, answer="A bird."):
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return {"image": images, "conversations": turns}
-
-
-def openai(question, images, answer="A bird."):
-    return {
-        "images": images,
-        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
-    }
-
-
-def inline(question, images, answer="A bird."):
-    waiting = iter(images)
-    content = []
-    for number, piece in enumerate(question.split(IMAGE_TOKEN)):
-        content += [{"type": "image_url", "image_url": {"url": next(waiting)}}] if number else []
-        content += [{"type": "text", "text": piece}] if piece else []
-    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
-
-
-def prompt_completion(question, images, answer="A bird."):
-    return {
-        "images": images,
-        "prompt": [{"role": "user", "content": question}],
-        "completion": [{"role": "assistant", "content": answer}],
-    }
-
-
-FORMS = [llava, openai, inline, prompt_completion]
-
-# What is written, and what is asked: `<image>` for each image.
-QUESTIONS = [
-    ("<image>\nWhich?", "<image>Which?"),
-    ("<image> Which?", "<image>Which?"),
-    ("<image>Which?", "<image>Which?"),
-    ("<image>\n\nWhich?", "<image>Which?"),
-    ("<image>\r\nWhich?", "<image>Which?"),
-    ("  \n<image>\t Which? \n", "<image>Which?"),
-    ("Which?\n<image>", "<image>Which?"),
-    ("Which?<image>", "<image>Which?"),
-    ("Which?\r\n<image>\r\n", "<image>Which?"),
-    ("Which?\n\n <image> ", "<image>Which?"),
-    ("<image><image>\nWhich?", "<image><image>Which?"),
-    ("<image>\n<image>\nWhich?", "<image><image>Which?"),
-    ("Which?\n<image>\n<image>", "<image><image>Which?"),
-    ("<image> Which? <image>", "<image><image>Which?"),
-    ("<image>\n<image> Which?\n<image>", "<image><image><image>Which?"),
-    ("First\nor\r\nsecond?\n<image>", "<image>First\nor\r\nsecond?"),
-    # within the text they stay, and so do those beside them
-    ("Is <image> older?", "Is <image> older?"),
-    (" Is <image>\nolder? ", "Is <image>older?"),
-    (" Is <image>\r\nolder? ", "Is <image>older?"),
-    ("Before: <image> After: <image>", "Before: <image> After: <image>"),
-    ("<image>\nBefore: <image>\nWhich?", "<image>Before: <image>Which?"),
-]
-
-
-@pytest.mark.parametrize(("written", "asked"), QUESTIONS)
-def test_where_images_stand(folder, written, asked):
-    images = [f"{number}.png" for number in range(written.count(IMAGE_TOKEN))]
-    expected = [part if part["type"] == "text" else {"type": "image"} for part in text_parts(asked)]
-    for form in FORMS:
-        row = Rows([form(written, images)], folder)[0]
-        assert row.messages[0]["content"] == expected, form
-        assert row.pictures == [folder / name for name in images]
-        assert row.learnt == {1}
-    assert arranged(expected) == expected  # arranged once or twice
-
-
-@pytest.mark.parametrize(("written", "asked"), QUESTIONS)
-def test_training_evaluating_and_asking_have_the_same_tokens(loaded, folder, written, asked):
-    """Of one row, whatever its form: as `train`, `evaluate`, `ask`, `chat` and the harness make them."""
-    model, images = loaded.model, [f"{number}.png" for number in range(written.count(IMAGE_TOKEN))]
-    encoder = Encoder(model.processor)
-    learnt = encoder.encode(Rows([llava(written, images)], folder)[0])
-    prompt = learnt.input_ids[: learnt.answers[0][0]]
-    # LLaVA's text: the image and a line end, then the question
-    text = asked.replace(IMAGE_TOKEN, f"{IMAGE_TOKEN}\n")
-    assert f"{text}" in model.processor.apply_chat_template(
-        [{"role": "user", "content": text_parts(asked)}], tokenize=False
-    )
-
-    for form in FORMS:
-        row = Rows([form(written, images)], folder)[0]
-        assert encoder.encode(row) == learnt and encoder.prompt(row) == prompt
-        (question,) = read_questions([form(written, images)], folder).questions
-        assert chat_tokens(model.processor, question.turns, add_generation_prompt=True) == prompt
-    plain = {"question": written, "image": images, "answer": "A bird."}
-    (question,) = read_questions([plain], folder).questions
-    assert chat_tokens(model.processor, question.turns, add_generation_prompt=True) == prompt
-
-    opened = [picture(number) for number in range(len(images))]
-    seen = []
-    chat = Chat(loaded, max_new_tokens=1)
-    chat._stream = lambda turns, inputs, limit: seen.append(inputs["input_ids"][0].tolist())
-    chat.ask(written, opened)  # which `ask`, `chat` and the page do
-    content = [part | ({"image": opened[0]} if part["type"] == "image" else {}) for part in text_parts(written)]
-    seen.append(
-        chat_tokens(model.processor, asked_turns([{"role": "user", "content": content}]), add_generation_prompt=True)
-    )
-    assert seen == [prompt, prompt]
-
-
-def test_later_turns_have_the_same_tokens(loaded, folder):
-    values = ("One?\n<image>", "A.", "<image> Two?", "B.", "And <image> three?", "C.", "Four?", "D.")
-    turns = [{"from": ("human", "gpt")[place % 2], "value": value} for place, value in enumerate(values)]
-    row = {"image": ["0.png", "1.png", "2.png"], "conversations": turns, "system": "Be brief."}
-    model = loaded.model
-    encoded = Encoder(model.processor).encode(Rows([row], folder)[0])
-    questions = read_questions([row], folder).questions
-    assert [question.text for question in questions] == ["One?", "Two?", "And <image> three?", "Four?"]
-    assert [len(question.pictures) for question in questions] == [1, 2, 3, 3]
-    for question, (start, _) in zip(questions, encoded.answers, strict=True):
-        assert chat_tokens(model.processor, question.turns, add_generation_prompt=True) == encoded.input_ids[:start]
-    assert "Be brief." in model.processor.tokenizer.decode(encoded.input_ids)
-
-
-@pytest.mark.parametrize(
-    ("written", "kept"),
-    [
-        ("Which?\n<image>", "Which?\n<image>"),
-        (" Which? <image> ", " Which? <image> "),
-        ("<image>\n\nWhich?", "<image>\nWhich?"),  # one line end is the template's
-        ("<image>\r\nWhich?", "<image>Which?"),
-    ],
-)
-def test_rows_as_written(loaded, folder, written, kept):
-    """By the option, in all places: nothing is moved, no blank is taken away."""
-    model = loaded.model
-    row = llava(written, "0.png")
-    messages = Rows([row], folder, as_written=True)[0].messages
-    assert messages[0]["content"] == text_parts(kept)
-    prompt = Encoder(model.processor).prompt(Rows([row], folder, as_written=True)[0])
-    (question,) = read_questions([row], folder, as_written=True).questions
-    assert chat_tokens(model.processor, question.turns, add_generation_prompt=True) == prompt
-    asked = user_turn([picture(0)], written, as_written=True)
-    assert chat_tokens(model.processor, [asked], add_generation_prompt=True) == prompt
-    assert check_data([row], processor=model.processor, image_folder=folder, as_written=True).usable == 1
-    if written.startswith(IMAGE_TOKEN):
-        return
-    assert prompt != Encoder(model.processor).prompt(Rows([row], folder)[0])
-
-
-def test_the_option_of_recipes_and_calls(loaded, folder, tmp_path):
-    """In a recipe, for its data and its eval_data, of `evaluate` and of a chat."""
-    processor, row = loaded.model.processor, llava(" Which?\n\n<image> ", "0.png", answer="No")
-    (tmp_path / "rows.json").write_text(json.dumps([row]), encoding="utf-8")
-    kept, moved = (
-        Encoder(processor).encode(Rows([row], folder, as_written=as_written)[0]) for as_written in (True, False)
-    )
-    assert kept != moved
-    for as_written, expected in ((True, kept), (False, moved)):
-        recipe = {"model": "m", "output_dir": tmp_path / "out", "stage": "align", "report_to": "none", "use_cpu": True}
-        recipe |= {"data": str(tmp_path / "rows.json"), "eval_data": [row], "image_folder": str(folder)}
-        (stage,) = read_recipe(recipe | ({"as_written": True} if as_written else {})).stages
-        both = _prepared([stage], {stage.name: _open(stage)}, processor, 2048)[stage.name]
-        assert [examples[0]["input_ids"].tolist() for examples in both] == [expected.input_ids] * 2
-
-        report = evaluate(loaded, [row], image_folder=folder, as_written=as_written, max_new_tokens=1)
-        turns = report.answers[0].question.turns
-        assert chat_tokens(processor, turns, add_generation_prompt=True) == expected.input_ids[: expected.answers[0][0]]
-        assert report.settings.get("as_written", False) is as_written
-
-        chat, seen = Chat(loaded, max_new_tokens=1, as_written=as_written), []
-        chat._stream = lambda turns, inputs, limit, seen=seen: seen.append(inputs["input_ids"][0].tolist())
-        chat.ask(" Which?\n\n<image> ", [picture(0)])
-        assert seen == [expected.input_ids[: expected.answers[0][0]]]
-
-
-def test_a_recipe_warns_of_rows_that_are_in_both(loaded, folder, tmp_path, caplog):
-    rows = datasets.Dataset.from_list([llava(f"<image>Bird {number}?", "0.png") for number in range(4)])
-    rows.save_to_disk(str(tmp_path / "saved"))
-    for split, overlap in (("train[:50%]", True), ("train[75%:]", False)):
-        caplog.clear()
-        recipe = {"model": "m", "output_dir": tmp_path / "out", "stage": "align", "report_to": "none", "use_cpu": True}
-        recipe |= {"data": {"path": str(tmp_path / "saved"), "split": "train[:75%]"}, "image_folder": str(folder)}
-        (stage,) = read_recipe(recipe | {"eval_data": {"path": str(tmp_path / "saved"), "split": split}}).stages
-        train, held_out = _prepared([stage], {stage.name: _open(stage)}, loaded.model.processor, 2048)[stage.name]
-        assert (len(train), len(held_out)) == ((3, 2) if overlap else (3, 1))
-        assert ("2 of the 2 rows of eval_data are rows of data too: row 0, row 1." in caplog.text) is overlap
-        assert ("are rows of data too" in caplog.text) is overlap
-
-
-def test_two_datasets_of_one_look_are_two(loaded, tmp_path):
-    """Which their names do not tell apart, nor their columns, nor how many rows they have."""
-    train, held_out = (
-        datasets.Dataset.from_list([llava(question, None) for question in questions])
-        for questions in (("One?", "Two?"), ("Three?", "Four?"))
-    )
-    recipe = {"model": "m", "output_dir": tmp_path / "out", "stage": "align", "report_to": "none", "use_cpu": True}
-    for wrap in (lambda rows: {"path": rows}, lambda rows: datasets.DatasetDict({"train": rows}), lambda rows: rows):
-        (stage,) = read_recipe(recipe | {"data": wrap(train), "eval_data": wrap(held_out)}).stages
-        both = _prepared([stage], {stage.name: _open(stage)}, loaded.model.processor, 2048)[stage.name]
-        texts = [loaded.tokenizer.decode(examples[0]["input_ids"]) for examples in both]
-        assert "One?" in texts[0] and "Three?" in texts[1]
-
-
-def test_a_question_with_as_many_places_as_pictures():
-    with pytest.raises(
-        ValueError, match=r"The question has 2 <image> for 1 picture\(s\); expected one for each, or none"
-    ):
-        user_turn([picture(0)], "<image> or <image>?")
-    assert user_turn([1, 2], "Which?")["content"] == [
-        {"type": "image", "image": 1}, {"type": "image", "image": 2}, {"type": "text", "text": "Which?"}
-    ]  # fmt: skip
+def tokenizer(parts):
+    return AutoTokenizer.from_pretrained(parts.tokenizer())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Fields
+# Prompts
 # ---------------------------------------------------------------------------------------------------------------------
 
-CHAT = [("One?", "First."), ("Two?", "Second."), ("Three?", "Third.")]
+
+def older_conversation(name: str) -> Conversation:
+    return conversation_for(name) if name in FAMILIES else conversation_for("llama", version=name)
 
 
-def marked(names=("from", "value"), **marks):
-    """A conversation of three answers; `marks` are the fields of the second."""
-    roles = ("human", "gpt") if names[0] == "from" else ("user", "assistant")
-    turns = []
-    for question, answer in CHAT:
-        turns += [{names[0]: role, names[1]: text} for role, text in zip(roles, (question, answer), strict=True)]
-    turns[3] |= marks
-    return {"conversations" if names[0] == "from" else "messages": turns}
+@pytest.mark.parametrize("turns", TURNS)
+@pytest.mark.parametrize("name", OLDER)
+def test_prompts_are_those_of_training(name, turns, tokenizer):
+    template = older_conversation(name).chat_template
+    image = OLDER[name][-1]
+    older = [(image * count + question, answer) for count, question, answer in TURNS[turns]]
+    is_open = older[-1][1] is None
+    for system in SYSTEMS:
+        messages = conversation(TURNS[turns], system)
+        prompt = rendered(tokenizer, template, messages, add_generation_prompt=is_open)
+        assert prompt == older_prompt(name, older, system)
+        # Contents that are text render alike.
+        flat = iter(older_text for turn in older for older_text in turn)
+        texts = [{**message, "content": system if message["role"] == "system" else next(flat)} for message in messages]
+        assert rendered(tokenizer, template, texts, add_generation_prompt=is_open) == prompt
 
 
-@pytest.mark.parametrize("names", [("from", "value"), ("role", "content")])
-@pytest.mark.parametrize(
-    "marks", [{"loss": False}, {"loss": 0}, {"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}]
-)
-def test_answers_that_are_not_learnt(loaded, names, marks):
-    processor = loaded.model.processor
-    encoder, row = Encoder(processor), marked(names, **marks)
-    encoded = encoder.encode(Rows([row])[0])
-    everything = encoder.encode(Rows([marked(names)])[0])
-    assert encoded.input_ids == everything.input_ids
-    assert encoded.answers == [everything.answers[0], everything.answers[2]]
-    said = processor.tokenizer.decode([token for token in encoded.labels if token != -100])
-    assert "First." in said and "Third." in said and "Second." not in said
-    # and they are not asked, but stand before what is
-    assert [question.expected for question in read_questions([row]).questions] == ["First.", "Third."]
-    assert len(read_questions([row]).questions[1].turns) == 5
+def test_a_prompt_spelt_out(tokenizer):
+    turns = [(1, "What is it?", "A bus."), (0, "Which colour?", None)]
+    phi = rendered(tokenizer, conversation_for("phi").chat_template, conversation(turns), add_generation_prompt=True)
+    assert phi == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: <image>\nWhat is it? ASSISTANT: A bus."
+        "<|endoftext|>USER: Which colour? ASSISTANT:"
+    )
+    assert USER_SYSTEM == VICUNA_SYSTEM_TEXT
 
 
-@pytest.mark.parametrize("marks", [{"loss": True}, {"weight": 1}, {"weight": 1.0}, {"loss": None, "weight": None}])
-def test_answers_that_are_marked_as_learnt(marks):
-    assert Rows([marked(**marks)])[0].learnt == {1, 3, 5}
+def test_every_family_has_its_own_conversation():
+    stops = {family: conversation_for(family).stop for family in FAMILIES}
+    assert stops == {
+        "llama": "</s>",
+        "mistral": "</s>",
+        "openchat": "<|end_of_turn|>",
+        "phi": "<|endoftext|>",
+        "qwen": "<|endoftext|>",
+        "qwen1_5": "<|endoftext|>",
+        "stablelm": "<|endoftext|>",
+        "minicpm": "</s>",
+    }
+    assert conversation_for("phi", version="v1") == conversation_for("llama")
 
 
-def test_the_completion_alone_is_learnt(loaded):
-    messages = marked(("role", "content"))["messages"]
-    row = {"prompt": messages[:5], "completion": messages[5:], "messages": None}
-    encoded = Encoder(loaded.model.processor).encode(Rows([row])[0])
-    everything = Encoder(loaded.model.processor).encode(Rows([{"messages": messages}])[0])
-    assert encoded.input_ids == everything.input_ids and encoded.answers == everything.answers[2:]
-    assert [question.expected for question in read_questions([row]).questions] == ["Third."]
+def test_the_tokenizers_end_does_not_change_the_stop(tokenizer):
+    messages = conversation([(0, "What?", "This.")])
+    for family in FAMILIES:
+        chosen = conversation_for(family)
+        prompt = rendered(tokenizer, chosen.chat_template, messages)
+        assert prompt.endswith(f"ASSISTANT: This.{chosen.stop}")
 
 
-def test_a_system_text_of_the_row(loaded, folder):
-    own = {"role": "system", "content": "Be brief."}
-    messages = marked(("role", "content"))["messages"]
-    expected = Rows([{"messages": [own, *messages]}])[0]
-    for row in (
-        {"messages": messages, "system": " Be brief.\n"},
-        {"messages": [own, *messages], "system": "Be brief."},
-        marked() | {"system": "Be brief."},
-        {"messages": [own | {"role": "developer"}, *messages]},
-    ):
-        read = Rows([row])[0]
-        assert (read.messages, read.learnt) == (expected.messages, {2, 4, 6})
-        assert read_questions([row]).questions[0].turns[0]["content"][0]["text"] == "Be brief."
-    for empty in ("", "  ", None):
-        assert len(Rows([{"messages": messages, "system": empty}])[0].messages) == 6
-    row = {"question": "Which?", "answer": "A bird.", "image": "0.png", "system": "Be brief."}
-    (question,) = read_questions([row], folder).questions
-    learnt = llava("<image>\nWhich?", "0.png") | {"system": "Be brief."}
-    prompt = Encoder(loaded.model.processor).prompt(Rows([learnt], folder)[0])
-    assert chat_tokens(loaded.model.processor, question.turns, add_generation_prompt=True) == prompt
+def test_the_vicuna_form_closes_answers_with_the_tokenizers_end_still(parts):
+    tokenizer = AutoTokenizer.from_pretrained(parts.tokenizer(style="gpt2"))
+    messages = conversation([(1, "What?", "This.")])
+    vicuna = rendered(tokenizer, VICUNA_CHAT_TEMPLATE, messages)
+    assert vicuna == f"{USER_SYSTEM} USER: <image>\nWhat? ASSISTANT: This.<|endoftext|>"
+    tokenizer.eos_token = None
+    with pytest.raises(Exception, match="closes every answer with the eos_token"):
+        rendered(tokenizer, VICUNA_CHAT_TEMPLATE, messages)
 
 
-def test_images_within_the_content(folder):
-    """In the forms of OpenAI, of transformers and of Anthropic, and with the nulls of a dataset."""
-    data = base64.b64encode((folder / "0.png").read_bytes()).decode()
-    url = f"data:image/png;base64,{data}"
-    opened = picture(0)
-    forms = [
-        ({"type": "image_url", "image_url": {"url": url, "detail": "high"}}, url),
-        ({"type": "image_url", "image_url": "0.png"}, folder / "0.png"),
-        ({"type": "input_image", "image_url": url}, url),
-        ({"type": "image", "image": "0.png"}, folder / "0.png"),
-        ({"type": "image", "path": str(folder / "0.png")}, folder / "0.png"),
-        ({"type": "image", "url": f"file://{folder / '0.png'}", "text": None}, folder / "0.png"),
-        ({"type": "image", "base64": data}, f"data:image/*;base64,{data}"),
-        ({"type": "image", "image": opened}, opened),
-        ({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}}, url),
-        ({"image": "0.png"}, folder / "0.png"),
+@pytest.mark.parametrize("name", OLDER)
+def test_templates_are_complete_already(name):
+    template = older_conversation(name).chat_template
+    assert multimodal_chat_template(template) == template
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_answers_are_marked_for_training(name, tokenizer):
+    chosen = older_conversation(name)
+    encoded = tokenizer.apply_chat_template(
+        conversation([(0, "What is it?", "A bus."), (0, "Which colour?", "Red.")]),
+        chat_template=chosen.chat_template,
+        return_assistant_tokens_mask=True,
+        return_dict=True,
+    )
+    marked = [
+        tokenizer.decode([token for token, _ in group])
+        for is_marked, group in itertools.groupby(
+            zip(encoded["input_ids"], encoded["assistant_masks"], strict=True), key=lambda pair: bool(pair[1])
+        )
+        if is_marked
     ]
-    for part, expected in forms:
-        for text in (
-            {"type": "text", "text": "Which?", "image": None},
-            {"type": "input_text", "text": "Which?"},
-            "Which?",
-        ):
-            content = [text, part]
-            row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "A bird."}]}
-            read = Rows([row], folder)[0]
-            assert read.pictures == [expected]
-            assert read.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "Which?"}]
-            assert check_data([row], image_folder=folder).usable == 1
-            (question,) = read_questions([row], folder).questions
-            assert question.pictures == [expected] and question.text == "Which?"
+    assert len(marked) == 2
+    for text, answer in zip(marked, ("A bus.", "Red."), strict=True):
+        assert answer in text and text.endswith(chosen.stop)
+        assert not any(word in text for word in ("What", "colour", "ASSISTANT", "Assistant"))
 
 
-def test_images_within_and_beside_the_content(folder):
-    def row(content, **fields):
-        return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "Yes."}], **fields}
-
-    own = {"type": "image", "image": "0.png"}
-    mixed = row([own, {"type": "image"}, {"type": "text", "text": "<image> Which?"}], images=["1.png", "2.png"])
-    assert [path.name for path in Rows([mixed], folder)[0].pictures] == ["0.png", "1.png", "2.png"]
-    twice = row([own, "Which?"], images=["0.png"])
-    assert [path.name for path in Rows([twice], folder)[0].pictures] == ["0.png"]
-    for wrong in (row([own, "Which?"], images=["1.png"]), row([own, {"type": "image"}, "Which?"])):
-        with pytest.raises(RowError, match=r"placeholder\(s\) and \d picture\(s\)"):
-            Rows([wrong], folder)[0]
-    away = row([{"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}, "Which?"])
-    with pytest.raises(RowError, match="names https://example.org/a.png; download it"):
-        Rows([away], folder)[0]
-    assert read_conversation(row([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])).messages[0] == {
-        "role": "user", "content": [{"type": "text", "text": "ab"}]
-    }  # fmt: skip
+@pytest.mark.parametrize("name", OLDER)
+def test_roles_that_no_template_knows_are_refused(name, tokenizer):
+    template = older_conversation(name).chat_template
+    user = {"role": "user", "content": "What is it?"}
+    with pytest.raises(Exception, match='has the role "tool"'):
+        rendered(tokenizer, template, [user, {"role": "tool", "content": "x"}])
+    with pytest.raises(Exception, match="Only the first message can be a system message"):
+        rendered(tokenizer, template, [user, {"role": "system", "content": "x"}])
 
 
-def turn_with(place, **fields):
-    row = marked(("role", "content"))
-    row["messages"][place] |= fields
-    return row
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="no family of older models 'gemma'; expected one of 'llama'"):
+        conversation_for("gemma")
+    with pytest.raises(ValueError, match="no older conversation 'phi2'; expected one of .*'phi'"):
+        conversation_for("phi", version="phi2")
+    for name in ("default", "v0", "simple", "llama_2"):
+        with pytest.raises(ValueError, match=f"'{name}' is left out here"):
+            conversation_for("llama", version=name)
 
 
-REFUSED = [
-    (marked() | {"tools": [{"name": "search"}]}, "has the field 'tools', which is not read"),
-    (marked() | {"functions": "[{}]"}, "has the field 'functions'"),
-    (marked() | {"video": "a.mp4"}, "has the field 'video'"),
-    (marked() | {"audios": ["a.wav"]}, "has the field 'audios'"),
-    (marked() | {"rejected": [{"role": "assistant", "content": "No."}]}, "has the field 'rejected'"),
-    (marked() | {"chat_template_kwargs": {"enable_thinking": False}}, "has the field 'chat_template_kwargs'"),
-    (marked() | {"system_prompt": "Be brief."}, "has the field 'system_prompt', .*; call it system"),
-    (marked() | {"system": ["Be brief."]}, "has a list as its system; expected a text"),
-    (marked() | {"weight": 0}, "has the weight 0; a row is learnt as a whole"),
-    (marked() | {"loss": False}, "has the loss False; a row is learnt as a whole"),
-    (marked() | {"messages": marked(("role", "content"))["messages"]}, "has both conversations and messages"),
-    (llava("<image>Which?", "0.png") | {"images": ["1.png"]}, "has different images as 'images' and as 'image'"),
-    (marked(weight=0.5), "message 3 has the weight 0.5; expected true or false, or 1 or 0"),
-    (marked(loss="false"), "message 3 has the loss 'false'"),
-    (marked(loss=False, weight=1), "message 3 has .* contradict each other"),
-    (marked(loss_scale=2.0), "message 3 has the field 'loss_scale'"),
-    (turn_with(3, tool_calls=[{"id": "1"}]), "message 3 has the field 'tool_calls'"),
-    (turn_with(3, reasoning_content="Hm."), "message 3 has the field 'reasoning_content'"),
-    (turn_with(3, thinking="Hm."), "message 3 has the field 'thinking'"),
-    (turn_with(2, images=["a.png"]), "message 2 has the field 'images', .*; put it into the content"),
-    (turn_with(2, loss=True), "message 2, of the user, has the loss True; only answers are learnt"),
-    (turn_with(2, train=True), "message 2, of the user, has the train True"),
-    ({"prompt": "One?", "completion": "First."}, "has a text as its prompt; expected a list of messages"),
-    ({"prompt": [], "completion": [{"role": "assistant", "content": "A."}], "label": False}, "has the field 'label'"),
-    (marked() | {"system": "Be brief."} | {"conversations": [{"from": "system", "value": "Be long."},
-     *marked()["conversations"]]}, "has a system text and a first turn of the system that says something else"),
-    ({"messages": [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "A.", "weight": 0}]},
-     "has no answer that is learnt"),
-    ({"messages": [{"role": "tool", "content": "One?"}]}, "message 0 is of 'tool'"),
-]  # fmt: skip
+# ---------------------------------------------------------------------------------------------------------------------
+# Ids
+# ---------------------------------------------------------------------------------------------------------------------
+
+NUM_IMAGE_TOKENS = 3
+STYLES = {"llama": "llama", "mistral": "llama", "openchat": "llama", "minicpm": "llama", "phi": "gpt2"}
+STYLES |= {"stablelm": "gpt2", "qwen": "qwen2", "qwen1_5": "qwen2"}
 
 
-@pytest.mark.parametrize(("row", "message"), REFUSED)
-def test_what_would_change_what_is_learnt_is_refused_by_name(row, message):
-    with pytest.raises(RowError, match=message):
-        Rows([row])[0]
-    with pytest.raises(ValueError, match=message):
-        read_questions([row])
+BEGIN_OF_TEXT = ("llama", "mistral", "openchat", "minicpm")
 
 
-def test_fields_that_say_nothing_are_no_fault():
-    nothing = {"tools": None, "videos": [], "functions": "[]", "system": "", "images": None, "image": None, "weight": 1}
-    row = turn_with(3, tool_calls=None, reasoning_content="", audio=None) | nothing
-    assert Rows([row])[0].learnt == {1, 3, 5} and len(read_questions([row]).questions) == 3
+def older_tokenizer(parts, family: str, legacy: bool | None = None):
+    tokenizer = AutoTokenizer.from_pretrained(parts.tokenizer(style=STYLES[family]))
+    prepare_older_tokenizer(tokenizer, family, legacy=legacy)
+    if family == "openchat":
+        tokenizer.add_special_tokens({"extra_special_tokens": ["<|end_of_turn|>"]})
+    return tokenizer
 
 
-def test_fields_of_turns_that_are_not_read_are_named(caplog):
-    rows = [turn_with(3, markdown="x", name=None), turn_with(3, markdown="y", name="Ann"), turn_with(2, weight=1)]
-    report = check_data(rows)
-    assert report.usable == 3 and report.to_dict()["unread"] == {"markdown": 2, "name": 1}
-    assert "fields of turns that are not read: markdown (2 rows), name (1 rows)" in report.lines()
-    json.dumps(report.to_dict())
+def older_ids(tokenizer, prompt: str, image_token_id: int) -> list[int]:
+    """Each piece between pictures on its own; the beginning's token once, in front."""
+    pieces = [tokenizer(piece).input_ids for piece in prompt.split("<image>")]
+    begins = bool(pieces[0]) and pieces[0][0] == tokenizer.bos_token_id
+    ids = list(pieces[0])
+    for piece in pieces[1:]:
+        ids += [image_token_id] * NUM_IMAGE_TOKENS + piece[int(begins) :]
+    return ids
 
 
-def test_messages_of_the_harness_are_arranged():
-    content = [{"type": "text", "text": "Which?\n"}, {"type": "image", "image": 1}]
-    (first, second) = asked_turns([{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}])
-    assert first == {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
-    assert second["content"] == [{"type": "image", "image": 1}, {"type": "text", "text": "Which?"}]
+def processor_of(tokenizer, template: str | None = None) -> MoellavaProcessor:
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    return MoellavaProcessor(image_processor, tokenizer, num_image_tokens=NUM_IMAGE_TOKENS, chat_template=template)
+
+
+def ids_of(
+    parts, family: str, turns: list, legacy: bool, space_after_image: bool = False
+) -> tuple[list[int], list[int]]:
+    """The ids of the processor, and those of the pieces."""
+    template = conversation_for(family).chat_template
+    messages = conversation(turns)
+    is_open = turns[-1][-1] is None
+    processor = processor_of(older_tokenizer(parts, family, legacy))
+    processor.space_after_image = space_after_image
+    inputs = processor.apply_chat_template(
+        messages,
+        chat_template=template,
+        add_generation_prompt=is_open,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    tokenizer = older_tokenizer(parts, family, legacy)
+    prompt = rendered(tokenizer, template, messages, add_generation_prompt=is_open)
+    return inputs["input_ids"][0].tolist(), older_ids(tokenizer, prompt, processor.image_token_id)
+
+
+@pytest.mark.parametrize("turns", TURNS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ids_are_those_of_the_pieces(family, turns, parts):
+    ids, expected = ids_of(parts, family, TURNS[turns], legacy=True)
+    assert ids == expected
+    begin = older_tokenizer(parts, family).bos_token_id
+    assert (ids[0] == begin) == (family in BEGIN_OF_TEXT)
+    # Elsewhere it is also the end of a text, if it is anything.
+    assert family not in BEGIN_OF_TEXT or ids.count(begin) == 1
+
+
+@pytest.mark.parametrize("turns", [turns for turns in TURNS if "without picture" in turns])
+def test_ids_without_pictures_are_those_of_the_text(turns, parts):
+    ids, expected = ids_of(parts, "llama", TURNS[turns], legacy=False)
+    assert ids == expected
+
+
+# The older code tokenizes the text behind a picture as a text of its own, with a space before it; a LLaMA tokenizer
+# with legacy=False puts none behind a special token, so the processor does.
+@pytest.mark.parametrize("turns", [turns for turns in TURNS if "without picture" not in turns])
+def test_ids_behind_pictures_of_a_tokenizer_that_is_not_legacy(turns, parts):
+    ids, expected = ids_of(parts, "llama", TURNS[turns], legacy=False, space_after_image=True)
+    assert ids == expected
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_the_space_before_a_text_is_kept_when_it_is_saved(legacy, parts, tmp_path):
+    text = "USER: What? ASSISTANT: This.</s>USER: Which one?"
+    loaded = AutoTokenizer.from_pretrained(parts.tokenizer(), legacy=legacy)
+    prepared = older_tokenizer(parts, "llama", legacy)
+    ids = prepared(text).input_ids
+    assert ids == loaded(text).input_ids
+    # Behind </s> the text begins anew, with a space or without.
+    pieces = [prepared(piece, add_special_tokens=False).input_ids for piece in text.split("</s>")]
+    assert (ids == [prepared.bos_token_id, *pieces[0], prepared.eos_token_id, *pieces[1]]) == legacy
+    prepared.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)(text).input_ids == ids
+    processor_of(prepared).save_pretrained(tmp_path / "processor")
+    assert AutoTokenizer.from_pretrained(tmp_path / "processor")(text).input_ids == ids
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_is_the_unknown_token(family, parts):
+    tokenizer = AutoTokenizer.from_pretrained(parts.tokenizer(style=STYLES[family]))
+    size = len(tokenizer)
+    end = tokenizer.eos_token
+    added = prepare_older_tokenizer(tokenizer, family)
+    assert tokenizer.pad_token == tokenizer.unk_token
+    assert tokenizer.eos_token == end
+    assert added == (["<|extra_0|>"] if family in ("phi", "qwen", "qwen1_5") else [])
+    assert len(tokenizer) == size + len(added)
+    assert tokenizer.unk_token == (added[0] if added else "<unk>" if STYLES[family] == "llama" else "<|endoftext|>")
+    # A tokenizer that is as the older code saves it stays as it is.
+    assert prepare_older_tokenizer(tokenizer, family, vocab_size=len(tokenizer)) == []
+    assert len(tokenizer) == size + len(added)
+
+
+def test_stablelm_pads_with_its_first_register(parts):
+    tokenizer = AutoTokenizer.from_pretrained(parts.tokenizer(style="gpt2"))
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|reg0|>"]})
+    assert prepare_older_tokenizer(tokenizer, "stablelm") == []
+    assert tokenizer.pad_token == tokenizer.unk_token == "<|reg0|>"
+
+
+def test_qwen_ends_at_the_end_of_text(parts):
+    tokenizer = AutoTokenizer.from_pretrained(parts.tokenizer(style="qwen2"))
+    tokenizer.eos_token = "<|im_end|>"
+    assert prepare_older_tokenizer(tokenizer, "qwen") == ["<|extra_0|>"]
+    assert tokenizer.eos_token == "<|endoftext|>"
+
+
+def test_a_token_without_a_row_is_refused(parts):
+    tokenizer = AutoTokenizer.from_pretrained(parts.tokenizer(style="gpt2"))
+    before = (len(tokenizer), dict(tokenizer.special_tokens_map))
+    with pytest.raises(ValueError, match=f"which makes {len(tokenizer) + 1} tokens, but the embedding has"):
+        prepare_older_tokenizer(tokenizer, "phi", vocab_size=len(tokenizer))
+    assert (len(tokenizer), dict(tokenizer.special_tokens_map)) == before
+    assert prepare_older_tokenizer(tokenizer, "phi", vocab_size=len(tokenizer) + 1) == ["<|extra_0|>"]
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused(parts):
+    tokenizer = AutoTokenizer.from_pretrained(parts.tokenizer(style="gpt2"))
+    tokenizer.unk_token = tokenizer.eos_token = tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="no unknown, pad or end token"):
+        prepare_older_tokenizer(tokenizer, "stablelm")
+    with pytest.raises(ValueError, match="no family of older models 'gemma'"):
+        prepare_older_tokenizer(tokenizer, "gemma")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stops
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_stop_at_the_stop(family, parts):
+    tokenizer = older_tokenizer(parts, family)
+    ids = stop_token_ids(tokenizer, conversation_for(family))
+    expected = [tokenizer.eos_token]
+    if family == "openchat":
+        expected.append("<|end_of_turn|>")
+    assert [tokenizer.convert_ids_to_tokens(index) for index in ids] == expected
+
+
+def test_a_stop_that_is_no_token_is_not_among_the_tokens(parts):
+    llama = AutoTokenizer.from_pretrained(parts.tokenizer())
+    plain = AutoTokenizer.from_pretrained(parts.tokenizer(style="gpt2"))
+    end = [llama.eos_token_id]
+    # Written as several tokens, or as one with a space before it, which nothing behind an answer is.
+    assert stop_token_ids(llama, conversation_for("llama", version="llava_v0")) == end
+    assert stop_token_ids(llama, Conversation("own", "", "a")) == end
+    assert stop_token_ids(llama, conversation_for("phi")) == end
+    newline = plain.encode("\n")
+    assert len(newline) == 1
+    assert stop_token_ids(plain, conversation_for("llama", version="plain")) == [plain.eos_token_id, *newline]
+    llama.eos_token = None
+    assert stop_token_ids(llama, conversation_for("phi")) == []

@@ -1490,3 +1490,26 @@ def test_a_source_is_not_converted_onto_itself(shop, tmp_path, spelled):
     with pytest.raises((FileExistsError, ValueError)):
         moellava.convert(folder, out)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+_INST = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+def test_a_mistral_with_a_template_of_its_own_keeps_it(shop, tmp_path, caplog):
+    folder = shop.copy(shop.write("mistral"), tmp_path / "model", image_aspect_ratio="anyres")
+    for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+        # OpenChat's token would make it another model.
+        path.write_text(path.read_text().replace("<|end_of_turn|>", "<|another|>"))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": _INST}))
+    model = load_pretrained_model(str(folder), mm_vision_tower=str(shop.tower()), device="cpu").model
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
+    prompt = model.processor.apply_chat_template([question], add_generation_prompt=True)
+    assert prompt == "<s>[INST] <image>\nWhat is it? [/INST]"
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("image_aspect_ratio 'anyres' is left out" in text for text in warned)
+    assert any("the tokenizer's own chat template" in text for text in warned)

@@ -15,6 +15,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -303,13 +304,29 @@ def test_another_tower(checkpoint, saved, parts, caplog):
     assert torch.isfinite(logits(model)).all()
 
 
-def test_another_tower_of_the_same_width_keeps_the_projector(checkpoint, saved, parts, caplog):
+def test_another_tower_of_the_same_width_has_a_new_projector(checkpoint, saved, parts, caplog):
     model = load(checkpoint, mm_vision_tower=parts.vision_tower("clip", seed=1))
-    assert_weights(model, saved, without="model.vision_tower.")
-    assert not torch.equal(
-        model.state_dict()["model.vision_tower.embeddings.class_embedding"],
-        saved["model.vision_tower.embeddings.class_embedding"],
-    )
+    assert NEW_PROJECTOR in caplog.text and "was trained with another vision tower" in caplog.text
+    for part in ("vision_tower.embeddings.class_embedding", "multi_modal_projector.linear_1.weight"):
+        assert not torch.equal(model.state_dict()[f"model.{part}"], saved[f"model.{part}"])
+    others = {name: value for name, value in saved.items() if ".vision_tower." not in name}
+    assert_weights(model, model.state_dict() | others, without="model.multi_modal_projector.")
+
+
+def test_another_tower_with_the_projector_kept_by_its_file(checkpoint, saved, parts, caplog):
+    kept = {"path": checkpoint / "model.safetensors"}
+    model = load(checkpoint, mm_vision_tower=parts.vision_tower("clip", seed=1), projector_config=kept)
+    assert_weights(model, saved | {n: v for n, v in model.state_dict().items() if ".vision_tower." in n})
+    assert NEW_PROJECTOR not in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_the_same_tower_under_another_path_keeps_the_projector(checkpoint, parts, tmp_path, caplog, dtype):
+    load(checkpoint, dtype=dtype).save_pretrained(tmp_path / "model")
+    shutil.copytree(parts.vision_tower("clip"), tmp_path / "moved")
+    for tower in (tmp_path / "moved", parts.vision_tower("clip")):
+        model = load(tmp_path / "model", mm_vision_tower=tower)
+        assert_weights(model, load_file(tmp_path / "model" / "model.safetensors"))
     assert NEW_PROJECTOR not in caplog.text
 
 

@@ -129,6 +129,24 @@ _LLAMA_2 = f"""\
 {{%- endgeneration -%}}
 {END_OF_TURNS}"""
 
+# The style LLAMA_2 of Mistral's instruction models (LLaVA-Med v1.5, LLaVA-NeXT): no system text by default, and no
+# `<s>` between the turns.
+_MISTRAL_INSTRUCT = f"""\
+{_BEGINNING}\
+{{%- for message in turns -%}}
+{{%- if message['role'] == 'user' -%}}
+{{%- if loop.first and system -%}}
+{{{{- '[INST] <<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + message['content'] + ' [/INST]' -}}}}
+{{%- else -%}}
+{{{{- '[INST] ' + message['content'] + ' [/INST]' -}}}}
+{{%- endif -%}}
+{{%- elif message['role'] == 'assistant' -%}}
+{{{{- ' ' -}}}}
+{{%- generation -%}}
+{{{{- message['content'] + ' ' + STOP_TEXT -}}}}
+{{%- endgeneration -%}}
+{END_OF_TURNS}"""
+
 # The style PLAIN, as the first stage of training writes it: a picture, and at once what it shows.
 _PLAIN = f"""\
 {_BEGINNING}\
@@ -162,6 +180,7 @@ _TEXT_TEMPLATES = {
     "llava_v0": (filled(_SINGLE, SYSTEM_TEXT=_HUMAN_SYSTEM_TEXT, STOP_TEXT="###"), "###"),
     "v0_mmtag": (filled(_SINGLE, SYSTEM_TEXT=_MMTAG_SYSTEM_TEXT, STOP_TEXT="###"), "###"),
     "llava_llama_2": (filled(_LLAMA_2, SYSTEM_TEXT=_VISION_SYSTEM_TEXT, STOP_TEXT="</s>"), "</s>"),
+    "mistral_instruct": (filled(_MISTRAL_INSTRUCT, SYSTEM_TEXT="", STOP_TEXT="</s>"), "</s>"),
     "mpt": (filled(_MPT, SYSTEM_TEXT=_MPT_SYSTEM_TEXT, STOP_TEXT="<|im_end|>"), "<|im_end|>"),
     "plain": (filled(_PLAIN, SYSTEM_TEXT="", STOP_TEXT="\n"), "\n"),
 }
@@ -179,8 +198,8 @@ def conversation_for(family: str, *, version: str | None = None) -> Conversation
         family (`str`): One of `FAMILIES`.
         version (`str`, *optional*):
             The older name of another conversation, as the older code's `--version` and `--conv-mode` take it:
-            `"v1"`, `"vicuna_v1"`, `"llava_v1"`, `"llava_v0"`, `"v0_mmtag"`, `"v1_mmtag"`, `"llava_llama_2"`, `"mpt"`,
-            `"plain"`, `"v0_plain"`, or a family.
+            `"v1"`, `"vicuna_v1"`, `"llava_v1"`, `"llava_v0"`, `"v0_mmtag"`, `"v1_mmtag"`, `"llava_llama_2"`,
+            `"mistral_instruct"`, `"mpt"`, `"plain"`, `"v0_plain"`, or a family.
 
     Raises:
         ValueError: There is no such family, or no such conversation.

@@ -185,7 +185,7 @@ def _read_conversation(older: OlderModel, home: Source, source: Source, fields: 
     image_token_id, rows = add_image_token(tokenizer, known_rows)
     rows = max(rows, *(index + 1 for index in tokenizer.get_added_vocab().values()))
     conversation = conversation_for(family)
-    template = conversation.chat_template
+    template = _template_of_tokenizer(older, tokenizer, family) or conversation.chat_template
     if older.has_picture_marks:
         start, end = _PICTURE_MARKS
         template = template.replace(IMAGE_TOKEN, f"{start}{IMAGE_TOKEN}{end}")
@@ -283,6 +283,26 @@ def _conversation_family(older: OlderModel, tokenizer: Any) -> str:
     if older.family.name == "mistral" and "<|end_of_turn|>" in tokenizer.get_vocab():
         return "openchat"
     return older.family.name
+
+
+def _template_of_tokenizer(older: OlderModel, tokenizer: Any, family: str) -> str | None:
+    """Returns the tokenizer's chat template where the model was trained on it, and notes which prompt is taken.
+
+    A Mistral with a template (LLaVA-Med v1.5) was. MoE-LLaVA trained its others (OpenChat, Qwen, StableLM) on Vicuna's
+    form, whatever their tokenizers bring.
+    """
+    own = tokenizer.chat_template
+    own = own.get("default") if isinstance(own, dict) else own
+    if own is None:
+        return None
+    if family == "mistral":
+        older.notes.append("the prompt is that of the tokenizer's own chat template, not Vicuna's")
+        return multimodal_chat_template(own, IMAGE_TOKEN)
+    older.notes.append(
+        "the tokenizer has a chat template of its own, which is left out: models of this kind were trained on Vicuna's "
+        "form. If this one was not, set processor.chat_template"
+    )
+    return None
 
 
 def _readable(generation_config: GenerationConfig | None) -> GenerationConfig | None:
@@ -518,8 +538,6 @@ def load_older(
     model.processor = make_processor(model, converted.image_processor, converted.tokenizer)
     model.processor.chat_template = converted.chat_template
     model.processor.space_after_image = converted.space_after_image
-    for note in converted.notes:
-        logger.info("%s: %s", source, note)
     if adapter is not None:
         model = attach_adapter(model, adapter, merge)
     return model, converted

@@ -1,0 +1,171 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""LoRA adapters, put onto a loaded model: of the model as a whole, or of its language model alone.
+
+An adapter that was trained on a language model names that model's layers; in ours they lie one level deeper, beside a
+vision tower whose layers often have the same short names.
+"""
+
+import re
+from typing import Any
+
+import torch
+
+from .modeling.language_moellava import own_causal_lm
+from .sources import Source
+
+
+_PEFT_PREFIX = "base_model.model."
+# What PEFT puts behind a layer's name, and beside its weight.
+_OF_LAYER = re.compile(
+    r"\.(?:lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|base_layer|modules_to_save|token_adapter"
+    r"|trainable_tokens_delta)(?:\..+)?$|\.(?:weight|bias)$"
+)
+_BODY, _HEAD = "model.language_model.", "lm_head"
+
+
+def put_adapter(base: Any, source: Source, tensors: dict[str, torch.Tensor]) -> Any:
+    """Puts a LoRA adapter onto a model.
+
+    Args:
+        base (`MoellavaForCausalLM`): The model; it gets the adapter's layers.
+        source (`Source`): Where the adapter is.
+        tensors (`dict[str, torch.Tensor]`): Its weights, by the names in its file.
+
+    Returns:
+        `PeftModel`: The model with the adapter, of which nothing can be trained.
+
+    Raises:
+        ValueError: A weight of the adapter finds no place in the model, or has another shape than the place.
+    """
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(source.name, **source.hub_options)
+    config.inference_mode = True
+    modules = dict(base.named_modules())
+    renames = _language_model_names(base)
+    layers = {name: _OF_LAYER.sub("", name.removeprefix(_PEFT_PREFIX)) for name in tensors}
+    mapping: dict[str, str] = {}
+    if not any(_is_place(layer, modules) for layer in layers.values() if layer.partition(".")[0] != _HEAD):
+        mapping = renames
+        _aim_at_language_model(config, {name: _renamed(layer, renames) for name, layer in layers.items()}, modules)
+    placed = {_PEFT_PREFIX + _renamed(name.removeprefix(_PEFT_PREFIX), mapping): tensors[name] for name in tensors}
+    lost = [name for name, layer in layers.items() if not _is_place(_renamed(layer, mapping), modules)]
+    if lost:
+        raise ValueError(_lost(source, lost))
+    placed = _with_rows_of_new_tokens(placed, base)
+    try:
+        adapted = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)(base, config)
+        result = _fill(adapted, placed)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"The adapter {source} does not fit the model ({type(error).__name__}: {error}). Give the base that it was "
+            "trained on, and the adapter_config.json that was saved with it."
+        ) from error
+    if result.unexpected_keys:
+        raise ValueError(_lost(source, result.unexpected_keys))
+    return adapted.eval()
+
+
+def _fill(adapted: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    from peft import set_peft_model_state_dict
+
+    return set_peft_model_state_dict(adapted, tensors)
+
+
+def _lost(source: Source, names: list[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"{len(names)} weight(s) of the adapter {source} have no place in the model: {', '.join(names[:3])}{more}. "
+        "Expected an adapter of the model given as model_base, or of its language model alone. Give the base that it "
+        "was trained on."
+    )
+
+
+def _language_model_names(base: Any) -> dict[str, str]:
+    """Returns patterns of the names in a language model of this family, and what they are in ours."""
+    own = own_causal_lm(base.config.text_config)
+    output = own.get_output_embeddings()
+    head = next(name for name, module in own.named_modules() if module is output)
+    return {
+        rf"^{re.escape(own.base_model_prefix)}\.(?!language_model\.)": _BODY,
+        rf"^{re.escape(head)}(?=\.|$)": _HEAD,
+    }
+
+
+def _renamed(name: str, mapping: dict[str, str]) -> str:
+    for pattern, replacement in mapping.items():
+        new, count = re.subn(pattern, replacement, name)
+        if count:
+            return new
+    return name
+
+
+def _is_place(layer: str, modules: dict[str, Any]) -> bool:
+    # Adapters of parameters lie one within the other: `experts.base_layer`.
+    return re.sub(r"(?:\.base_layer)+$", "", layer) in modules
+
+
+def _aim_at_language_model(config: Any, layers: dict[str, str], modules: dict[str, Any]) -> None:
+    """Lets an adapter's config name in full the very layers that its file has weights of, and no others."""
+    adapted, saved = set(), set()
+    for name, layer in layers.items():
+        (adapted if ".lora_" in name else saved).add(layer)
+    if not config.target_parameters:
+        config.target_modules = adapted
+    else:
+        kinds = (torch.nn.Linear, torch.nn.Embedding)
+        config.target_modules = {layer for layer in adapted if isinstance(modules.get(layer), kinds)}
+    if config.modules_to_save:
+        config.modules_to_save = sorted(saved - adapted)
+    # These choose among layers by name and number; the file tells which it was.
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    body = re.compile(r"^\^?(?:\w+\\?\.)+?(?=(?:layers|h|blocks)\\?\.)")
+    for name in ("rank_pattern", "alpha_pattern"):
+        setattr(config, name, {body.sub("", key): value for key, value in (getattr(config, name) or {}).items()})
+
+
+def _with_rows_of_new_tokens(tensors: dict[str, torch.Tensor], base: Any) -> dict[str, torch.Tensor]:
+    """Gives weights of the embedding and the head the rows that our vocabulary has more: the image token's.
+
+    What an adapter adds to them is nothing; where it holds the whole weight, they are the base's own.
+    """
+    whole = {
+        f"{name}.{leaf}": weight
+        for name, module in base.named_modules()
+        if module in (base.get_input_embeddings(), base.get_output_embeddings())
+        for leaf, weight in module.named_parameters(recurse=False)
+    }
+    rows = base.config.text_config.vocab_size
+    padded = {}
+    for name, tensor in tensors.items():
+        layer = _OF_LAYER.sub("", name.removeprefix(_PEFT_PREFIX))
+        own = whole.get(f"{layer}.weight")
+        if own is not None:
+            by_columns = ".lora_embedding_A" in name
+            has_rows = by_columns or not any(part in name for part in (".lora_A", ".lora_embedding_B"))
+            missing = rows - tensor.shape[1 if by_columns else 0]
+            if has_rows and missing > 0:
+                if ".lora_" in name:
+                    shape = (tensor.shape[0], missing) if by_columns else (missing, *tensor.shape[1:])
+                    tensor = torch.cat([tensor, tensor.new_zeros(shape)], dim=1 if by_columns else 0)
+                else:
+                    leaf = whole[f"{layer}.{name.rpartition('.')[2]}"]
+                    tensor = torch.cat([tensor, leaf[-missing:].detach().to(tensor)])
+        padded[name] = tensor
+    return padded
+
+
+__all__ = ["put_adapter"]

@@ -1,0 +1,118 @@
+# Copyright 2026 The MoELLaVA authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Batched answers: what is set on a tokenizer survives every way of saving, and padding is where generation needs it.
+
+The published tokenizers of SmolLM2, Qwen2, GPT-2 and GPT-NeoX do not say on which side they pad.
+"""
+
+import inspect
+import json
+import shutil
+
+import pytest
+from parts import run_python
+from transformers import AutoTokenizer, pipeline
+
+from moellava import MoellavaProcessor, load_pretrained_model
+
+
+QUESTIONS = ("What is the capital of France?", "Name three colours that a rainbow has, please.")
+PARIS = "The capital of France is Paris."
+
+
+def ask(model, processor, *questions):
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    text = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+    inputs = processor(text=text, padding=True, return_tensors="pt")
+    answers = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    return processor.batch_decode(answers, skip_special_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def saved(smollm2, parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("batched") / "model"
+    assert "padding_side" not in json.loads((smollm2 / "tokenizer_config.json").read_text())
+    model = load_pretrained_model(smollm2, mm_vision_tower=parts.vision_tower("clip"), device="cpu").model
+    model.save_pretrained(folder)
+    return folder
+
+
+def without_the_key(saved, folder):
+    """A copy of a checkpoint as it was saved before the padding side was written."""
+    shutil.copytree(saved, folder)
+    path = folder / "tokenizer_config.json"
+    fields = json.loads(path.read_text())
+    assert fields.pop("padding_side") == "left"
+    path.write_text(json.dumps(fields))
+    return folder
+
+
+@pytest.mark.parametrize("says_side", [True, False])
+def test_a_reloaded_batch_answers_as_each_row_alone(saved, tmp_path, says_side):
+    folder = saved if says_side else without_the_key(saved, tmp_path / "model")
+    model = load_pretrained_model(folder, device="cpu").model
+    alone = [ask(model, model.processor, question)[0] for question in QUESTIONS]
+    assert alone[0] == PARIS
+    assert ask(model, model.processor, *QUESTIONS) == alone
+
+    pipe = pipeline("image-text-to-text", model=str(folder))
+    chats = [[{"role": "user", "content": [{"type": "text", "text": question}]}] for question in QUESTIONS]
+    said = pipe(text=chats, batch_size=2, return_full_text=False, generate_kwargs={"max_new_tokens": 8})
+    assert [row[0]["generated_text"] for row in said] == alone
+
+
+@pytest.mark.parametrize("says_side", [True, False])
+def test_the_code_that_travels_pads_left_too(saved, tmp_path, says_side):
+    folder = saved if says_side else without_the_key(saved, tmp_path / "model")
+    program = f"""
+from transformers import AutoModelForCausalLM, AutoProcessor
+{inspect.getsource(ask)}
+processor = AutoProcessor.from_pretrained({str(folder)!r}, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)
+print(ask(model, processor, *{QUESTIONS!r})[0])
+processor.save_pretrained({str(tmp_path / "again")!r})
+"""
+    assert run_python(program).strip().splitlines()[-1] == PARIS
+    assert AutoTokenizer.from_pretrained(tmp_path / "again").padding_side == "left"
+
+
+@pytest.mark.parametrize("style", ["llama", "gpt2", "qwen2"])
+def test_what_is_set_on_a_tokenizer_is_saved(parts, tmp_path, style):
+    family = {"gpt2": "phi"}.get(style, style)
+    loaded = load_pretrained_model(
+        parts.language_model(family), mm_vision_tower=parts.vision_tower("clip"), device="cpu"
+    )
+    tokenizer = loaded.tokenizer
+    chosen = {
+        "padding_side": "right",
+        "truncation_side": "left",
+        "model_max_length": 77,
+        "pad_token": tokenizer.convert_ids_to_tokens(9),
+        "clean_up_tokenization_spaces": True,
+        "model_input_names": ["input_ids"],
+    }
+    for name, value in chosen.items():
+        assert getattr(tokenizer, name) != value
+        setattr(tokenizer, name, value)
+    loaded.model.processor.save_pretrained(tmp_path)
+    for reloaded in (MoellavaProcessor.from_pretrained(tmp_path).tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert {name: getattr(reloaded, name) for name in chosen} == chosen
+
+
+def test_the_tokenizer_alone_keeps_its_side(parts, tmp_path):
+    loaded = load_pretrained_model(
+        parts.language_model("qwen2"), mm_vision_tower=parts.vision_tower("clip"), device="cpu"
+    )
+    loaded.tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).padding_side == "left"
