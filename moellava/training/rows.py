@@ -41,7 +41,7 @@ class Row:
         pictures (`list`): In the order of their places: paths, text of the form `data:image/...`, PIL pictures, or
             `{"bytes": ..., "path": ...}` as `datasets` holds them.
         learnt (`frozenset[int]`): The numbers, from 0, of the messages that are learnt.
-        unread (`frozenset[str]`): The fields of its turns that are not read.
+        unread (`frozenset[str]`): The fields that are not read.
     """
 
     name: str
