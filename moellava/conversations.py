@@ -17,6 +17,7 @@ It takes LLaVA's and ShareGPT's `conversations`, OpenAI's `messages` and TRL's `
 theirs that would change what is learnt is either read or refused by name.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,11 +37,14 @@ _ROLES = {
 _CONVERSATIONS = ("conversations", "conversatons")  # the latter in some of LLaVA-Med's files
 # Whether a turn is learnt: ms-swift's, OpenAI's and Mistral's, and Axolotl's names for it.
 _LEARNT_NAMES = ("loss", "weight", "train", "training")
-# What would change what is learnt, and is not read: of a row, and of a turn.
-_REFUSED_IN_ROWS = (
-    "tools", "functions", "function_call", "parallel_tool_calls", "video", "videos", "audio", "audios", "chosen",
-    "rejected", "chat_template", "chat_template_kwargs", "kto_tag", "mask_history", "system_prompt", "system_message",
-    "loss_scale", "loss_weight", "sample_weight", "loss_mask", "assistant_masks", "completion_mask",
+# What would change what is asked or learnt, and is not read: of any row; of one that is learnt; and of a turn.
+_REFUSED_IN_QUESTIONS = (
+    "tools", "functions", "function_call", "parallel_tool_calls", "video", "videos", "audio", "audios",
+    "chat_template", "chat_template_kwargs", "system_prompt", "system_message",
+)  # fmt: skip
+_REFUSED_IN_CONVERSATIONS = (
+    *_REFUSED_IN_QUESTIONS, "chosen", "rejected", "kto_tag", "mask_history", "loss_scale", "loss_weight",
+    "sample_weight", "loss_mask", "assistant_masks", "completion_mask",
 )  # fmt: skip
 _REFUSED_IN_TURNS = (
     "tool_calls", "function_call", "tool_call_id", "functions", "tools", "reasoning_content", "reasoning", "thinking",
@@ -71,7 +75,7 @@ class Conversation:
             `{"type": "text", "text": ...}`.
         pictures (`list`): In the order of their places, as the row has them.
         learnt (`frozenset[int]`): The numbers, from 0, of the messages that are learnt.
-        unread (`frozenset[str]`): The fields of turns that are not read, and are not known to change anything.
+        unread (`frozenset[str]`): The fields that are not read, and are not known to change anything.
     """
 
     messages: list[dict[str, Any]]
@@ -82,7 +86,7 @@ class Conversation:
 
 def is_conversation(row: Mapping[str, Any]) -> bool:
     """Whether a row holds a conversation, and not one question with its answer."""
-    return any(name in row for name in (*_CONVERSATIONS, "messages", "completion"))
+    return any(row.get(name) is not None for name in (*_CONVERSATIONS, "messages", "completion"))
 
 
 def read_conversation(row: Mapping[str, Any], *, as_written: bool = False, needs_places: bool = True) -> Conversation:
@@ -99,11 +103,11 @@ def read_conversation(row: Mapping[str, Any], *, as_written: bool = False, needs
         RowError: The row cannot be used.
     """
     refuse_unread_fields(row)
+    unread = _unread_weights(row)
     form, turns, num_prompt = _turns_of(row)
     messages: list[dict[str, Any]] = []
     sources: list[Any] = []
     learnt: set[int] = set()
-    unread: set[str] = set()
     for number, turn in enumerate(turns):
         role, content = _said(form, turn, number)
         unread |= _unread(turn, number)
@@ -135,23 +139,44 @@ def read_conversation(row: Mapping[str, Any], *, as_written: bool = False, needs
     return Conversation(messages, shown, frozenset(learnt), frozenset(unread))
 
 
-def refuse_unread_fields(row: Mapping[str, Any]) -> None:
-    """Refuses a row by a field that would change what is learnt or asked, and that nothing here reads.
+def refuse_unread_fields(row: Mapping[str, Any], is_learnt: bool = True) -> None:
+    """Refuses a row by a field that would change what is asked or learnt, and that nothing here reads.
+
+    Args:
+        row (`Mapping`): The row.
+        is_learnt (`bool`, *optional*, defaults to `True`): Whether it is a conversation that may be learnt; of a single
+            question, fields of training have no meaning.
 
     Raises:
         RowError: It has one.
     """
-    for name in _REFUSED_IN_ROWS:
+    for name in _REFUSED_IN_CONVERSATIONS if is_learnt else _REFUSED_IN_QUESTIONS:
         if _is_given(row.get(name)):
             advice = "; call it system" if name in ("system_prompt", "system_message") else "; take it out"
+            changed = "learnt" if is_learnt else "asked"
             raise RowError(
-                "field", f"has the field {name!r}, which is not read and would change what is learnt{advice}"
+                "field", f"has the field {name!r}, which is not read and would change what is {changed}{advice}"
             )
+
+
+def _unread_weights(row: Mapping[str, Any]) -> set[str]:
+    """Returns the fields of a row that are called as a weight is, and seem to be none; a row's weight is refused.
+
+    A row that counts for nothing, or for less than others, is to be left out of the file. A patient's weight or a loss
+    that somebody has noted is no such thing.
+
+    Raises:
+        RowError: It has a weight.
+    """
+    found = set()
     for name in _LEARNT_NAMES:
         value = row.get(name)
-        # Of whole rows: a row that counts for nothing is to be left out of the file.
-        if isinstance(value, int | float) and value != 1:
+        if not isinstance(value, int | float) or value == 1:
+            continue
+        if value == 0 or (name == "weight" and 0 < value < 1):
             raise RowError("field", f"has the {name} {value!r}; a row is learnt as a whole: take it out, or mark turns")
+        found.add(name)
+    return found
 
 
 def row_pictures(row: Mapping[str, Any]) -> tuple[str | None, list[Any]]:
@@ -164,12 +189,17 @@ def row_pictures(row: Mapping[str, Any]) -> tuple[str | None, list[Any]]:
     for name in IMAGE_FIELDS:
         value = row.get(name)
         if value is not None:
-            found[name] = list(value) if isinstance(value, list | tuple) else [value]
+            found[name] = [held for held in (value if isinstance(value, list | tuple) else [value]) if _is_shown(held)]
     held = [name for name in found if found[name]] or list(found)
     for name in held[1:]:
         if name in ("image", "images") and found[name] != found[held[0]]:
             raise RowError("placeholders", f"has different images as {held[0]!r} and as {name!r}; expected one of them")
     return (held[0], found[held[0]]) if held else (None, [])
+
+
+def _is_shown(picture: Any) -> bool:
+    """Whether an entry of a row's images is one; None, "" and pandas' NaN stand for none."""
+    return picture is not None and picture != "" and not (isinstance(picture, float) and math.isnan(picture))
 
 
 def located(picture: Any, folder: Path) -> Any:
@@ -247,7 +277,7 @@ def _turns_of(row: Mapping[str, Any]) -> tuple[str, list[Any], int]:
     (form,) = forms
     if form != "completion":
         return form, _list_of_turns(row, form), 0
-    if row.get("label") is not None:
+    if isinstance(row.get("label"), bool):
         raise RowError(
             "field", "has the field 'label' beside a completion, as for preferences; answers are learnt only"
         )
@@ -268,7 +298,7 @@ def _list_of_turns(row: Mapping[str, Any], name: str) -> list[Any]:
 def _said(form: str, turn: Any, number: int) -> tuple[str, Any]:
     """Returns the role and the content of a turn."""
     names = ("from", "value") if form in _CONVERSATIONS else ("role", "content")
-    if isinstance(turn, Mapping) and names[0] not in turn:
+    if isinstance(turn, Mapping) and turn.get(names[0]) is None:  # datasets fills in what a turn does not have
         names = ("role", "content") if names[0] == "from" else ("from", "value")
     if not isinstance(turn, Mapping) or names[0] not in turn or (names[1] not in turn and names[1] == "value"):
         wanted = "'from' and 'value'" if form in _CONVERSATIONS else "role"
@@ -288,7 +318,7 @@ def _unread(turn: Mapping[str, Any], number: int) -> set[str]:
                 "field",
                 f"message {number} has the field {name!r}, which is not read and would change what is learnt{advice}",
             )
-    names = ("from", "value") if "from" in turn else ("role", "content")
+    names = ("from", "value") if turn.get("from") is not None else ("role", "content")
     return {name for name in turn if name not in (*names, *_LEARNT_NAMES) and _is_given(turn[name])}
 
 

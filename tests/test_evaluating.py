@@ -30,7 +30,7 @@ from PIL import Image
 from moellava import evaluate, load_pretrained_model
 from moellava.asking import question_inputs
 from moellava.evaluating import EvaluationReport, ScoredAnswer, score
-from moellava.evaluating.choices import chosen, stated_letter
+from moellava.evaluating.choices import chosen, read_choices, stated_letter
 from moellava.evaluating.questions import Question, Unusable, open_picture, read_questions
 from moellava.evaluating.scoring import bootstrap, mean_scores, wilson, words
 
@@ -51,6 +51,9 @@ from moellava.evaluating.scoring import bootstrap, mean_scores, wilson, words
         ("1,20", ["1", "20"]),
         ("it doesn't / it doesn\u2019t", ["it", "doesnt", "it", "doesnt"]),
         ("A", ["a"]),  # multiple choice, not an article
+        ("A type A dissection, hepatitis A", ["type", "a", "dissection", "hepatitis", "a"]),  # names, not articles
+        ("THERE IS A MASS of type-a", ["there", "is", "a", "mass", "of", "type", "a"]),
+        ("THERE IS A MASS", ["there", "is", "mass"]),
         ("\uff23\uff34", ["ct"]),  # full-width letters
         ("右肺", ["右肺"]),
         ("... !", []),
@@ -225,7 +228,7 @@ def test_choices(name, choices, answer):
         ("A small cyst is seen", "A"),
         ("A", "A"),
         ("E. coli", "C"),
-        ("a small cyst, not a large mass", None),
+        ("a small cyst, not a large mass", "A"),
         ("D", None),
         ("I cannot say", None),
     ],
@@ -262,7 +265,7 @@ def test_choices_within_each_other_and_yes_or_no():
             {"choices": "left, right", "answer": 0},
             "has a str as its choices; expected a list of texts, or texts by letter",
         ),
-        ({"choices": ["left", "right"], "answer": True}, "has no true answer, but True"),
+        ({"choices": ["left", "right"], "answer": True}, "has the answer 'True', which is none of its choices"),
     ],
 )
 def test_choices_that_cannot_be_used(fields, reason):
@@ -778,3 +781,67 @@ def test_more_rows_that_cannot_be_used_than_lines(report):
     many = [Unusable(row, "is empty") for row in range(1, 26)]
     lines = EvaluationReport("model", "set", report.answers, many, 30, report.settings, 1.0).lines()
     assert lines[-2:] == ["  row 20 is empty.", "  and 5 more."]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers as models give them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("expected", "answer", "accuracy"),
+    [
+        ("type A", "Type B.", 0.0),
+        ("type A", "A type A dissection", 1.0),
+        ("hepatitis A", "hepatitis", 0.0),
+        ("left", "not on the left", 1.0),  # a denial stands before what it denies
+        ("left", "It is not left.", 0.0),
+        ("true", "This is not true.", 0.0),
+        ("pneumonia", "There is no pneumonia.", 0.0),
+        ("pneumonia", "No effusion, but pneumonia", 1.0),
+        ("肺炎", "肺炎です", 1.0),
+        ("肺炎", "肺炎が見られます", 1.0),
+        ("肺炎", "肺炎ではない", 0.0),
+        ("肺炎", "肺炎はありません", 0.0),
+        ("ใช่", "ไม่ใช่", 0.0),
+        ("B", "So B.", 1.0),
+        ("B", "Therefore, B", 1.0),
+        ("B", "The lungs are clear. Hence B.", 1.0),
+        ("A", "So a mass", 0.0),
+        ("B", "정답은 B입니다", 1.0),
+        ("B", "La respuesta correcta es la B", 1.0),
+        ("Б", "Вариант Б", 1.0),
+    ],
+)
+def test_closed_answers_in_sentences(expected, answer, accuracy):
+    assert score(expected, answer, "closed")["accuracy"] == accuracy
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "label"),
+    [
+        (["Vitamin A", "Vitamin B"], "Vitamin", None),
+        (["Vitamin A", "Vitamin B"], "It is vitamin A.", "A"),
+        (["normal", "pneumonia"], "Not pneumonia", None),
+        (["benign", "malignant"], "It is not malignant but benign.", "A"),
+        (["normal", "pneumonia"], "B is wrong", None),
+        (["-1", "1"], "-1", "A"),
+        (["-1", "1"], "1", "B"),
+        (["<5", ">5"], "> 5", None),  # the same words
+        (["a mass", "mass"], "mass", "B"),
+        ([True, False], "false", "B"),
+        ({"أ": "يمين", "ب": "يسار"}, "الجواب هو ب", "ب"),
+        ({"А": "да", "Б": "нет"}, "Вариант Б", "Б"),
+    ],
+)
+def test_choices_in_sentences(choices, answer, label):
+    assert chosen(answer, read_choices({"choices": choices})) == label
+
+
+def test_true_and_false_are_texts_of_choices():
+    row = {"question": "Is it so?", "image": None, "answer": False}
+    for choices in ([True, False], ["True", "False"]):
+        (question,) = read_questions([row | {"choices": choices}]).questions
+        assert question.expected == "False" and chosen("It is false.", question.choices) == "B"
+    with pytest.raises(ValueError, match="has the answer 'False', which is none of its choices"):
+        read_questions([row | {"choices": ["yes", "no"]}])

@@ -399,6 +399,8 @@ REFUSED = [
     (marked() | {"system_prompt": "Be brief."}, "has the field 'system_prompt', .*; call it system"),
     (marked() | {"system": ["Be brief."]}, "has a list as its system; expected a text"),
     (marked() | {"weight": 0}, "has the weight 0; a row is learnt as a whole"),
+    (marked() | {"weight": 0.5}, "has the weight 0.5; a row is learnt as a whole"),
+    (marked() | {"train": False}, "has the train False; a row is learnt as a whole"),
     (marked() | {"loss": False}, "has the loss False; a row is learnt as a whole"),
     (marked() | {"messages": marked(("role", "content"))["messages"]}, "has both conversations and messages"),
     (llava("<image>Which?", "0.png") | {"images": ["1.png"]}, "has different images as 'images' and as 'image'"),
@@ -440,8 +442,49 @@ def test_fields_of_turns_that_are_not_read_are_named(caplog):
     rows = [turn_with(3, markdown="x", name=None), turn_with(3, markdown="y", name="Ann"), turn_with(2, weight=1)]
     report = check_data(rows)
     assert report.usable == 3 and report.to_dict()["unread"] == {"markdown": 2, "name": 1}
-    assert "fields of turns that are not read: markdown (2 rows), name (1 rows)" in report.lines()
+    assert "fields that are not read: markdown (2 rows), name (1 rows)" in report.lines()
     json.dumps(report.to_dict())
+
+
+def test_fields_that_only_sound_like_weights_are_named():
+    """A patient's weight, and a loss that somebody has noted."""
+    report = check_data([marked() | {"weight": 72.5}, marked() | {"loss": 0.3, "train": True}])
+    assert report.usable == 2 and report.to_dict()["unread"] == {"weight": 1, "loss": 1}
+    question = {"question": "Is it?", "answer": "yes", "image": None}
+    meant_for_training = {"weight": 0.5, "train": False, "loss": 0, "rejected": "no", "sample_weight": 2}
+    assert len(read_questions([question | meant_for_training]).questions) == 1
+    with pytest.raises(ValueError, match="has the field 'tools', which is not read and would change what is asked"):
+        read_questions([question | {"tools": [{"name": "search"}]}])
+    done = {"prompt": [{"role": "user", "content": "One?"}], "completion": [{"role": "assistant", "content": "A."}]}
+    assert Rows([done | {"label": "pneumonia"}])[0].learnt == {1}
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], [None], [""], float("nan")])
+def test_images_that_are_none(nothing):
+    """As tables keep rows of text alone; a question has to say null."""
+    row = llava("Which?", nothing)
+    assert Rows([row])[0].pictures == [] and read_questions([row]).questions[0].pictures == []
+    with pytest.raises(RowError, match="has 1 <image> placeholder"):
+        Rows([llava("<image>\nWhich?", nothing)])[0]
+    question = {"question": "Is it?", "answer": "yes", "image": nothing}
+    if nothing is None or nothing == []:
+        assert read_questions([question]).questions[0].pictures == []
+    else:
+        with pytest.raises(ValueError, match="has an empty 'image'; expected a picture's name, or null"):
+            read_questions([question])
+
+
+def test_what_datasets_fills_in_says_nothing():
+    """Rows and turns of several forms in one table have all fields of all of them."""
+    turns = [
+        {"from": "human", "value": "Which?", "role": None, "content": None},
+        {"from": None, "value": None, "role": "assistant", "content": "One."},
+    ]
+    row = {"conversations": turns, "messages": None, "completion": None, "question": None}
+    (said,) = Rows([row])
+    assert [message["role"] for message in said.messages] == ["user", "assistant"] and not said.unread
+    question = {"question": None, "text": "Is it?", "answer": "yes", "image": None, "messages": None}
+    assert read_questions([question]).questions[0].text == "Is it?"
 
 
 def test_messages_of_the_harness_are_arranged():

@@ -371,6 +371,15 @@ def test_early_stopping(dense, data, tmp_path):
     assert all(torch.equal(tensor, tensors_of(best)[name]) for name, tensor in tensors_of(report.checkpoint).items())
 
 
+def test_early_stopping_saves_when_it_evaluates(dense, data, tmp_path):
+    settings = {"model": dense, "data": data, "output_dir": tmp_path, "stage": "instruct", "eval_data": data}
+    for strategy in ("epoch", "steps"):
+        given = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2} if strategy == "steps" else {}
+        recipe = read_recipe(settings, early_stopping_patience=1, report_to="none", use_cpu=True, **given)
+        arguments = recipe.stages[0].training_arguments(tmp_path)
+        assert arguments.save_strategy == arguments.eval_strategy == strategy and arguments.load_best_model_at_end
+
+
 def test_streamed(dense, data, tmp_path):
     rows = [row | {"image": str(data.parent / row["image"])} for row in json.loads(data.read_text()) if "image" in row]
     recipe = {"model": dense, "data": itertools.chain(rows, [{"id": "bad"}]), "output_dir": tmp_path, "stage": "align"}

@@ -538,3 +538,18 @@ def test_sampler_groups_by_length_and_depends_on_seed_and_epoch_alone():
     again.set_epoch(1)
     assert list(again) == second
     assert list(SeededLengthSampler(8, lengths, seed=4)) != first
+
+
+def test_a_file_of_a_table(folder, tmp_path):
+    """The file itself, which is not looked for on the Hub."""
+    rows = [{"messages": [{"role": "user", "content": str(number)}, {"role": "assistant", "content": "A."}]}
+            for number in range(4)]  # fmt: skip
+    for row in rows:
+        row["images"] = [picture(0)]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    found = open_data({"path": tmp_path / "rows.parquet", "split": "train[1:3]"})
+    assert [row.messages[0]["content"][1]["text"] for row in found] == ["1", "2"]
+    assert check_data(tmp_path / "rows.parquet").pictures == 4
+    (tmp_path / "rows.csv").write_text("a,b\n1,2\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"rows.csv ends in '.csv'; expected a .json, .jsonl or .parquet file"):
+        open_data(tmp_path / "rows.csv")

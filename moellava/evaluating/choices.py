@@ -34,15 +34,21 @@ _NAMES = ("choices", "options")
 _ALPHABETS = (string.ascii_uppercase, "АБВГДЕЖЗИЙКЛМНОПРСТУФХЦЧШЩЪЫЬЭЮЯ", "ΑΒΓΔΕΖΗΘΙΚΛΜΝΞΟΠΡΣΤΥΦΧΨΩ")
 _WORD = "0-9A-Za-z\u00c0-\u024f\u0370-\u052f"
 # What an answer is called, and what may stand between that and its letter.
-_ANSWER = r"answer|\bans\b\.?|antwort|respuesta|r[eé]ponse|risposta|resposta|ответ|答案|正解|答え"
+_ANSWER = (
+    r"answer|\bans\b\.?|antwort|respuesta|r[eé]ponse|risposta|resposta|ответ|答案|正解|答え|정답|답은|(?:ال)?[إا]جابة|"
+    r"(?:ال)?جواب"
+)
 _OPTION = (
-    r"option|choice|alternative|\bletter|choose|chose|pick|select|go with|going with|选项|選項|选择|選擇|应选|选|選"
+    r"option|choice|alternative|\bletter|choose|chose|pick|select|go with|going with|вариант|选项|選項|选择|選擇|"
+    r"应选|选|選"
 )
 _BETWEEN = (
     r"(?:[\s:=>\"'“‘(\[–—-]|\b(?:is|be|was|would|should|must|most|likely|probably|definitely|correct|right|best|therefore|the|"
-    r"letter|option|choice|answer|number|ist|es|est|è|é|это)\b|[是为為はが])*"
+    r"letter|option|choice|answer|number|ist|es|est|è|é|la|correcta|correta|corretta|это|هي|هو|الصحيحة)\b|"
+    r"[是为為はが은는])*"
 )
 _CORRECT = r"\)?\s+(?:is|was|ist|es|est)\s+(?:(?:the|most|likely|probably)\s+)*(?:correct|right|best|true|answer)\b"
+_NOT_DENIED = r"(?!\s*(?:is|was)\s+(?:not|wrong|incorrect|false)\b)"
 _THINKS = (
     r"\b(?:it|this|that|think|believe|guess|say)\b"
     r"(?:\s|['’]s\b|\b(?:it|is|was|must|be|would|should|likely|probably)\b)*"
@@ -85,10 +91,10 @@ def read_choices(row: Mapping[str, Any]) -> dict[str, str] | None:
         )
     choices = {}
     for label, text in pairs:
-        if isinstance(text, bool) or not isinstance(text, str | int | float) or not str(text).strip():
+        if not isinstance(text, str | int | float) or not str(text).strip():
             raise RowError("form", f"has {text!r} among its {name}; expected texts")
         choices[_trimmed(str(label)) or str(label)] = str(text).strip()
-    if len(choices) != len(pairs) or len({_comparable(text) for text in choices.values()}) != len(pairs):
+    if len(choices) != len(pairs) or len({_exact(text) for text in choices.values()}) != len(pairs):
         raise RowError("form", f"has the same twice among its {name}")
     # Texts that bring their letters.
     bare = {label: _without_label(text, label) for label, text in choices.items()}
@@ -101,7 +107,7 @@ def right_choice(answer: Any, choices: Mapping[str, str]) -> Any:
     Raises:
         RowError: It is none of the choices, or one by its text and another by its letter or index.
     """
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
+    if not isinstance(answer, str | int | float) or not str(answer).strip():
         return answer
     text = str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer).strip()
     named = label_of(text, choices)
@@ -126,7 +132,7 @@ def label_of(answer: str, choices: Mapping[str, str]) -> str | None:
     Raises:
         RowError: It is the text of one and the letter of another.
     """
-    by_text = next((label for label, text in choices.items() if _comparable(text) == _comparable(answer)), None)
+    by_text = _by_text(answer, choices)
     by_label = next((label for label in choices if label.casefold() == _trimmed(answer).casefold()), None)
     if by_label is None:
         by_label = next(
@@ -148,9 +154,8 @@ def chosen(answer: str, choices: Mapping[str, str]) -> str | None:
     In this order: the answer is the text of a choice; it states a letter; it has the text of one choice in it, and of
     no other but such as lie within that one.
     """
-    for label, text in choices.items():
-        if _comparable(text) == _comparable(answer):
-            return label
+    if (label := _by_text(answer, choices)) is not None:
+        return label
     letter = _stated(answer, list(choices))
     if letter is not None:
         return letter
@@ -225,8 +230,9 @@ def _stated(answer: str, labels: list[str]) -> str | None:
     marked = found(rf"{begins}\s*(?:[):\]。、]|\.(?=\s|$|(?-i:[A-Z])|[a-z]{{2}}|[^\x00-\x7f])|\s[–—-]+\s|\n)")
     marked += [match for match in found(rf"{begins}[,;]\s") if match[1].isupper() and match[1] != "I"]
     leading = [
-        match for match in found(rf"{begins}\s") if match[1].isupper() and match[1] not in _MAY_BE_WORDS
+        match for match in found(rf"{begins}\s{_NOT_DENIED}") if match[1].isupper() and match[1] not in _MAY_BE_WORDS
     ]  # fmt: skip
+    last = found(rf"(?:[\n.!?:;。]\s*|\A)(?:(?:so|thus|hence|therefore|then)[\s,:]+)?\(?{label}\)?[.!。]?\s*\Z")
     ways = (
         named(found(rf"\A[\W_]*{label}[\W_]*\Z")),
         named(marked),
@@ -234,7 +240,7 @@ def _stated(answer: str, labels: list[str]) -> str | None:
         named(options) or named(thoughts),
         named(found(rf"(?<![{_WORD}])[(\[]{label}[)\]]")),
         named(leading),
-        named([match for match in found(rf"(?:[\n.!?:;。]\s*)\(?{label}\)?[.!。]?\s*\Z") if not match[1].islower()]),
+        named([match for match in last if not match[1].islower()]),
     )
     for names in ways:
         if len(names) == 1:
@@ -269,8 +275,21 @@ def _without_label(text: str, label: str) -> str:
     return _plain(text)[marked.end() :].strip() if marked else ""
 
 
+def _by_text(answer: str, choices: Mapping[str, str]) -> str | None:
+    """Returns the letter of the choice whose text an answer is: to the sign, or else by its words, as no other's."""
+    found = [label for label, text in choices.items() if _exact(text) == _exact(answer)]
+    found = found or [label for label, text in choices.items() if _comparable(text) == _comparable(answer)]
+    return found[0] if len(found) == 1 else None
+
+
+def _exact(text: str) -> str:
+    """Returns a text with its signs ("<5", "-1"), but for those that end a sentence."""
+    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return text.rstrip(" .,;:!?") or text
+
+
 def _comparable(text: str) -> tuple[str, ...]:
-    return tuple(words(text)) or (text.strip().casefold(),)
+    return tuple(words(text)) or (_exact(text),)
 
 
 __all__ = ["chosen", "label_of", "letters_of", "read_choices", "right_choice", "split_choice", "stated_letter"]

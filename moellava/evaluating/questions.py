@@ -198,7 +198,7 @@ def _questions_of(row: Any, number: int, folder: Path, as_written: bool) -> list
         )
     if is_conversation(row):
         return _turns_of(row, number, folder, as_written)
-    refuse_unread_fields(row)
+    refuse_unread_fields(row, is_learnt=False)
     text = _text(_required(row, _QUESTION_NAMES, "question"), "question")
     name, held = row_pictures(row)
     if name is None and not any(name in row for name in IMAGE_FIELDS):
@@ -206,6 +206,8 @@ def _questions_of(row: Any, number: int, folder: Path, as_written: bool) -> list
         raise RowError("form", f"has no picture: expected {_either(names)}, null for a question without")
     choices = read_choices(row)
     expected = _expected(_required(row, ("answer",), "true answer"), choices)
+    if not held and row.get(name) not in (None, [], ()):
+        raise RowError("form", f"has an empty {name!r}; expected a picture's name, or null for a question without")
     pictures = _pictures_of(held, name, folder)
     if (places := text.count(IMAGE_TOKEN)) not in (0, len(pictures)):
         count = f"{places} {IMAGE_TOKEN} for {len(pictures)} picture(s)"
@@ -284,8 +286,9 @@ def _pictures_of(pictures: list[Any], name: str | None, folder: Path) -> list[An
 
 
 def _field(row: Mapping[str, Any], names: tuple[str, ...]) -> tuple[str | None, Any]:
-    """Returns the first of the names that a row has, with its value."""
-    return next(((name, row[name]) for name in names if name in row), (None, None))
+    """Returns the first of the names that a row has, with its value; None only if no other has one."""
+    named = sorted((name for name in names if name in row), key=lambda name: row[name] is None)
+    return (named[0], row[named[0]]) if named else (None, None)
 
 
 def _required(row: Mapping[str, Any], names: tuple[str, ...], what: str) -> Any:

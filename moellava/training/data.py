@@ -64,7 +64,7 @@ class DataReport:
         tokens (`int`): Their tokens, pictures with them; 0 if there was no processor to count them.
         answer_tokens (`int`): Those of them that are learnt.
         longest (`int`): The tokens of the longest of them.
-        unread (`dict[str, int]`): The fields of turns that are not read, and of how many rows.
+        unread (`dict[str, int]`): The fields that are not read, and of how many rows.
     """
 
     rows: int = 0
@@ -116,8 +116,8 @@ class DataReport:
 
     @property
     def unread_line(self) -> str:
-        """Names the fields of turns that are not read."""
-        return "fields of turns that are not read: " + ", ".join(
+        """Names the fields that are not read."""
+        return "fields that are not read: " + ", ".join(
             f"{name} ({count} rows)" for name, count in self.unread.most_common()
         )
 

@@ -256,7 +256,8 @@ class Stage:
         if self.distributed_config is not None:
             defaults |= {"save_strategy": "no"}  # the Trainer cannot resume what was divided while loading
         if self.early_stopping_patience is not None:
-            defaults |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "save_strategy": "epoch"}
+            defaults |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+            defaults |= {"save_strategy": self.arguments.get("eval_strategy", "epoch")}  # each evaluated model is one
         use_cpu = self.arguments.get("use_cpu", False)
         if torch.cuda.is_available() and not use_cpu and not self.arguments.get("fp16"):
             defaults["bf16"] = torch.cuda.is_bf16_supported()

@@ -41,7 +41,7 @@ class Row:
         pictures (`list`): In the order of their places: paths, text of the form `data:image/...`, PIL pictures, or
             `{"bytes": ..., "path": ...}` as `datasets` holds them.
         learnt (`frozenset[int]`): The numbers, from 0, of the messages that are learnt.
-        unread (`frozenset[str]`): The fields of its turns that are not read.
+        unread (`frozenset[str]`): The fields that are not read.
     """
 
     name: str
@@ -56,9 +56,9 @@ def open_data(data: Any, image_folder: str | os.PathLike | None = None, as_writt
 
     Args:
         data (`str`, `os.PathLike`, `Mapping`, `Iterable`):
-            A `.json` file with a list of rows, or a `.jsonl` file with one in each line; a folder that
-            `Dataset.save_to_disk` has written; any other name that `datasets.load_dataset` takes; a mapping with `path`
-            (one of these) and `name`, `split`, `streaming`, `image_folder`; or the rows themselves, a list or a
+            A `.json` file with a list of rows, a `.jsonl` file with one in each line, or a `.parquet` file; a folder
+            that `Dataset.save_to_disk` has written; any other name that `datasets.load_dataset` takes; a mapping with
+            `path` (one of these) and `name`, `split`, `streaming`, `image_folder`; or the rows themselves, a list or a
             dataset; of several splits in memory, `train`. `split` is a name or a slice, such as `train[:90%]`, of
             whatever `path` is; rows without the name of a split are `train`.
         image_folder (`str` or `os.PathLike`, *optional*): Where relative paths of pictures begin; by default the folder
@@ -114,6 +114,10 @@ def _load_dataset(name: str, path: Path, options: dict[str, Any]) -> Any:
         ) from error
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _selected(datasets.load_from_disk(str(path)), name, options)
+    if path.is_file():  # by its name alone, the library would look for it on the Hub
+        if path.suffix.lower() != ".parquet":
+            raise ValueError(f"{name} ends in {path.suffix!r}; expected a .json, .jsonl or .parquet file, or a folder.")
+        return _selected(datasets.Dataset.from_parquet(str(path)), name, options)
     given = {option: value for option, value in options.items() if value is not None}
     # By its whole path, since the library takes no ".".
     return datasets.load_dataset(str(path.resolve()) if path.is_dir() else name, **{"split": "train", **given})
