@@ -802,6 +802,9 @@ ERRORS: dict[str, Callable] = {
     "path of a tokenizer": lambda model, _: load(
         model_path=edited_part(LANGUAGE_MODEL, "tokenizer_config.json", vocab="/etc/hostname")
     ),
+    "path in the place of a vocabulary": lambda model, _: load(
+        model_path=edited_part(LANGUAGE_MODEL, "tokenizer.json", model={"type": "WordPiece", "vocab": "/etc/hostname"})
+    ),
     "path among special tokens": lambda model, _: load(
         model_path=edited_part(LANGUAGE_MODEL, "special_tokens_map.json", vocab_file="/etc/hostname")
     ),
@@ -811,6 +814,9 @@ ERRORS: dict[str, Callable] = {
     ),
     "class of an image processor": lambda model, _: load(
         vision_tower=edited_part(CLIP, "preprocessor_config.json", image_processor_type="OneFormerImageProcessor")
+    ),
+    "tokenizer of a newer library": lambda model, _: load(
+        model_path=edited_part(LANGUAGE_MODEL, "tokenizer.json", model={"type": "Newer"})
     ),
     "extra": lambda model, monkeypatch: load_without("timm", monkeypatch, vision_tower=BIOMEDCLIP),
     "extra for adapters": lambda model, monkeypatch: load_without("peft", monkeypatch, model_base=LANGUAGE_MODEL),
