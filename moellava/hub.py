@@ -202,7 +202,14 @@ def checkpoint_files(source: Source, include: Iterable[str] = ()) -> list[str]:
             f"{folder} has no {PROCESSOR_NAME}: whoever loads it could not ask it about pictures. Save the processor "
             f"there first: model.processor.save_pretrained({str(folder)!r})."
         )
-    names = {*_weight_names(source), *_code_names(source)}
+    weights = _weight_names(source)
+    hidden = sorted(name for name in weights if name.startswith("."))
+    if hidden:
+        raise ValueError(
+            f"The index of {folder} names {hidden[0]!r}; a file that begins with a dot is never sent. Load the model "
+            "and save it again."
+        )
+    names = {*weights, *_code_names(source)}
     check_links(folder, names)
     return sorted(names | published_files(folder, include))
 

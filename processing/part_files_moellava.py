@@ -73,11 +73,13 @@ def load_tokenizer(name: str | os.PathLike, config: PreTrainedConfig | None = No
     options = _at_one_revision(name, options)
     check_links(name, options.get("subfolder"))
     path, fields = _read(name, "tokenizer_config.json", options)
-    for file in fields.get("fast_tokenizer_files") or ():
-        if not isinstance(file, str) or file != os.path.basename(file):
+    versions = fields.get("fast_tokenizer_files") or []
+    versions = versions if isinstance(versions, list) else [versions]
+    for file in versions:
+        if not isinstance(file, str) or file != os.path.basename(file) or not file.endswith(".json"):
             raise RefusedFileError(
-                f"{path} names {file!r}; expected the plain name of a file beside it. Nothing outside the folder is "
-                "read."
+                f"{path} names {file!r}; expected the plain name of a JSON file beside it. Nothing outside the folder "
+                "is read."
             )
     for key, value in fields.items():
         is_path = isinstance(value, str) and key in _NEVER_PATHS
@@ -91,6 +93,16 @@ def load_tokenizer(name: str | os.PathLike, config: PreTrainedConfig | None = No
         # transformers takes any field of this file before what it has found in the folder.
         if not key.endswith(("_token", "_tokens")):
             raise RefusedFileError(f"{path} has {key!r}; expected special tokens alone, such as 'bos_token'.")
+    for file in ("tokenizer.json", *versions):
+        path, saved = _read(name, file, options)
+        model = saved.get("model")
+        for key in _NEVER_PATHS if isinstance(model, dict) else ():
+            # transformers builds some classes of these two, and the tokenizers library reads a text as a file's name.
+            if isinstance(model.get(key), str):
+                raise RefusedFileError(
+                    f"{path} has the text {model[key]!r} as {key!r} of its model, by which a file outside of the "
+                    "folder would be opened; expected the entries themselves. Save or download it again."
+                )
     if not options.get("trust_remote_code"):
         if config is None:
             _, model = _read(name, "config.json", options)
@@ -100,7 +112,15 @@ def load_tokenizer(name: str | os.PathLike, config: PreTrainedConfig | None = No
         _check_tokenizer_classes(name, (fields.get("tokenizer_class"), model.get("tokenizer_class"), registered))
     # Old files tell where their author's vocabulary was. The one in the folder is taken.
     elsewhere = {key: None for key, value in fields.items() if key.endswith(("_file", "_spm")) and value is not None}
-    return AutoTokenizer.from_pretrained(name, config=config, **(elsewhere | options))
+    try:
+        return AutoTokenizer.from_pretrained(name, config=config, **(elsewhere | options))
+    except Exception as error:
+        if type(error) is not Exception:  # the tokenizers library has no errors of its own
+            raise
+        raise ValueError(
+            f"The tokenizer.json of {name} cannot be read ({error}). It is damaged, or of a newer tokenizers library "
+            "than the one installed: upgrade that, or save or download the file again."
+        ) from error
 
 
 def load_image_processor(name: str | os.PathLike, **options: Any) -> Any:

@@ -468,6 +468,14 @@ def test_what_the_demo_has_not_written_is_in_its_way_and_stays(earlier, change, 
     assert everything(earlier.folder) == before
 
 
+def test_what_no_demo_has_recorded_is_not_read(tmp_path, monkeypatch):
+    """The pictures of a home folder may be many."""
+    (tmp_path / "pictures").mkdir()
+    monkeypatch.setattr(running, "_digest", lambda path: pytest.fail(f"{path} was read"))
+    with pytest.raises(FileExistsError, match="has pictures, which the demo would replace"):
+        clear(Demo(tmp_path, 1))
+
+
 def test_the_command_deletes_no_folders_of_a_user(tmp_path):
     for name in ("pictures/scan.png", "checkpoint/config.json", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -601,6 +601,16 @@ def linked(model: MoellavaForCausalLM, link: bool = True) -> Source:
     return Source("my-linked-model")
 
 
+def hidden_weights(model: MoellavaForCausalLM) -> Source:
+    folder = Path("my-hidden-model")
+    model.save_pretrained(folder)
+    names = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / ".model.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, ".model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return Source(folder)
+
+
 def edited_part(source: str, name: str, **changes) -> str:
     """A copy of a part, with fields of a JSON file changed."""
     shutil.copytree(source, "my-part")
@@ -799,8 +809,12 @@ ERRORS: dict[str, Callable] = {
     "adapter of another kind": lambda model, _: load(model_path=adapter_of_another_kind(), model_base=LANGUAGE_MODEL),
     "link": lambda model, _: checkpoint_files(linked(model)),
     "pattern of more files": lambda model, _: checkpoint_files(linked(model, link=False), [".env"]),
+    "weights with a dot": lambda model, _: checkpoint_files(hidden_weights(model)),
     "path of a tokenizer": lambda model, _: load(
         model_path=edited_part(LANGUAGE_MODEL, "tokenizer_config.json", vocab="/etc/hostname")
+    ),
+    "path in the place of a vocabulary": lambda model, _: load(
+        model_path=edited_part(LANGUAGE_MODEL, "tokenizer.json", model={"type": "WordPiece", "vocab": "/etc/hostname"})
     ),
     "path among special tokens": lambda model, _: load(
         model_path=edited_part(LANGUAGE_MODEL, "special_tokens_map.json", vocab_file="/etc/hostname")
@@ -811,6 +825,9 @@ ERRORS: dict[str, Callable] = {
     ),
     "class of an image processor": lambda model, _: load(
         vision_tower=edited_part(CLIP, "preprocessor_config.json", image_processor_type="OneFormerImageProcessor")
+    ),
+    "tokenizer of a newer library": lambda model, _: load(
+        model_path=edited_part(LANGUAGE_MODEL, "tokenizer.json", model={"type": "Newer"})
     ),
     "extra": lambda model, monkeypatch: load_without("timm", monkeypatch, vision_tower=BIOMEDCLIP),
     "extra for adapters": lambda model, monkeypatch: load_without("peft", monkeypatch, model_base=LANGUAGE_MODEL),

@@ -348,6 +348,13 @@ def _sharded_without_one(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def _weights_with_a_dot(folder):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / ".secret.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, ".secret.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def _adapter(folder):
     (folder / "config.json").unlink()
     (folder / "adapter_config.json").write_text("{}")
@@ -365,6 +372,7 @@ def _adapter(folder):
             FileNotFoundError,
             "lacks model-00001-of-00002.safetensors, which its model",
         ),
+        (_weights_with_a_dot, ValueError, "names '.secret.safetensors'; a file that begins with a dot is never sent"),
         (_cut_off, ValueError, "it is cut off or damaged. Save or download it again."),
         (_without("registry_moellava.py"), FileNotFoundError, "lacks registry_moellava.py, which its code needs."),
         (_without("moellava_entry.py"), FileNotFoundError, "lacks moellava_entry.py, which its code needs."),

@@ -78,6 +78,7 @@ def secrets(parts, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("secrets")
     (folder / "lines.txt").write_text("\n".join((*WORDS, "SECRET")))
     write_json(folder / "words.json", {word: index for index, word in enumerate((*WORDS, "SECRET"))})
+    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
     shutil.copy(parts.language_model("llama") / "tokenizer.json", folder)
     older = tmp_path_factory.mktemp("older")
     write_older_tokenizer("llama", older, "slow")
@@ -145,6 +146,64 @@ def test_no_tokenizer_opens_what_its_files_name(secrets, guard, folder, tmp_path
     assert opened_by(guard) == []
 
 
+# The models of a tokenizer.json, each with a path in the place of its entries.
+MODELS = (
+    {"type": "BPE", "vocab": "@words.json", "merges": "@merges.txt"},
+    {"type": "BPE", "vocab": "@lines.txt", "merges": []},
+    {"type": "WordLevel", "unk_token": "[UNK]", "vocab": "@words.json"},
+    {
+        "type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 9,
+        "vocab": "@lines.txt",
+    },
+    {"type": "Unigram", "unk_id": 0, "vocab": "@lines.txt"},
+    {"vocab": "@lines.txt", "merges": "@merges.txt"},
+)  # fmt: skip
+
+
+def write_tokenizer(folder: Path, secrets: Path, model: dict[str, Any], name: str = "tokenizer.json") -> Path:
+    model = json.loads(json.dumps(model).replace("@", f"{secrets}/"))
+    parts = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding")
+    content = {"version": "1.0", **dict.fromkeys(parts), "added_tokens": [], "model": model}
+    return write_json(folder / name, content)
+
+
+@pytest.mark.parametrize("tokenizer_class", TOKENIZERS, ids=lambda each: each.__name__)
+def test_no_tokenizer_opens_what_its_vocabulary_names(secrets, guard, folder, tmp_path, tokenizer_class):
+    """The tokenizers library takes a text in the place of entries for the name of a file."""
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": tokenizer_class.__name__})
+    for name in ("added_tokens.json", "special_tokens_map.json", "vocab.json"):
+        for kind in ("lines.txt", "words.json", "merges.txt"):
+            path = write_json(folder / name, str(secrets / kind))
+            load_and_save(folder, tmp_path / "out")
+            assert opened_by(guard) == [], name
+        path.unlink()
+    for model in MODELS:
+        write_tokenizer(folder, secrets, model)
+        load_and_save(folder, tmp_path / "out")
+        assert opened_by(guard) == [], model
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.4.0.0.json"])
+@pytest.mark.parametrize("model", MODELS)
+def test_paths_in_the_place_of_a_vocabulary_are_refused(secrets, guard, folder, model, name, trusted):
+    fields = {"tokenizer_class": "BertTokenizer", "fast_tokenizer_files": ["tokenizer.4.0.0.json"]}
+    write_json(folder / "tokenizer_config.json", fields)
+    path = write_tokenizer(folder, secrets, model, name)
+    with pytest.raises(ValueError, match=f"{path} has the text '{secrets}/.* of its model, by which a file outside"):
+        load_tokenizer(folder, config=PreTrainedConfig(), trust_remote_code=trusted)
+    assert opened_by(guard) == []
+
+
+@pytest.mark.parametrize("tokenizer_class", ["BertTokenizer", "LlamaTokenizer", "PreTrainedTokenizerFast"])
+def test_what_the_tokenizers_library_cannot_read_says_so(folder, tokenizer_class):
+    """It raises plain exceptions; of a file of a newer version too."""
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": tokenizer_class})
+    write_tokenizer(folder, folder, {"type": "Newer", "vocab": {}, "merges": []})
+    with pytest.raises(ValueError, match=f"tokenizer.json of {folder} cannot be read .*: upgrade that, or save or"):
+        load_tokenizer(folder, config=PreTrainedConfig())
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -158,6 +217,8 @@ def test_no_tokenizer_opens_what_its_files_name(secrets, guard, folder, tmp_path
         ("sp_model_kwargs", {"model_file": "@tokenizer.model"}),
         ("mecab_kwargs", {"options": [{"mecab_option": "-r @lines.txt"}]}),
         ("fast_tokenizer_files", ["../tokenizer.4.0.0.json"]),
+        ("fast_tokenizer_files", ["tokenizer.4.0.0.json.link"]),
+        ("fast_tokenizer_files", 4),
     ],
 )
 @pytest.mark.parametrize("tokenizer_class", ["FunnelTokenizer", "LlamaTokenizerFast", "GPTSw3Tokenizer"])

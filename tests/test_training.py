@@ -536,16 +536,17 @@ def test_a_trainer_does_not_push_its_whole_folder(dense, data, tmp_path):
 
 
 def test_what_is_no_checkpoint_of_a_run_is_left_alone(tmp_path, caplog):
-    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-30", "checkpoint-best", ".model.saving"):
+    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-30", "checkpoint-31", "checkpoint-best", ".model.saving"):
         (tmp_path / name).mkdir()
     for name in ("checkpoint-2", "checkpoint-10"):
         (tmp_path / name / "trainer_state.json").write_text("{}", encoding="utf-8")
     (tmp_path / "checkpoint-30" / "trainer_state.json").write_text('{"global_st', encoding="utf-8")
+    (tmp_path / "checkpoint-31" / "trainer_state.json").write_bytes(b"\xff\x00")
     (tmp_path / "checkpoint-40").write_text("notes", encoding="utf-8")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     left = {"checkpoint-2", "checkpoint-10", "checkpoint-best", "checkpoint-40"}
     assert {path.name for path in tmp_path.iterdir()} == left
-    assert caplog.text.count("was not written to its end, and is removed") == 2
+    assert caplog.text.count("was not written to its end, and is removed") == 3
 
 
 # Every child goes on where the last was killed. The kernel kills it when a file gets larger than it may: in the middle

@@ -91,7 +91,8 @@ def clear(demo: Demo) -> None:
     demo.folder.mkdir(parents=True, exist_ok=True)
     written = _written(demo)
     present = [path for path in demo.made if os.path.lexists(path)]
-    foreign = [path.name for path in present if written.get(path.name) != _digest(path)]
+    # What no demo has recorded is not even read: it may be all the pictures of a home folder.
+    foreign = [path.name for path in present if path.name not in written or written[path.name] != _digest(path)]
     if foreign:
         raise FileExistsError(
             f"{demo.folder} has {', '.join(foreign)}, which the demo would replace. It has not written this, or it has "

@@ -53,7 +53,7 @@ def last_checkpoint(folder: str | os.PathLike) -> Path | None:
 def _is_whole(checkpoint: Path) -> bool:
     try:
         json.loads((checkpoint / _TRAINER_STATE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):  # cut off, or whatever a disk that lost its power holds
         return False
     return True
 
