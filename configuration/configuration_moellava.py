@@ -217,7 +217,8 @@ class MoellavaMoeConfig(PreTrainedConfig):
             The sparse layers: `"first_half"`, `"second_half"`, `"sparse"` (every other, from 0), `"dense"` (all), or
             their indices. In a model's config always the indices.
         norm_topk_prob (`bool`, *optional*):
-            Whether the weights of a token's experts are divided by their sum. By default with more than one.
+            Whether the weights of a token's experts are divided by their sum. By default with more than one; upcycling
+            does so with one too. In a model's config never `None`.
         router_bias (`bool`, *optional*, defaults to `False`):
             Whether the router has a bias.
         freeze_router (`bool`, *optional*, defaults to `False`):
@@ -272,8 +273,6 @@ class MoellavaMoeConfig(PreTrainedConfig):
                     f"moe_config gives {name} twice, as {earlier!r} and by an older name as {fields[name]!r}. Give one."
                 )
             setattr(self, name, fields[name])
-        if self.norm_topk_prob is None:
-            self.norm_topk_prob = self.num_experts_per_tok > 1
         super().__post_init__(**{key: value for key, value in library.items() if key not in FOREIGN_KEYS})
         self._check()
 
@@ -296,6 +295,12 @@ class MoellavaMoeConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a number from 0.")
         if not 0 <= self.router_jitter_noise < 1:
             raise ValueError(f"router_jitter_noise is {self.router_jitter_noise}; expected from 0 to below 1.")
+
+    def resolve(self, num_hidden_layers: int) -> None:
+        """Sets what is open until the fields are those of a model with so many layers; see `resolved_layers`."""
+        self.layers = self.resolved_layers(num_hidden_layers)
+        if self.norm_topk_prob is None:
+            self.norm_topk_prob = self.num_experts_per_tok > 1
 
     def resolved_layers(self, num_hidden_layers: int) -> list[int]:
         """Returns the indices of the sparse layers of a language model with so many layers, ascending.
@@ -439,7 +444,7 @@ class MoellavaConfig(PreTrainedConfig):
             self.parts = {part: public_name(origin) for part, origin in self.parts.items()}
         if self.moe_config is not None:
             self.moe_config = _own_config("moe_config", self.moe_config, MoellavaMoeConfig)
-            self.moe_config.layers = self.moe_config.resolved_layers(self.text_config.num_hidden_layers)
+            self.moe_config.resolve(self.text_config.num_hidden_layers)
             self._tell_serving_engines()
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         self.vision_feature_select_strategy = canonical_strategy(self.vision_feature_select_strategy)

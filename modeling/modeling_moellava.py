@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,6 +72,7 @@ from .sparse_moellava import (
     load_balancing_loss,
     make_sparse,
     modular_experts,
+    warn_of_experts_without_adapters,
 )
 from .weight_files_moellava import check_adapter, check_indices, check_size, find_adapter_config
 
@@ -135,6 +137,11 @@ class MoellavaPreTrainedModel(PreTrainedModel):
 
     # The MoellavaProcessor that belongs to the model, saved and pushed along with it; set by the tools that make one.
     processor = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "peft_config":  # which PEFT sets once it has put on the adapters, by whatever way it was called
+            warn_of_experts_without_adapters(self, value)
 
     @torch.no_grad()
     def initialize_weights(self):

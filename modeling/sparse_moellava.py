@@ -33,9 +33,12 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
 from transformers.utils.output_capturing import CompileableContextVar
 
+
+logger = logging.get_logger(__name__)
 
 # The blocks sit within another library's layers, which hand them hidden states and nothing else. What else there is of
 # a forward pass they find here: where to leave their routers' logits, and which tokens are padding.
@@ -758,11 +761,69 @@ def make_sparse(language_model: nn.Module, config) -> None:
         ValueError: A layer cannot be made sparse.
     """
     mlps = dense_mlps(language_model)
-    # Not yet indices where a config has been given its sparse layers after it was made.
-    config.moe_config.layers = config.moe_config.resolved_layers(len(mlps))
+    # Not done yet where a config has been given its sparse layers after it was made.
+    config.moe_config.resolve(len(mlps))
     for index in config.moe_config.layers:
         name, mlp = mlps[index]
         language_model.set_submodule(name, SparseMoeBlock(config, mlp))
+
+
+def warn_of_experts_without_adapters(model: nn.Module, peft_configs: Mapping[str, Any]) -> None:
+    """Warns where adapters were meant for all linear layers, or for the MLPs, and the experts have got none.
+
+    Stacked experts are parameters, not linear layers, and PEFT leaves them out without a word.
+
+    Args:
+        model (`PreTrainedModel`): The model, with PEFT's adapters on it.
+        peft_configs (`Mapping[str, PeftConfig]`): PEFT's configs of the adapters, by name.
+    """
+    bare = dict(_without_adapters(model))
+    experts = {name: module for name, module in bare.items() if name.endswith(".experts")}
+    stacks = [
+        f"{name}.{key}"
+        for name, module in experts.items()
+        for key, weight in module.named_parameters(recurse=False)
+        if weight.dim() == 3 and not weight.requires_grad
+    ]
+    head = model.get_output_embeddings()
+    linear = [name for name, module in bare.items() if isinstance(module, nn.Linear) and module is not head]
+    # Names that the MLPs would have if they were dense, or modules.
+    mlps = [
+        f"{place}.{layer}"
+        for name, module in experts.items()
+        for place in (name.removesuffix(".experts"), f"{name}.0")
+        for layer in (_GATED_LAYERS if hasattr(module, "gate_up_proj") else _PLAIN_LAYERS)
+    ]
+    for adapter in peft_configs.values():
+        targets = getattr(adapter, "target_modules", None)
+        if not stacks or not targets or adapter.inference_mode or getattr(adapter, "target_parameters", None):
+            continue
+        if all(_is_target(name, targets) for name in linear) or any(_is_target(name, targets) for name in mlps):
+            names = sorted({".".join(stack.split(".")[-3:]) for stack in stacks})
+            logger.warning(
+                "The experts have no adapters and will not be trained: they are stacked parameters, which "
+                "target_modules does not reach. To train them too, give LoraConfig target_parameters=%s (and "
+                "lora_dropout=0).", names,
+            )  # fmt: skip
+
+
+_GATED_LAYERS = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
+_PLAIN_LAYERS = ("fc1", "fc2", "up_proj", "down_proj", "c_fc")
+
+
+def _without_adapters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yields the modules that are neither adapted by PEFT, nor trained in full by it, nor within one that is."""
+    for name, child in module.named_children():
+        if not hasattr(child, "base_layer") and not hasattr(child, "modules_to_save"):
+            yield prefix + name, child
+            yield from _without_adapters(child, f"{prefix}{name}.")
+
+
+def _is_target(name: str, targets: str | Iterable[str]) -> bool:
+    """Tells whether PEFT's `target_modules` name a module."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 __all__ = [
@@ -780,4 +841,5 @@ __all__ = [
     "load_balancing_loss",
     "make_sparse",
     "modular_experts",
+    "warn_of_experts_without_adapters",
 ]

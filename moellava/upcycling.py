@@ -353,6 +353,8 @@ def with_moe_changes(config: MoellavaConfig, moe: dict[str, Any]) -> dict[str, A
         )
     own = {name: getattr(config.moe_config, name) for name in MoellavaMoeConfig.__annotations__ if name != "model_type"}
     given = {name: value for name, value in moe.items() if name in own}
+    if given.get("norm_topk_prob") is None:
+        given.pop("norm_topk_prob", None)
     asked = MoellavaMoeConfig(**own | given)
     asked.layers = asked.resolved_layers(config.text_config.num_hidden_layers)
     for name in sorted(set(given) - _CHANGEABLE):

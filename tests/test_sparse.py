@@ -49,7 +49,9 @@ from moellava.modeling.sparse_moellava import (
     RouterLogits,
     SparseMoeBlock,
     TokenMask,
+    experts_apart,
     load_balancing_loss,
+    modular_experts,
 )
 
 
@@ -440,6 +442,41 @@ def test_equal_experts_add_up_to_one_in_16_bits(k, dtype, implementation):
     block.experts.down_proj.data[:] = weights["down_proj.weight"]
     tokens = random_tokens(64).to(dtype)[None]
     assert torch.equal(block(tokens), block.mlp(tokens))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_equal_experts_are_one_in_bf16_as_modules_and_in_what_tokens_learn(form, k):
+    """As modules of linear layers, as in a quantised model, too; and the gradient of the input, as the dense MLP's."""
+    mlp = DENSE[form]().to(torch.bfloat16)
+    weights = {name: torch.randn(p.shape).to(torch.bfloat16) for name, p in mlp.named_parameters()}
+    mlp.load_state_dict(weights)
+    tokens = random_tokens(64).to(torch.bfloat16)[None].requires_grad_()
+    expected = mlp(tokens)
+    cotangent = torch.randn(expected.shape).to(torch.bfloat16)
+    (learnt,) = torch.autograd.grad(expected, tokens, cotangent)
+    stacks = {f"experts.{name}": t for name, t in DenseForm(mlp).stacked([weights] * EXPERTS).items()}
+    gate = {"gate.weight": torch.zeros(EXPERTS, HIDDEN)}  # equal choices: weights of exactly 1 / k
+    config = tiny_config(num_experts_per_tok=k, norm_topk_prob=True)
+    with modular_experts():
+        modular = SparseMoeBlock(config, copy.deepcopy(mlp))
+    modular.experts.to(torch.bfloat16)
+    prefix = "layers.0.mlp."
+    apart = experts_apart({prefix + name: tensor for name, tensor in (stacks | gate).items()})
+    modular.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in apart.items()})
+    blocks = {"modules": modular}
+    for implementation in ("eager", "sorted_mm"):
+        config = tiny_config(num_experts_per_tok=k, norm_topk_prob=True)
+        config._experts_implementation = implementation
+        blocks[implementation] = SparseMoeBlock(config, copy.deepcopy(mlp))
+        blocks[implementation].experts.to(torch.bfloat16)
+        blocks[implementation].load_state_dict(stacks | gate)
+    for name, block in blocks.items():
+        found = block.eval()(tokens)
+        assert torch.equal(found, expected), name
+        (gradient,) = torch.autograd.grad(found, tokens, cotangent)
+        # A sum of rounded ones: of the experts, and, of the dense MLP, of its gate and its other projection.
+        assert_near(gradient.float(), learnt.float(), 0.02)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ caches, devices, compilation, checkpointing, and training that changes what it s
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -262,6 +263,50 @@ def test_other_processes_load_and_save_without_the_package(journey):
             for file in {file for file in files if file.endswith(".py")} | {"config.json", "processor_config.json"}:
                 one, other = (root / folder / name / file for folder in (source, target))
                 assert one.read_bytes() == other.read_bytes(), (name, file)
+
+
+# Loads two checkpoints whose code differs, and asks the first one before and after.
+TWO_CODES = """
+{first_line}
+import torch
+from transformers import AutoModelForCausalLM
+
+ids = torch.arange(1, 30)[None]
+with torch.no_grad():
+    first, second = (AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True) for name in {names!r})
+    after = first(input_ids=ids).logits
+    other = second(input_ids=ids).logits
+    assert torch.equal(first(input_ids=ids).logits, after)
+    expected = {{name: torch.load(name + ".pt") for name in {names!r}}}
+    assert torch.equal(after, expected[{names!r}[0]])
+    assert torch.equal(other, expected[{names!r}[1]])
+print("unchanged")
+"""
+
+
+def test_checkpoints_of_different_code_do_not_touch_each_other(folder, shared, tmp_path):
+    """In one process, in either order, with the package's code imported and without."""
+    own, changed = (str(tmp_path / name) for name in ("own", "changed"))
+    for name in (own, changed):
+        shutil.copytree(folder, name)
+    path = Path(changed) / "sparse_moellava.py"
+    code = path.read_text()
+    assert code.count("output[place] * weight for place") == 1
+    path.write_text(code.replace("output[place] * weight for place", "output[place] * weight * 2 for place"))
+    ids = torch.arange(1, 30)[None]
+    alone = "import torch\nfrom transformers import AutoModelForCausalLM\n"
+    alone += f"model = AutoModelForCausalLM.from_pretrained({changed!r}, trust_remote_code=True)\n"
+    alone += f"with torch.no_grad():\n    torch.save(model(torch.arange(1, 30)[None]).logits, {changed + '.pt'!r})"
+    run_python(alone)
+    with torch.no_grad():
+        expected = shared(input_ids=ids).logits
+    assert relative_error(torch.load(changed + ".pt"), expected) > 0.01
+    torch.save(expected, own + ".pt")
+    for names in ([own, changed], [changed, own]):
+        assert run_python(TWO_CODES.format(first_line="", names=names)).strip() == "unchanged"
+    torch.save(expected, changed + ".pt")  # where the package is imported its own code runs
+    script = TWO_CODES.format(first_line="import moellava", names=[own, changed])
+    assert run_python(script, block_moellava=False).strip() == "unchanged"
 
 
 def test_dtypes_and_shards(sparse_of, tmp_path):

@@ -432,9 +432,27 @@ def test_norm_topk_prob_stays_that_of_the_checkpoint(sparse_folder):
     for k in (1, 2, 3):
         moe = load_pretrained_model(sparse_folder, moe_config={"num_experts_per_tok": k}, device="cpu").model.config
         assert moe.moe_config.norm_topk_prob
+    own = moe.moe_config.to_dict()
+    given = MoellavaMoeConfig(**{name: own[name] for name in ("num_experts", "layers")} | {"num_experts_per_tok": 1})
+    for moe in (given, {"num_experts_per_tok": 1, "norm_topk_prob": None}):
+        assert load_pretrained_model(sparse_folder, moe_config=moe, device="cpu").model.config.moe_config.norm_topk_prob
     moe = {"num_experts_per_tok": 1, "norm_topk_prob": False}
     loaded = load_pretrained_model(sparse_folder, moe_config=moe, device="cpu").model
     assert not loaded.config.moe_config.norm_topk_prob
+
+
+def test_a_config_object_says_of_top_1_weights_what_it_was_given(dense_folder, caplog):
+    def made(moe):
+        return load_pretrained_model(dense_folder, moe_config=moe, device="cpu").model.config.moe_config
+
+    moe = MoellavaMoeConfig(num_experts=4, num_experts_per_tok=1)
+    assert made(moe).norm_topk_prob
+    assert "will not answer as the dense one" not in caplog.text
+    moe = MoellavaMoeConfig(num_experts=4, num_experts_per_tok=1, norm_topk_prob=False)
+    assert not made(moe).norm_topk_prob
+    assert "norm_topk_prob is False" in caplog.text
+    # Without upcycling, as older code has it.
+    assert not MoellavaConfig(moe_config={"num_experts_per_tok": 1}).moe_config.norm_topk_prob
 
 
 @pytest.mark.parametrize(
@@ -599,6 +617,7 @@ def test_older_names():
     assert (moe.num_experts, moe.num_experts_per_tok, moe.layers) == (4, 2, [0, 2])
     assert (moe.capacity_factor, moe.eval_capacity_factor, moe.min_capacity) == (1.5, 2.0, 0)
     config = MoellavaConfig(moe_config=older)
+    moe.resolve(config.text_config.num_hidden_layers)
     assert config.moe_config.to_dict() == moe.to_dict()
     assert MoellavaConfig(moe_config={"moe_mode": "first_half"}).moe_config.layers == list(range(16))
     assert MoellavaMoeConfig(top_k=1).num_experts_per_tok == 1
