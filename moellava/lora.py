@@ -17,6 +17,8 @@ An adapter that was trained on a language model names that model's layers; in ou
 vision tower whose layers often have the same short names.
 """
 
+import copy
+import logging
 import re
 from typing import Any
 
@@ -25,6 +27,8 @@ import torch
 from .modeling.language_moellava import own_causal_lm
 from .sources import Source
 
+
+logger = logging.getLogger(__name__)
 
 _PEFT_PREFIX = "base_model.model."
 # What PEFT puts behind a layer's name, and beside its weight.
@@ -49,7 +53,7 @@ def put_adapter(base: Any, source: Source, tensors: dict[str, torch.Tensor]) -> 
     Raises:
         ValueError: A weight of the adapter finds no place in the model, or has another shape than the place.
     """
-    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, set_peft_model_state_dict
 
     config = PeftConfig.from_pretrained(source.name, **source.hub_options)
     config.inference_mode = True
@@ -57,8 +61,10 @@ def put_adapter(base: Any, source: Source, tensors: dict[str, torch.Tensor]) -> 
     renames = _language_model_names(base)
     layers = {name: _OF_LAYER.sub("", name.removeprefix(_PEFT_PREFIX)) for name in tensors}
     mapping: dict[str, str] = {}
+    asked: set[str] = set()
     if not any(_is_place(layer, modules) for layer in layers.values() if layer.partition(".")[0] != _HEAD):
         mapping = renames
+        asked = _layers_asked_for(base, config)
         _aim_at_language_model(config, {name: _renamed(layer, renames) for name, layer in layers.items()}, modules)
     placed = {_PEFT_PREFIX + _renamed(name.removeprefix(_PEFT_PREFIX), mapping): tensors[name] for name in tensors}
     lost = [name for name, layer in layers.items() if not _is_place(_renamed(layer, mapping), modules)]
@@ -67,7 +73,7 @@ def put_adapter(base: Any, source: Source, tensors: dict[str, torch.Tensor]) -> 
     placed = _with_rows_of_new_tokens(placed, base)
     try:
         adapted = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)(base, config)
-        result = _fill(adapted, placed)
+        result = set_peft_model_state_dict(adapted, placed)
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"The adapter {source} does not fit the model ({type(error).__name__}: {error}). Give the base that it was "
@@ -75,20 +81,40 @@ def put_adapter(base: Any, source: Source, tensors: dict[str, torch.Tensor]) -> 
         ) from error
     if result.unexpected_keys:
         raise ValueError(_lost(source, result.unexpected_keys))
+    bare = {_OF_LAYER.sub("", name.removeprefix(_PEFT_PREFIX)) for name in result.missing_keys if ".lora_" in name}
+    bare |= asked - set(layers.values())
+    if bare:
+        logger.warning(
+            "The adapter %s lacks weights of %d layer(s) that its config asks for, which stay as in the base: %s. "
+            "Save or download it again.",
+            source,
+            len(bare),
+            _some(bare),
+        )
     return adapted.eval()
 
 
-def _fill(adapted: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    from peft import set_peft_model_state_dict
+def _layers_asked_for(base: Any, config: Any) -> set[str]:
+    """Returns the names of the layers that an adapter's config asks for in the language model alone."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return set_peft_model_state_dict(adapted, tensors)
+    own = own_causal_lm(base.config.text_config)
+    fields = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
+    asked = LoraConfig(r=1, **{name: copy.copy(getattr(config, name)) for name in fields})
+    inject_adapter_in_model(asked, own, low_cpu_mem_usage=True)
+    return {_OF_LAYER.sub("", name) for name, module in own.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def _some(names: Any) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _lost(source: Source, names: list[str]) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (
-        f"{len(names)} weight(s) of the adapter {source} have no place in the model: {', '.join(names[:3])}{more}. "
+        f"{len(names)} weight(s) of the adapter {source} have no place in the model: {_some(names)}. "
         "Expected an adapter of the model given as model_base, or of its language model alone. Give the base that it "
         "was trained on."
     )
