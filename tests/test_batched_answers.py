@@ -16,26 +16,27 @@
 The published tokenizers of SmolLM2, Qwen2, GPT-2 and GPT-NeoX do not say on which side they pad.
 """
 
-import inspect
 import json
+import os
 import shutil
 
 import pytest
 from parts import run_python
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoTokenizer
 
 from moellava import MoellavaProcessor, load_pretrained_model
 
 
 QUESTIONS = ("What is the capital of France?", "Name three colours that a rainbow has, please.")
 PARIS = "The capital of France is Paris."
+TOKENS = 7
 
 
 def ask(model, processor, *questions):
     chats = [[{"role": "user", "content": question}] for question in questions]
     text = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
     inputs = processor(text=text, padding=True, return_tensors="pt")
-    answers = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    answers = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     return processor.batch_decode(answers, skip_special_tokens=True)
 
 
@@ -50,10 +51,11 @@ def saved(smollm2, parts, tmp_path_factory):
 
 def without_the_key(saved, folder):
     """A copy of a checkpoint as it was saved before the padding side was written."""
-    shutil.copytree(saved, folder)
+    shutil.copytree(saved, folder, copy_function=os.link)
     path = folder / "tokenizer_config.json"
     fields = json.loads(path.read_text())
     assert fields.pop("padding_side") == "left"
+    path.unlink()  # a link to the other folder's file
     path.write_text(json.dumps(fields))
     return folder
 
@@ -62,26 +64,20 @@ def without_the_key(saved, folder):
 def test_a_reloaded_batch_answers_as_each_row_alone(saved, tmp_path, says_side):
     folder = saved if says_side else without_the_key(saved, tmp_path / "model")
     model = load_pretrained_model(folder, device="cpu").model
-    alone = [ask(model, model.processor, question)[0] for question in QUESTIONS]
-    assert alone[0] == PARIS
-    assert ask(model, model.processor, *QUESTIONS) == alone
+    alone = ask(model, model.processor, QUESTIONS[0])
+    assert alone == [PARIS]
+    assert ask(model, model.processor, *QUESTIONS)[:1] == alone
 
-    pipe = pipeline("image-text-to-text", model=str(folder))
+
+def test_a_pipeline_of_the_code_that_travels_pads_left_too(saved, tmp_path):
+    folder = without_the_key(saved, tmp_path / "model")
     chats = [[{"role": "user", "content": [{"type": "text", "text": question}]}] for question in QUESTIONS]
-    said = pipe(text=chats, batch_size=2, return_full_text=False, generate_kwargs={"max_new_tokens": 8})
-    assert [row[0]["generated_text"] for row in said] == alone
-
-
-@pytest.mark.parametrize("says_side", [True, False])
-def test_the_code_that_travels_pads_left_too(saved, tmp_path, says_side):
-    folder = saved if says_side else without_the_key(saved, tmp_path / "model")
     program = f"""
-from transformers import AutoModelForCausalLM, AutoProcessor
-{inspect.getsource(ask)}
-processor = AutoProcessor.from_pretrained({str(folder)!r}, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)
-print(ask(model, processor, *{QUESTIONS!r})[0])
-processor.save_pretrained({str(tmp_path / "again")!r})
+from transformers import pipeline
+pipe = pipeline("image-text-to-text", model={str(folder)!r}, trust_remote_code=True)
+said = pipe(text={chats!r}, batch_size=2, return_full_text=False, generate_kwargs={{"max_new_tokens": {TOKENS}}})
+print(said[0][0]["generated_text"])
+pipe.processor.save_pretrained({str(tmp_path / "again")!r})
 """
     assert run_python(program).strip().splitlines()[-1] == PARIS
     assert AutoTokenizer.from_pretrained(tmp_path / "again").padding_side == "left"
