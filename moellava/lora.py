@@ -78,10 +78,6 @@ def put_adapter(base: Any, source: Source, tensors: dict[str, torch.Tensor], off
     if lost:
         raise ValueError(_lost(source, lost))
     placed = _with_rows_of_new_tokens(placed, base)
-    ends = _ends(base)
-    shared = ends[0].weight is ends[1].weight and any(
-        modules.get(_renamed(layer, mapping)) in ends for layer in layers.values()
-    )
     try:
         if _is_offloaded(base):
             adapted, missing, unexpected = _put_on_offloaded(base, config, placed, offload_folder), [], []
@@ -92,8 +88,7 @@ def put_adapter(base: Any, source: Source, tensors: dict[str, torch.Tensor], off
         raise ValueError(_misfit(source, error)) from error
     if unexpected:
         raise ValueError(_lost(source, unexpected))
-    if shared:
-        _part_ends(base)
+    _part_ends(base)
     bare = {_OF_LAYER.sub("", name.removeprefix(_PEFT_PREFIX)) for name in missing if ".lora_" in name}
     bare |= asked - set(layers.values())
     if bare:
@@ -113,6 +108,7 @@ def merge_adapter(adapted: Any) -> Any:
     Returns:
         `MoellavaForCausalLM`: The model, whose config says whether its head is still its embedding.
     """
+    _part_ends(adapted.base_model.model)
     model = adapted.merge_and_unload()
     embedding, head = _ends(model)
     # PEFT changes one of the two fields alone, and a checkpoint whose fields disagree cannot be loaded.
@@ -141,19 +137,22 @@ def _put_on_offloaded(base: Any, config: Any, tensors: dict[str, torch.Tensor], 
 
 def _ends(base: Any) -> tuple[Any, Any]:
     """Returns the embedding and the head, without what PEFT puts around them."""
-    ends = []
-    for module in (base.get_input_embeddings(), base.get_output_embeddings()):
-        while (inner := getattr(module, "original_module", getattr(module, "base_layer", None))) is not None:
-            module = inner
-        ends.append(module)
-    return tuple(ends)
+    return _inner(base.get_input_embeddings()), _inner(base.get_output_embeddings())
+
+
+def _inner(module: Any) -> Any:
+    while (inner := getattr(module, "original_module", getattr(module, "base_layer", None))) is not None:
+        module = inner
+    return module
 
 
 def _part_ends(base: Any) -> None:
-    """Gives the head a weight of its own: what an adapter adds to it, or to the embedding, is not the other's."""
-    _, head = _ends(base)
-    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    base.config.tie_word_embeddings = base.config.text_config.tie_word_embeddings = False
+    """Gives a tied head that an adapter changes, or whose embedding it changes, a weight of its own."""
+    outer = (base.get_input_embeddings(), base.get_output_embeddings())
+    embedding, head = _ends(base)
+    if head.weight is embedding.weight and outer != (embedding, head):
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        base.config.tie_word_embeddings = base.config.text_config.tie_word_embeddings = False
 
 
 def _layers_asked_for(base: Any, config: Any, source: Source) -> set[str]:

@@ -21,10 +21,11 @@ import os
 import shutil
 
 import pytest
+from older import write_older, write_tower
 from parts import run_python
 from transformers import AutoTokenizer
 
-from moellava import MoellavaProcessor, load_pretrained_model
+from moellava import MoellavaProcessor, convert, load_pretrained_model, train, upcycle
 
 
 QUESTIONS = ("What is the capital of France?", "Name three colours that a rainbow has, please.")
@@ -112,3 +113,46 @@ def test_the_tokenizer_alone_keeps_its_side(parts, tmp_path):
     )
     loaded.tokenizer.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).padding_side == "left"
+
+
+@pytest.fixture(scope="module")
+def checkpoints(parts, tmp_path_factory):
+    """A function: the tokenizer's folder of a checkpoint that was written in one of the ways there are."""
+    root = tmp_path_factory.mktemp("written")
+    language = parts.language_model("qwen2")
+    model = load_pretrained_model(language, mm_vision_tower=parts.vision_tower("clip"), device="cpu").model
+    model.save_pretrained(root / "assembled")
+
+    def write(way):
+        folder = root / way
+        if way == "upcycled":
+            upcycle(root / "assembled", num_experts=2).save_pretrained(folder)
+        elif way == "processor":
+            model.processor.save_pretrained(folder)
+        elif way == "llava-hf":
+            convert(parts.llava_hf(), folder)
+        elif way == "older":
+            older = write_older(root / "source", "phi", tower_folder=write_tower(root / "tower"))
+            convert(older.folder, folder)
+        elif way == "trained":
+            turns = [{"from": "human", "value": "Only words?"}, {"from": "gpt", "value": "Yes."}]
+            (root / "rows.json").write_text(json.dumps([{"id": 1, "conversations": turns}]))
+            report = train({
+                "model": root / "assembled", "data": root / "rows.json", "output_dir": folder, "stage": "align",
+                "max_steps": 1, "save_steps": 1, "use_cpu": True, "disable_tqdm": True, "report_to": "none",
+            })  # fmt: skip
+            return report.checkpoint
+        elif way == "while training":
+            return next((root / "trained").rglob("checkpoint-1"))
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "way", ["assembled", "upcycled", "processor", "llava-hf", "older", "trained", "while training"]
+)
+def test_every_way_of_writing_says_the_side(checkpoints, way):
+    folder = checkpoints(way)
+    assert json.loads((folder / "tokenizer_config.json").read_text())["padding_side"] == "left"
+    assert AutoTokenizer.from_pretrained(folder).padding_side == "left"
