@@ -127,6 +127,7 @@ def test_a_head_that_is_the_embedding(parts, loaded, tmp_path, form):
     assert merged.config.tie_word_embeddings == (form in ("neither", "both saved as one"))
 
 
+@pytest.mark.filterwarnings("ignore:for base_model.*copying from a non-meta parameter:UserWarning")  # PEFT's
 @pytest.mark.parametrize("merge", [True, False])
 def test_onto_a_model_with_offloaded_weights(parts, tmp_path, merge):
     language = parts.language_model("llama")
