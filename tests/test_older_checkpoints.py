@@ -680,6 +680,12 @@ def test_another_tower_of_equal_width_is_told(shop, tmp_path, caplog, holds_towe
     assert f"names the vision tower {TRAINERS_TOWER}, and {other} takes its place" in caplog.text
 
 
+def test_another_tower_for_a_llava_hf_checkpoint(parts, tmp_path):
+    with pytest.raises(ValueError, match="is not the one that .* holds, with which the projector was trained"):
+        moellava.convert(parts.llava_hf(), tmp_path / "out", vision_tower=str(parts.vision_tower("clip", seed=7)))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_given_tower_that_cannot_be_had(shop):
     """The message is about what was given, not about what the config names."""
     older = shop.write("stablelm", moe={}, image_tower=TRAINERS_TOWER)
