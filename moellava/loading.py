@@ -47,14 +47,14 @@ from .configuration.names_moellava import canonical_projector, stacked_projector
 from .configuration.registry_moellava import ENCODERS, PROJECTORS, plain_value
 from .converting import is_older, load_older
 from .converting.adapters import ADAPTER_FILES
-from .lora import put_adapter
+from .lora import merge_adapter, put_adapter
 from .modeling import MoellavaForCausalLM
 from .modeling.weight_files_moellava import check_adapter
 from .processing import MoellavaProcessor
 from .projector_files import read_projector
 from .quantizing import STACKED, quantization_coverage
 from .request import LoadRequest, is_custom_encoder, read_request
-from .sources import CONFIG_NAME, Source, read_tensors
+from .sources import CONFIG_NAME, Source, are_same_weights, read_tensors
 from .upcycling import is_new_weight, upcycled, with_moe_changes
 
 
@@ -294,12 +294,7 @@ def _has_tower(source: Source, config: MoellavaConfig, request: LoadRequest) -> 
             model_fields={"encoder_type": config.encoder_type, **request.model_fields},
         )
     vision = read_vision_part(request)
-    given, held = vision.tensors(), source.tensors()
-    own = {key.removeprefix(TOWER_PREFIX): held[key] for key in held if key.startswith(TOWER_PREFIX)}
-    is_same = all(
-        key in given and given[key].shape == tensor.shape and given[key].to(tensor.dtype).equal(tensor)
-        for key, tensor in own.items()
-    )
+    is_same = are_same_weights(_part(source.tensors(), TOWER_PREFIX), vision.tensors())
     if not is_same:
         logger.warning("%s has other weights than the vision tower in %s, and takes its place.", name, source)
     return is_same
@@ -344,7 +339,7 @@ def _load_with_other_parts(
     if vision is not None:
         tower_tensors = vision.tensors()
         new_tower = not tower_tensors
-        other_tower = new_tower or not _has_part(tensors, TOWER_PREFIX, tower_tensors)
+        other_tower = not are_same_weights(_part(tensors, TOWER_PREFIX), tower_tensors)
         tensors = _with_part(tensors, TOWER_PREFIX, tower_tensors)
     new_projector = file_tensors is None and (projector is not None or other_tower or shapes != earlier_shapes)
     if file_tensors is not None:
@@ -381,13 +376,9 @@ def _load_with_other_parts(
     return model
 
 
-def _has_part(tensors: dict[str, torch.Tensor], prefix: str, part: dict[str, torch.Tensor]) -> bool:
-    """Whether a checkpoint holds these very weights of a part, in its own dtype. A path alone does not tell."""
-    for name, tensor in part.items():
-        own = tensors.get(f"{prefix}{name}")
-        if own is None or own.shape != tensor.shape or not torch.equal(own, tensor.to(own.dtype)):
-            return False
-    return True
+def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Returns the weights of one part, by its own names."""
+    return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
 
 
 def _with_part(tensors: dict[str, torch.Tensor], prefix: str, part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -498,14 +489,14 @@ def _load_adapter(request: LoadRequest, placement: Any) -> Any:
     tensors = dict(read_tensors(weights))
     base = _load(dataclasses.replace(request, model_path=request.model_base, model_base=None), placement)
     processor = base.processor
-    model = put_adapter(base, adapter, tensors)
+    model = put_adapter(base, adapter, tensors, request.model_options.get("offload_folder"))
     if base.config.untrained_parts is not None:
         adapted = [name for name, _ in model.named_parameters() if "lora_" in name or "modules_to_save" in name]
         base.config.untrained_parts = [
             part for part in base.config.untrained_parts if not any(f".{part}." in name for name in adapted)
         ]
     if request.options["merge"]:
-        model = model.merge_and_unload()
+        model = merge_adapter(model)
     else:
         model.processor = processor
     return model

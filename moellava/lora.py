@@ -17,14 +17,22 @@ An adapter that was trained on a language model names that model's layers; in ou
 vision tower whose layers often have the same short names.
 """
 
+import copy
+import logging
 import re
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 from .modeling.language_moellava import own_causal_lm
 from .sources import Source
 
+
+logger = logging.getLogger(__name__)
 
 _PEFT_PREFIX = "base_model.model."
 # What PEFT puts behind a layer's name, and beside its weight.
@@ -32,16 +40,19 @@ _OF_LAYER = re.compile(
     r"\.(?:lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|base_layer|modules_to_save|token_adapter"
     r"|trainable_tokens_delta)(?:\..+)?$|\.(?:weight|bias)$"
 )
+# What PEFT raises of a config or of weights that are not the model's.
+_MISFITS = (AttributeError, KeyError, RuntimeError, TypeError, ValueError, re.error)
 _BODY, _HEAD = "model.language_model.", "lm_head"
 
 
-def put_adapter(base: Any, source: Source, tensors: dict[str, torch.Tensor]) -> Any:
+def put_adapter(base: Any, source: Source, tensors: dict[str, torch.Tensor], offload_folder: str | None = None) -> Any:
     """Puts a LoRA adapter onto a model.
 
     Args:
         base (`MoellavaForCausalLM`): The model; it gets the adapter's layers.
         source (`Source`): Where the adapter is.
         tensors (`dict[str, torch.Tensor]`): Its weights, by the names in its file.
+        offload_folder (`str`, *optional*): Where a model with a device_map puts what it offloads to disk.
 
     Returns:
         `PeftModel`: The model with the adapter, of which nothing can be trained.
@@ -49,7 +60,7 @@ def put_adapter(base: Any, source: Source, tensors: dict[str, torch.Tensor]) -> 
     Raises:
         ValueError: A weight of the adapter finds no place in the model, or has another shape than the place.
     """
-    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, set_peft_model_state_dict
 
     config = PeftConfig.from_pretrained(source.name, **source.hub_options)
     config.inference_mode = True
@@ -57,8 +68,10 @@ def put_adapter(base: Any, source: Source, tensors: dict[str, torch.Tensor]) -> 
     renames = _language_model_names(base)
     layers = {name: _OF_LAYER.sub("", name.removeprefix(_PEFT_PREFIX)) for name in tensors}
     mapping: dict[str, str] = {}
+    asked: set[str] = set()
     if not any(_is_place(layer, modules) for layer in layers.values() if layer.partition(".")[0] != _HEAD):
         mapping = renames
+        asked = _layers_asked_for(base, config, source)
         _aim_at_language_model(config, {name: _renamed(layer, renames) for name, layer in layers.items()}, modules)
     placed = {_PEFT_PREFIX + _renamed(name.removeprefix(_PEFT_PREFIX), mapping): tensors[name] for name in tensors}
     lost = [name for name, layer in layers.items() if not _is_place(_renamed(layer, mapping), modules)]
@@ -66,29 +79,113 @@ def put_adapter(base: Any, source: Source, tensors: dict[str, torch.Tensor]) -> 
         raise ValueError(_lost(source, lost))
     placed = _with_rows_of_new_tokens(placed, base)
     try:
-        adapted = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)(base, config)
-        result = _fill(adapted, placed)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"The adapter {source} does not fit the model ({type(error).__name__}: {error}). Give the base that it was "
-            "trained on, and the adapter_config.json that was saved with it."
-        ) from error
-    if result.unexpected_keys:
-        raise ValueError(_lost(source, result.unexpected_keys))
+        if _is_offloaded(base):
+            adapted, missing, unexpected = _put_on_offloaded(base, config, placed, offload_folder), [], []
+        else:
+            adapted = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)(base, config)
+            missing, unexpected = set_peft_model_state_dict(adapted, placed)
+    except _MISFITS as error:
+        raise ValueError(_misfit(source, error)) from error
+    if unexpected:
+        raise ValueError(_lost(source, unexpected))
+    _part_ends(base)
+    bare = {_OF_LAYER.sub("", name.removeprefix(_PEFT_PREFIX)) for name in missing if ".lora_" in name}
+    bare |= asked - set(layers.values())
+    if bare:
+        logger.warning(
+            "The adapter %s lacks weights of %d layer(s) that its config asks for, which stay as in the base: %s. "
+            "Save or download it again.",
+            source,
+            len(bare),
+            _some(bare),
+        )
     return adapted.eval()
 
 
-def _fill(adapted: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    from peft import set_peft_model_state_dict
+def merge_adapter(adapted: Any) -> Any:
+    """Adds an adapter to the weights of its model.
 
-    return set_peft_model_state_dict(adapted, tensors)
+    Returns:
+        `MoellavaForCausalLM`: The model, whose config says whether its head is still its embedding.
+    """
+    _part_ends(adapted.base_model.model)
+    model = adapted.merge_and_unload()
+    embedding, head = _ends(model)
+    # PEFT changes one of the two fields alone, and a checkpoint whose fields disagree cannot be loaded.
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = head.weight is embedding.weight
+    return model
+
+
+def _is_offloaded(base: Any) -> bool:
+    places = set((getattr(base, "hf_device_map", None) or {}).values())
+    return "disk" in places or ("cpu" in places and len(places) > 1)
+
+
+def _put_on_offloaded(base: Any, config: Any, tensors: dict[str, torch.Tensor], offload_folder: str | None) -> Any:
+    """Puts an adapter onto a model with offloaded weights: PEFT's loader, which takes files, sets its hooks anew."""
+    from peft import PeftModel
+
+    device_map = {f"{_PEFT_PREFIX}{name}".removesuffix("."): place for name, place in base.hf_device_map.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, Path(folder) / "adapter_model.safetensors"
+        )
+        return PeftModel.from_pretrained(
+            base, folder, config=config, device_map=device_map, offload_folder=offload_folder
+        )
+
+
+def _ends(base: Any) -> tuple[Any, Any]:
+    """Returns the embedding and the head, without what PEFT puts around them."""
+    return _inner(base.get_input_embeddings()), _inner(base.get_output_embeddings())
+
+
+def _inner(module: Any) -> Any:
+    while (inner := getattr(module, "original_module", getattr(module, "base_layer", None))) is not None:
+        module = inner
+    return module
+
+
+def _part_ends(base: Any) -> None:
+    """Gives a tied head that an adapter changes, or whose embedding it changes, a weight of its own."""
+    outer = (base.get_input_embeddings(), base.get_output_embeddings())
+    embedding, head = _ends(base)
+    if head.weight is embedding.weight and outer != (embedding, head):
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        base.config.tie_word_embeddings = base.config.text_config.tie_word_embeddings = False
+
+
+def _layers_asked_for(base: Any, config: Any, source: Source) -> set[str]:
+    """Returns the names of the layers that an adapter's config asks for in the language model alone."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    own = own_causal_lm(base.config.text_config)
+    fields = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
+    asked = LoraConfig(r=1, **{name: copy.copy(getattr(config, name)) for name in fields})
+    try:
+        inject_adapter_in_model(asked, own, low_cpu_mem_usage=True)
+    except _MISFITS as error:
+        raise ValueError(_misfit(source, error)) from error
+    return {_OF_LAYER.sub("", name) for name, module in own.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def _some(names: Any) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _misfit(source: Source, error: Exception) -> str:
+    return (
+        f"The adapter {source} does not fit the model ({type(error).__name__}: {error}). Give the base that it was "
+        "trained on, and the adapter_config.json that was saved with it."
+    )
 
 
 def _lost(source: Source, names: list[str]) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (
-        f"{len(names)} weight(s) of the adapter {source} have no place in the model: {', '.join(names[:3])}{more}. "
+        f"{len(names)} weight(s) of the adapter {source} have no place in the model: {_some(names)}. "
         "Expected an adapter of the model given as model_base, or of its language model alone. Give the base that it "
         "was trained on."
     )
@@ -153,7 +250,7 @@ def _with_rows_of_new_tokens(tensors: dict[str, torch.Tensor], base: Any) -> dic
     for name, tensor in tensors.items():
         layer = _OF_LAYER.sub("", name.removeprefix(_PEFT_PREFIX))
         own = whole.get(f"{layer}.weight")
-        if own is not None:
+        if own is not None and not name.endswith("trainable_tokens_delta"):
             by_columns = ".lora_embedding_A" in name
             has_rows = by_columns or not any(part in name for part in (".lora_A", ".lora_embedding_B"))
             missing = rows - tensor.shape[1 if by_columns else 0]
@@ -168,4 +265,4 @@ def _with_rows_of_new_tokens(tensors: dict[str, torch.Tensor], base: Any) -> dic
     return padded
 
 
-__all__ = ["put_adapter"]
+__all__ = ["merge_adapter", "put_adapter"]

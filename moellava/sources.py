@@ -263,4 +263,25 @@ def load_image_processor(source: Source) -> Any:
         ) from error
 
 
-__all__ = ["CONFIG_NAME", "OPEN_CLIP_CONFIG_NAME", "Source", "load_image_processor", "read_tensors", "unmapped"]
+def are_same_weights(held: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the weights that a model holds, in its own dtype, are those of a part that is given. A name tells little.
+
+    Args:
+        held (`Mapping[str, torch.Tensor]`): What the model holds, by the part's names; it may leave some out.
+        given (`Mapping[str, torch.Tensor]`): The weights of the part.
+    """
+    return bool(held) and all(
+        name in given and given[name].shape == tensor.shape and given[name].to(tensor.dtype).equal(tensor)
+        for name, tensor in held.items()
+    )
+
+
+__all__ = [
+    "CONFIG_NAME",
+    "OPEN_CLIP_CONFIG_NAME",
+    "Source",
+    "are_same_weights",
+    "load_image_processor",
+    "read_tensors",
+    "unmapped",
+]

@@ -16,26 +16,28 @@
 The published tokenizers of SmolLM2, Qwen2, GPT-2 and GPT-NeoX do not say on which side they pad.
 """
 
-import inspect
 import json
+import os
 import shutil
 
 import pytest
+from older import write_older, write_tower
 from parts import run_python
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoTokenizer
 
-from moellava import MoellavaProcessor, load_pretrained_model
+from moellava import MoellavaProcessor, convert, load_pretrained_model, train, upcycle
 
 
 QUESTIONS = ("What is the capital of France?", "Name three colours that a rainbow has, please.")
 PARIS = "The capital of France is Paris."
+TOKENS = 7
 
 
 def ask(model, processor, *questions):
     chats = [[{"role": "user", "content": question}] for question in questions]
     text = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
     inputs = processor(text=text, padding=True, return_tensors="pt")
-    answers = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    answers = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     return processor.batch_decode(answers, skip_special_tokens=True)
 
 
@@ -50,10 +52,11 @@ def saved(smollm2, parts, tmp_path_factory):
 
 def without_the_key(saved, folder):
     """A copy of a checkpoint as it was saved before the padding side was written."""
-    shutil.copytree(saved, folder)
+    shutil.copytree(saved, folder, copy_function=os.link)
     path = folder / "tokenizer_config.json"
     fields = json.loads(path.read_text())
     assert fields.pop("padding_side") == "left"
+    path.unlink()  # a link to the other folder's file
     path.write_text(json.dumps(fields))
     return folder
 
@@ -62,26 +65,20 @@ def without_the_key(saved, folder):
 def test_a_reloaded_batch_answers_as_each_row_alone(saved, tmp_path, says_side):
     folder = saved if says_side else without_the_key(saved, tmp_path / "model")
     model = load_pretrained_model(folder, device="cpu").model
-    alone = [ask(model, model.processor, question)[0] for question in QUESTIONS]
-    assert alone[0] == PARIS
-    assert ask(model, model.processor, *QUESTIONS) == alone
+    alone = ask(model, model.processor, QUESTIONS[0])
+    assert alone == [PARIS]
+    assert ask(model, model.processor, *QUESTIONS)[:1] == alone
 
-    pipe = pipeline("image-text-to-text", model=str(folder))
+
+def test_a_pipeline_of_the_code_that_travels_pads_left_too(saved, tmp_path):
+    folder = without_the_key(saved, tmp_path / "model")
     chats = [[{"role": "user", "content": [{"type": "text", "text": question}]}] for question in QUESTIONS]
-    said = pipe(text=chats, batch_size=2, return_full_text=False, generate_kwargs={"max_new_tokens": 8})
-    assert [row[0]["generated_text"] for row in said] == alone
-
-
-@pytest.mark.parametrize("says_side", [True, False])
-def test_the_code_that_travels_pads_left_too(saved, tmp_path, says_side):
-    folder = saved if says_side else without_the_key(saved, tmp_path / "model")
     program = f"""
-from transformers import AutoModelForCausalLM, AutoProcessor
-{inspect.getsource(ask)}
-processor = AutoProcessor.from_pretrained({str(folder)!r}, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)
-print(ask(model, processor, *{QUESTIONS!r})[0])
-processor.save_pretrained({str(tmp_path / "again")!r})
+from transformers import pipeline
+pipe = pipeline("image-text-to-text", model={str(folder)!r}, trust_remote_code=True)
+said = pipe(text={chats!r}, batch_size=2, return_full_text=False, generate_kwargs={{"max_new_tokens": {TOKENS}}})
+print(said[0][0]["generated_text"])
+pipe.processor.save_pretrained({str(tmp_path / "again")!r})
 """
     assert run_python(program).strip().splitlines()[-1] == PARIS
     assert AutoTokenizer.from_pretrained(tmp_path / "again").padding_side == "left"
@@ -116,3 +113,46 @@ def test_the_tokenizer_alone_keeps_its_side(parts, tmp_path):
     )
     loaded.tokenizer.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).padding_side == "left"
+
+
+@pytest.fixture(scope="module")
+def checkpoints(parts, tmp_path_factory):
+    """A function: the tokenizer's folder of a checkpoint that was written in one of the ways there are."""
+    root = tmp_path_factory.mktemp("written")
+    language = parts.language_model("qwen2")
+    model = load_pretrained_model(language, mm_vision_tower=parts.vision_tower("clip"), device="cpu").model
+    model.save_pretrained(root / "assembled")
+
+    def write(way):
+        folder = root / way
+        if way == "upcycled":
+            upcycle(root / "assembled", num_experts=2).save_pretrained(folder)
+        elif way == "processor":
+            model.processor.save_pretrained(folder)
+        elif way == "llava-hf":
+            convert(parts.llava_hf(), folder)
+        elif way == "older":
+            older = write_older(root / "source", "phi", tower_folder=write_tower(root / "tower"))
+            convert(older.folder, folder)
+        elif way == "trained":
+            turns = [{"from": "human", "value": "Only words?"}, {"from": "gpt", "value": "Yes."}]
+            (root / "rows.json").write_text(json.dumps([{"id": 1, "conversations": turns}]))
+            report = train({
+                "model": root / "assembled", "data": root / "rows.json", "output_dir": folder, "stage": "align",
+                "max_steps": 1, "save_steps": 1, "use_cpu": True, "disable_tqdm": True, "report_to": "none",
+            })  # fmt: skip
+            return report.checkpoint
+        elif way == "while training":
+            return next((root / "trained").rglob("checkpoint-1"))
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "way", ["assembled", "upcycled", "processor", "llava-hf", "older", "trained", "while training"]
+)
+def test_every_way_of_writing_says_the_side(checkpoints, way):
+    folder = checkpoints(way)
+    assert json.loads((folder / "tokenizer_config.json").read_text())["padding_side"] == "left"
+    assert AutoTokenizer.from_pretrained(folder).padding_side == "left"

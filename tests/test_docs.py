@@ -36,12 +36,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import peft
 import pytest
 import torch
+from older import write_older, write_tower
 from parts import HUB_NAMES, LANGUAGE_MODELS, picture, run_python
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import BitsAndBytesConfig, DynamicCache
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
 
 from moellava import (
     MoellavaConfig,
@@ -594,6 +596,28 @@ def adapter_of_another_kind() -> str:
     return "my-adapter"
 
 
+def adapter_of_the_language_model(**changes) -> str:
+    """An adapter, with fields of its config changed, or else with weights of layers that the model has not."""
+    language = AutoModelForCausalLM.from_pretrained(LANGUAGE_MODEL)
+    peft.get_peft_model(language, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained("my-lora")
+    path = Path("my-lora/adapter_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    if not changes:
+        weights = load_file("my-lora/adapter_model.safetensors")
+        moved = {name.replace(".0.", ".70."): tensor for name, tensor in weights.items()}
+        save_file(moved, "my-lora/adapter_model.safetensors")
+    return "my-lora"
+
+
+def another_tower_for_an_older_model() -> dict[str, str]:
+    tower = write_tower("their-tower")
+    write_older("my-older-model", "llama", tower_folder=tower, with_tower_weights=False)
+    shutil.copytree(tower, "my-tower")
+    weights = load_file("my-tower/model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, "my-tower/model.safetensors")
+    return {"model_path": "my-older-model", "vision_tower": "my-tower"}
+
+
 def linked(model: MoellavaForCausalLM, link: bool = True) -> Source:
     model.save_pretrained("my-linked-model")
     if link:
@@ -791,6 +815,13 @@ ERRORS: dict[str, Callable] = {
     "no language model": lambda model, _: load(model_path=CLIP),
     "no vision tower": lambda model, _: load(vision_tower=LANGUAGE_MODEL),
     "projector file": lambda model, _: load(projector_config={"path": projector_without_bias()}),
+    "adapter of other layers": lambda model, _: load(
+        model_path=adapter_of_the_language_model(), model_base=LANGUAGE_MODEL
+    ),
+    "config of an adapter": lambda model, _: load(
+        model_path=adapter_of_the_language_model(target_modules=["nothing"]), model_base=LANGUAGE_MODEL
+    ),
+    "another tower for an older model": lambda model, _: load(**another_tower_for_an_older_model()),
     "sparse already": lambda model, _: upcycle(upcycle(model)),
     "sparse layers": lambda model, _: load(moe_config={"layers": [70]}),
     "experts per token": lambda model, _: load(moe_config={"num_experts": 2, "num_experts_per_tok": 3}),
@@ -898,6 +929,7 @@ def model(parts) -> MoellavaForCausalLM:
     return load_pretrained_model(hub / LANGUAGE_MODEL, vision_tower=hub / CLIP, device="cpu").model
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors_are_documented(case, model, parts, tmp_path, monkeypatch):
     hub = parts.hub(LANGUAGE_MODEL, CLIP, SIGLIP, *([BIOMEDCLIP] if case == "extra" else []))

@@ -13,11 +13,13 @@
 # limitations under the License.
 """LoRA adapters of a language model alone, put onto the model that was assembled of it."""
 
+import json
+
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moellava import load_pretrained_model
 
@@ -39,6 +41,7 @@ FORMS = {
     },
     "head saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "embedding saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "norm"]},
+    "new rows": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5, 9]},
     "head": {"target_modules": ["q_proj", "lm_head"]},
     "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
 }
@@ -98,6 +101,98 @@ def test_onto_a_saved_model_of_that_language_model(parts, tmp_path):
     whole = load_pretrained_model(language, mm_vision_tower=parts.vision_tower("clip"), device="cpu").model
     whole.save_pretrained(tmp_path / "model")
     check(load_pretrained_model(tmp_path / "lora", model_base=tmp_path / "model", device="cpu").model, expected)
+
+
+TIED_FORMS = {
+    "head saved": {"modules_to_save": ["lm_head"]},
+    "embedding saved": {"modules_to_save": ["embed_tokens"]},
+    "both saved as one": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "new rows": {"trainable_token_indices": [3, 5, 9]},
+    "neither": {},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("form", list(TIED_FORMS))
+def test_a_head_that_is_the_embedding(parts, loaded, tmp_path, form):
+    language = parts.language_model("qwen2", tie_word_embeddings=True)
+    expected = adapter_of(language, tmp_path / "lora", **{"target_modules": ["q_proj"], **TIED_FORMS[form]})
+    check(loaded(tmp_path / "lora", language, merge=False), expected)
+    merged = loaded(tmp_path / "lora", language)
+    check(merged, expected)
+    merged.save_pretrained(tmp_path / "model")
+    check(load_pretrained_model(tmp_path / "model", device="cpu").model, expected)
+    assert merged.config.tie_word_embeddings == (form in ("neither", "both saved as one"))
+
+
+@pytest.mark.filterwarnings("ignore:for base_model.*copying from a non-meta parameter:UserWarning")  # PEFT's
+@pytest.mark.parametrize("merge", [True, False])
+def test_onto_a_model_with_offloaded_weights(parts, tmp_path, merge):
+    language = parts.language_model("llama")
+    expected = adapter_of(language, tmp_path / "lora", target_modules="all-linear")
+    whole = load_pretrained_model(language, mm_vision_tower=parts.vision_tower("clip"), device="cpu").model
+    places = {name: "cpu" for name, _ in whole.model.named_children()}
+    del places["language_model"]
+    places = {f"model.{name}": place for name, place in places.items()} | {"lm_head": "cpu"}
+    for name, _ in whole.model.language_model.named_children():
+        places[f"model.language_model.{name}"] = "disk" if name == "layers" else "cpu"
+    model = load_pretrained_model(
+        tmp_path / "lora", model_base=language, mm_vision_tower=parts.vision_tower("clip"), merge=merge,
+        device_map=places, offload_folder=str(tmp_path / "offloaded"),
+    ).model  # fmt: skip
+    check(model, expected)
+
+
+def test_onto_experts_of_the_language_model(parts, loaded, tmp_path):
+    language = parts.language_model("mixtral")
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    expected = adapter_of(language, tmp_path, target_modules=["q_proj"], target_parameters=experts)
+    check(loaded(tmp_path, language), expected)
+
+
+def test_a_saved_adapter_is_loaded_again(parts, loaded, tmp_path):
+    language = parts.language_model("llama")
+    expected = adapter_of(language, tmp_path / "lora", target_modules="all-linear")
+    loaded(tmp_path / "lora", language, merge=False).save_pretrained(tmp_path / "again")
+    check(loaded(tmp_path / "again", language), expected)
+
+
+def without_weights(folder, part):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({name: x for name, x in tensors.items() if part not in name}, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("part", ["v_proj", "layers.1.self_attn.v_proj.lora_B"])
+@pytest.mark.parametrize("is_ours", [False, True])
+def test_layers_without_weights_are_named(parts, loaded, tmp_path, caplog, is_ours, part):
+    language = parts.language_model("llama")
+    options = {"target_modules": r".*language_model.*\.(q|v)_proj" if is_ours else ["q_proj", "v_proj"]}
+    if is_ours:
+        model = load_pretrained_model(language, mm_vision_tower=parts.vision_tower("clip"), device="cpu").model
+        peft.get_peft_model(model, peft.LoraConfig(r=2, **options)).save_pretrained(tmp_path)
+    else:
+        adapter_of(language, tmp_path, **options)
+    loaded(tmp_path, language)
+    assert "lacks weights" not in caplog.text
+    without_weights(tmp_path, part)
+    loaded(tmp_path, language)
+    count = AutoConfig.from_pretrained(language).num_hidden_layers
+    assert f"lacks weights of {count if part == 'v_proj' else 1} layer(s)" in caplog.text
+    assert "layers.1.self_attn.v_proj" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "fields", [{"target_modules": ["nothing"]}, {"target_modules": "(("}, {"r": "x"}, {"rank_pattern": {"q_proj": 7}}]
+)
+def test_a_config_that_does_not_fit_is_an_error(parts, loaded, tmp_path, fields):
+    language = parts.language_model("llama")
+    adapter_of(language, tmp_path, target_modules=["q_proj"])
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(ValueError, match=r"(?s)The adapter .* does not fit the model .*adapter_config\.json"):
+        loaded(tmp_path, language)
 
 
 @pytest.mark.parametrize("is_ours", [False, True])

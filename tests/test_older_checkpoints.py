@@ -649,6 +649,43 @@ def test_a_tower_on_somebody_elses_machine(shop, tmp_path, with_tower_weights):
     assert_same_answers(shop, older, load_pretrained_model(tmp_path / "out", device="cpu").model)
 
 
+def other_weights(tower, to):
+    """A tower of the same sizes with other weights."""
+    shutil.copytree(tower, to)
+    tensors = load_file(to / "model.safetensors")
+    save_file({name: x + 1 if x.is_floating_point() else x for name, x in tensors.items()}, to / "model.safetensors")
+    return to
+
+
+@pytest.mark.parametrize("holds_tower", [True, False])
+def test_another_tower_of_equal_width_is_told(shop, tmp_path, caplog, holds_tower):
+    """The projector of an older checkpoint stays as it is, so that no other tower may come before it in silence."""
+    older = shop.write("phi", with_tower_weights=holds_tower, tower_noise=0.0)
+    folder = shop.copy(older, tmp_path / "model")
+    other = other_weights(shop.tower(), tmp_path / "other")
+    same = shutil.copytree(shop.tower(), tmp_path / "same")
+    load_pretrained_model(str(folder), mm_vision_tower=str(same), device="cpu")
+    assert "tower" not in caplog.text
+    if holds_tower:
+        model = load_pretrained_model(str(folder), mm_vision_tower=str(other), device="cpu").model
+        assert "files hold the weights of a vision tower, which are taken" in caplog.text
+        assert_same_answers(shop, older, model)
+        return
+    with pytest.raises(ValueError, match="is not the one that the config.json of .* names"):
+        load_pretrained_model(str(folder), mm_vision_tower=str(other), device="cpu")
+    with pytest.raises(ValueError, match="is not the one that the config.json of .* names"):
+        moellava.convert(folder, tmp_path / "out", vision_tower=str(other))
+    change_config(folder, mm_image_tower=TRAINERS_TOWER, mm_vision_tower=TRAINERS_TOWER)
+    load_pretrained_model(str(folder), mm_vision_tower=str(other), device="cpu")
+    assert f"names the vision tower {TRAINERS_TOWER}, and {other} takes its place" in caplog.text
+
+
+def test_another_tower_for_a_llava_hf_checkpoint(parts, tmp_path):
+    with pytest.raises(ValueError, match="is not the one that .* holds, with which the projector was trained"):
+        moellava.convert(parts.llava_hf(), tmp_path / "out", vision_tower=str(parts.vision_tower("clip", seed=7)))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_given_tower_that_cannot_be_had(shop):
     """The message is about what was given, not about what the config names."""
     older = shop.write("stablelm", moe={}, image_tower=TRAINERS_TOWER)

@@ -289,7 +289,7 @@ def test_another_tower(checkpoint, saved, parts, caplog):
     tower = parts.vision_tower("siglip")
     model = load(checkpoint, mm_vision_tower=str(tower))
     assert model.config.encoder_type == "siglip"
-    assert model.config.parts["vision_tower"] == str(tower)
+    assert model.config.parts["vision_tower"] == tower.name
     assert NEW_PROJECTOR in caplog.text  # SigLIP's width is another
     assert_weights(
         model,
@@ -330,11 +330,15 @@ def test_the_same_tower_under_another_path_keeps_the_projector(checkpoint, parts
     assert NEW_PROJECTOR not in caplog.text
 
 
-def test_the_tower_that_is_there_already_is_not_read_again(parts, tmp_path):
-    tower = parts.copy(parts.vision_tower("clip"), tmp_path / "tower")
-    load(parts.language_model("llama"), mm_vision_tower=tower).save_pretrained(tmp_path / "model")
-    (tower / "model.safetensors").unlink()
-    assert torch.isfinite(logits(load(tmp_path / "model", mm_vision_tower=tower))).all()
+def test_the_tower_that_is_there_already_is_not_read_again(parts, tmp_path, caplog):
+    load(parts.language_model("llama"), mm_vision_tower=parts.vision_tower("clip")).save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    # A name of the Hub stands for one tower, that of a folder does not.
+    config["parts"]["vision_tower"] = "nobody/tower"
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    model = load(tmp_path / "model", mm_vision_tower="nobody/tower")
+    assert_weights(model, load_file(tmp_path / "model" / "model.safetensors"))
+    assert NEW_PROJECTOR not in caplog.text
 
 
 def test_a_wrong_width_is_told_of_a_checkpoint_too(checkpoint, caplog):
@@ -347,7 +351,7 @@ def test_where_the_parts_came_from_is_remembered_and_never_read(checkpoint, part
     folder = parts.copy(checkpoint, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     assert config["parts"] == {
-        "language_model": str(parts.language_model("llama")), "vision_tower": str(parts.vision_tower("clip")),
+        "language_model": parts.language_model("llama").name, "vision_tower": parts.vision_tower("clip").name,
         "multi_modal_projector": "new",
     }  # fmt: skip
     config["parts"] = {"language_model": "/nowhere", "vision_tower": "https://nowhere.invalid/tower"}

@@ -49,7 +49,7 @@ from ..configuration.part_checks_moellava import check_part
 from ..modeling.encoders_moellava import encoder_for
 from ..origins import with_origin
 from ..projector_files import older_projector_tensors
-from ..sources import Source, load_image_processor, read_tensors
+from ..sources import Source, are_same_weights, load_image_processor, read_tensors
 from .adapters import ADAPTER_FILES, attach_adapter, read_adapter
 from .conversations import conversation_for, prepare_older_tokenizer, stop_token_ids
 from .older_config import OlderCheckpointError, OlderModel, is_llava_hf, is_older, read_older_config
@@ -118,7 +118,9 @@ def read_converted(
     check_part(f"{source}/config.json", fields)
     changes = dict(changes or {})
     if is_llava_hf(fields):
-        return _read_llava_hf(source, changes)
+        converted = _read_llava_hf(source, changes)
+        _check_tower_of_llava_hf(converted, source, vision_tower)
+        return converted
     if base is None:
         _check_needs_no_base(source)
     older = read_older_config(fields, source.name)
@@ -130,6 +132,8 @@ def read_converted(
     origin = source.name if base is None else f"{source} with the base {base}"
     language, projector, tower_weights, report = sort_weights(weights, older, origin)
     _check_tower(tower_weights, tower.config, source, vision_tower or older.vision_tower)
+    if vision_tower not in (None, older.vision_tower):
+        _compare_towers(older, source, vision_tower, tower, tower_weights)
     if older.is_tied is None:
         older.text_config.tie_word_embeddings = "lm_head.weight" not in language
     if older.moe is not None:
@@ -359,6 +363,59 @@ def _check_tower(weights: Mapping[str, torch.Tensor], config: Any, source: Sourc
             f"is {expected[0]} wide with patches of {expected[1]}. Give the tower that the model was trained with as "
             "mm_vision_tower (--vision-tower)."
         )
+
+
+def _check_tower_of_llava_hf(converted: Converted, source: Source, given: str | None) -> None:
+    if given is None:
+        return
+    held = {
+        name.removeprefix(TOWER_PREFIX): tensor for name, tensor in converted.tensors.items() if TOWER_PREFIX in name
+    }
+    if not are_same_weights(held, read_vision_tower(Source(given, source.hub_options)).tensors()):
+        raise OlderCheckpointError(_another_tower(given, f"that {source} holds"))
+
+
+def _another_tower(given: str, expected: str) -> str:
+    return (
+        f"The vision tower {given} is not the one {expected}, with which the projector was trained. Leave "
+        "mm_vision_tower (--vision-tower) out; or convert the checkpoint first (`moellava convert`), then load the "
+        "result with another tower and a new projector."
+    )
+
+
+def _compare_towers(
+    older: OlderModel, source: Source, given: str, tower: VisionPart, held: Mapping[str, torch.Tensor]
+) -> None:
+    """Finds out, as far as can be, whether a tower that is given is the one that the projector was trained with.
+
+    Raises:
+        OlderCheckpointError: It is another one.
+    """
+    if held:
+        if not are_same_weights(held, tower.tensors()):
+            older.notes.append(
+                f"its files hold the weights of a vision tower, which are taken; {given} has others, and no more than "
+                "its config and its image processor are taken"
+            )
+        return
+    named = older.vision_tower
+    if named is None or _last_part(named) == _last_part(given):
+        return  # what is named is most often a path on its trainer's machine, of which only the name says something
+    try:
+        # What is on this machine can be compared; a download of gigabytes for that would be too much.
+        own = read_vision_tower(Source(named, {**source.hub_options, "local_files_only": True})).tensors()
+    except (OSError, ValueError):
+        older.notes.append(
+            f"its config names the vision tower {named}, and {given} takes its place. The projector was trained with "
+            "the former; with any other tower, answers about images are wrong"
+        )
+        return
+    if not are_same_weights(own, tower.tensors()):
+        raise OlderCheckpointError(_another_tower(given, f"that the config.json of {source} names ({named})"))
+
+
+def _last_part(name: str) -> str:
+    return re.split(r"[\\/]+", name.rstrip("\\/"))[-1].lower()
 
 
 def _open_weights(source: Source, base: Source | None) -> dict[str, torch.Tensor]:

@@ -29,6 +29,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from ..configuration import MoellavaConfig
 from ..json_files import write_json_object
 from ..loading import context_length, load_pretrained_model
+from ..lora import merge_adapter
 from ..origins import with_training
 from ..request import read_request
 from ..sources import Source
@@ -360,7 +361,7 @@ def _save(trainer: MoellavaTrainer, stage: Stage, folder: Path) -> Path:
     if not PartialState().is_main_process:
         return folder / _MODEL
     processor = trainer.model.processor
-    merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+    merged = merge_adapter(trainer.accelerator.unwrap_model(trainer.model))
     merged.processor = processor
     # What is quantised is stored in a way of its own.
     weights = None if getattr(merged, "hf_quantizer", None) else frozen_as_loaded(merged, merged.state_dict())
