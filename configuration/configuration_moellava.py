@@ -232,6 +232,9 @@ class MoellavaMoeConfig(PreTrainedConfig):
         capacity_factor, eval_capacity_factor (`float`, *optional*):
             How many times its even share of the tokens an expert takes, in training and otherwise; what is over is
             dropped. By default nothing is.
+        eval_capacity_per_row (`bool`, *optional*, defaults to `True`):
+            Whether `eval_capacity_factor` counts each row of a batch alone, so that an answer does not depend on its
+            neighbours. Checkpoints of 0.1.0 do not have the field, and count over the batch.
         min_capacity (`int`, *optional*, defaults to 0):
             The number of tokens that an expert takes in any case.
         use_residual (`bool`, *optional*, defaults to `False`):
@@ -255,6 +258,7 @@ class MoellavaMoeConfig(PreTrainedConfig):
     sample_second_expert: bool = False
     capacity_factor: float | int | None = None
     eval_capacity_factor: float | int | None = None
+    eval_capacity_per_row: bool = True
     min_capacity: int = 0
     use_residual: bool = False
     use_meta_expert: bool = False
@@ -666,6 +670,15 @@ class MoellavaConfig(PreTrainedConfig):
         known = {*cls.default_field_names(), *FIELD_NAMES}
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
         saved, config_dict = config_dict, cls._with_overrides(config_dict, overrides)
+        moe = config_dict.get("moe_config")
+        if isinstance(moe, dict) and MoellavaMoeConfig.__annotations__.keys() - moe.keys() == {"eval_capacity_per_row"}:
+            config_dict["moe_config"] = {**moe, "eval_capacity_per_row": False}  # 0.1.0: answers stay what they were
+            if moe["eval_capacity_factor"] is not None:
+                logger.warning(
+                    "eval_capacity_factor is %s and counts over the batch, so that an answer depends on its neighbours. "
+                    "Set moe_config.eval_capacity_per_row to count each row alone.",
+                    moe["eval_capacity_factor"],
+                )
         if not kwargs.get("return_unused_kwargs"):  # else a model refuses them; tokenizers pass theirs on to here
             for name in kwargs:
                 if close := difflib.get_close_matches(name, known, n=1, cutoff=0.9):

@@ -94,6 +94,7 @@ MOE_FIELD_NAMES: dict[str, str] = {
         for name in (
             "capacity_factor",
             "eval_capacity_factor",
+            "eval_capacity_per_row",
             "freeze_router",
             "layers",
             "min_capacity",

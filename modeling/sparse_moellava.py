@@ -511,7 +511,7 @@ class SparseMoeBlock(nn.Module):
     - otherwise: `y = sum over e in T of p_e * expert_e(x)`, the probabilities as they are.
     - with a capacity, an expert takes `max(ceil(k * tokens / num_experts * capacity_factor), min_capacity)` tokens, by
       position, first choices before second ones; what is over is dropped before the weights are normalised. The
-      tokens are those of the batch in training, and those of the row otherwise.
+      tokens are those of the batch in training, and those of the row otherwise (`eval_capacity_per_row`).
     - residual: `y = c_0 * y + c_1 * mlp(x)` with `c = softmax(coefficient(x))`.
     - meta expert: `y = y + meta_expert(x)`.
 
@@ -531,6 +531,7 @@ class SparseMoeBlock(nn.Module):
         self.sample_second_expert = moe.sample_second_expert
         self.capacity_factor = _as_ratio(moe.capacity_factor)
         self.eval_capacity_factor = _as_ratio(moe.eval_capacity_factor)
+        self.eval_capacity_per_row = moe.eval_capacity_per_row
         self.min_capacity = moe.min_capacity
         self.gate = Router(
             form.hidden_size,
@@ -589,7 +590,8 @@ class SparseMoeBlock(nn.Module):
             weights, index = torch.topk(probabilities, self.top_k, dim=-1)
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         if factor is not None:
-            weights = weights * self._within_capacity(index, factor, 1 if self.training else rows)
+            by_row = self.eval_capacity_per_row and not self.training
+            weights = weights * self._within_capacity(index, factor, rows if by_row else 1)
         if self.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).eps)
         return weights, index

@@ -46,6 +46,7 @@ _CHANGEABLE = frozenset(
     {
         "capacity_factor",
         "eval_capacity_factor",
+        "eval_capacity_per_row",
         "freeze_router",
         "min_capacity",
         "norm_topk_prob",

@@ -1228,3 +1228,16 @@ def test_experts_are_copies(form):
         for expert in range(count):
             one = experts.run_expert(experts.expert_weights()[expert], tokens)
             assert_near(one.detach(), mlp(tokens).detach(), 1e-6)
+
+
+def test_a_file_without_the_field_counts_capacity_over_the_batch(caplog):
+    """As 0.1.0 wrote it, and as it answered; whoever makes a config gets rows counted alone."""
+    config = MoellavaConfig(moe_config={"num_experts": 2, "eval_capacity_factor": 1.0})
+    assert config.moe_config.eval_capacity_per_row
+    written = config.to_dict()
+    assert MoellavaConfig.from_dict(written).moe_config.eval_capacity_per_row
+    del written["moe_config"]["eval_capacity_per_row"]
+    earlier = MoellavaConfig.from_dict(written)
+    assert not earlier.moe_config.eval_capacity_per_row
+    assert "counts over the batch" in caplog.text
+    assert not MoellavaConfig.from_dict(earlier.to_dict()).moe_config.eval_capacity_per_row
