@@ -679,6 +679,7 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MoellavaConfig):
+        config.check()  # transformers reads the text config before the body is built
         super().__init__(config)
         self.model = MoellavaModel(config)
         self.lm_head = build_head(config.text_config)
