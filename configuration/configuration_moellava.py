@@ -675,7 +675,7 @@ class MoellavaConfig(PreTrainedConfig):
             config_dict["moe_config"] = {**moe, "eval_capacity_per_row": False}  # 0.1.0: answers stay what they were
             if moe["eval_capacity_factor"] is not None:
                 logger.warning(
-                    "eval_capacity_factor is %s and counts over the batch, so that an answer depends on its neighbours. "
+                    "eval_capacity_factor is %s and counts over the batch, so an answer depends on its neighbours. "
                     "Set moe_config.eval_capacity_per_row to count each row alone.",
                     moe["eval_capacity_factor"],
                 )

@@ -226,6 +226,8 @@ class MoellavaPreTrainedModel(PreTrainedModel):
             )
         if quantization_config is not None:
             kwargs["quantization_config"] = with_unquantised_parts(quantization_config, modules_to_quantize)
+        if getattr(kwargs.get("config"), "model_type", None) == cls.config_class.model_type:
+            kwargs["config"].check()
         if pretrained_model_name_or_path is not None:
             check_indices(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
             adapter_config = find_adapter_config(pretrained_model_name_or_path, kwargs)
@@ -242,6 +244,11 @@ class MoellavaPreTrainedModel(PreTrainedModel):
             model._note_untrained_parts([*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])])
         return (model, info) if wants_info else model
 
+    @classmethod
+    def _from_config(cls, config: MoellavaConfig, **kwargs):
+        config.check()  # a part that was set as a dictionary has no dtype for transformers to set
+        return super()._from_config(config, **kwargs)
+
     def _note_untrained_parts(self, random_weights: list[str]) -> None:
         """Adds the parts of weights that no file gave to the config's `untrained_parts`, and warns of all of these."""
         # New routers choose among equal experts, so that the answers are right before they are trained.
@@ -255,16 +262,14 @@ class MoellavaPreTrainedModel(PreTrainedModel):
                 "first, or load trained weights.", " and ".join(self.config.untrained_parts),
             )  # fmt: skip
 
-    def _note_training(self, has_images: bool) -> None:
-        """Takes the parts that a forward pass is about to train off the config's `untrained_parts`."""
-        parts, left = self.config.untrained_parts or [], []
-        for part in parts:
-            module = getattr(self, part, None) or getattr(self.model, part, None)
-            is_run = has_images or part not in ("vision_tower", "multi_modal_projector")
-            if module is None or not is_run or not any(weight.requires_grad for weight in module.parameters()):
-                left.append(part)
-        if len(left) < len(parts):
-            self.config.untrained_parts = left
+    def _note_training(self, *parts: str) -> None:
+        """Takes those of the parts that a forward pass is about to train off the config's `untrained_parts`."""
+        untrained = self.config.untrained_parts
+        if not (untrained and self.training and torch.is_grad_enabled()):
+            return
+        trained = {part for part in parts if any(weight.requires_grad for weight in getattr(self, part).parameters())}
+        if not trained.isdisjoint(untrained):
+            self.config.untrained_parts = [part for part in untrained if part not in trained]
 
     @classmethod
     def get_init_context(cls, dtype, is_quantized, *args, **kwargs):
@@ -602,6 +607,8 @@ class MoellavaModel(MoellavaPreTrainedModel):
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+            if image_features.requires_grad:
+                self._note_training("vision_tower", "multi_modal_projector")
         elif self.training and in_several_processes():
             # Another process may have pictures, and each waits for the gradients, or the shards, of the others.
             size = self.encoder.image_size
@@ -609,6 +616,8 @@ class MoellavaModel(MoellavaPreTrainedModel):
             unseen = torch.cat(blank.pooler_output).sum() * 0
             inputs_embeds = inputs_embeds + unseen.to(inputs_embeds.device, inputs_embeds.dtype)
 
+        # Here, and not where the logits are computed: TRL's losses by chunks call this model and the head apart.
+        self._note_training("language_model")
         # Continuous batching's own cache passes through the language model to its attention, by one name everywhere.
         inputs = {
             "attention_mask": attention_mask,
@@ -677,6 +686,7 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MoellavaConfig):
+        config.check()  # transformers reads the text config before the body is built
         super().__init__(config)
         self.model = MoellavaModel(config)
         self.lm_head = build_head(config.text_config)
@@ -757,8 +767,7 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
 
         The other arguments are those of `MoellavaModel.forward`.
         """
-        if self.training and torch.is_grad_enabled():
-            self._note_training(pixel_values is not None)
+        self._note_training("lm_head")
         wants_router_logits = self._wants_router_logits(output_router_logits)
         is_upcycled = self.config.moe_config is not None
         balances_in_training = is_upcycled and self.config.moe_config.router_aux_loss_coef > 0

@@ -41,7 +41,6 @@ from .assembling import (
 from .building import build, make_processor
 from .configuration import MoellavaConfig
 from .configuration.checkpoint_moellava import AUTO_MAP
-from .configuration.configuration_moellava import public_name
 from .configuration.custom_code_moellava import CUSTOM_MODULE, is_own_class, registered_in
 from .configuration.names_moellava import canonical_projector, stacked_projector
 from .configuration.registry_moellava import ENCODERS, PROJECTORS, plain_value
@@ -50,6 +49,7 @@ from .converting.adapters import ADAPTER_FILES
 from .lora import merge_adapter, put_adapter
 from .modeling import MoellavaForCausalLM
 from .modeling.weight_files_moellava import check_adapter
+from .origins import folder_name
 from .processing import MoellavaProcessor
 from .projector_files import read_projector
 from .quantizing import STACKED, quantization_coverage
@@ -283,7 +283,7 @@ def _has_tower(source: Source, config: MoellavaConfig, request: LoadRequest) -> 
     """
     name = os.path.expanduser(request.vision_tower)
     recorded = (config.parts or {}).get("vision_tower")
-    if not os.path.isdir(name) or public_name(name) != recorded:
+    if not os.path.isdir(name) or recorded not in (name, folder_name(name)):
         return name == recorded and not os.path.isdir(name)
     if is_custom_encoder(config.encoder_type):
         kept = {field: getattr(config.vision_config, field, None) for field in ENCODERS.fields(config.encoder_type)}

@@ -18,6 +18,7 @@ from the metadata of a part's `README.md`; nothing is concluded from names.
 """
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,11 @@ def license_of(source: Source) -> dict[str, str]:
     return {key: str(value) for key, value in known.items()} if "license" in known else {}
 
 
+def folder_name(path: str) -> str:
+    """Returns the last part of a folder's path, which says no more of where it lies: `models/clip` is no Hub id."""
+    return os.path.basename(os.path.abspath(os.path.expanduser(path)))
+
+
 def with_origin(
     parts: Mapping[str, Any] | None, name: str, origin: str | None, source: Source | None = None
 ) -> dict[str, Any]:
@@ -65,10 +71,12 @@ def with_origin(
             `"converted_from"`.
         origin (`str`, *optional*): The Hub id or the path, of which a config keeps the last part; or `NEW` or
             `UPCYCLED`.
-        source (`Source`, *optional*): Where to look for the licence.
+        source (`Source`, *optional*): Where to look for the licence; of a folder, the origin is its name.
     """
     parts = dict(parts or {})
     licenses = {part: terms for part, terms in parts.pop("licenses", {}).items() if part != name}
+    if source is not None and source.is_local:
+        origin = folder_name(source.name)
     known = {} if source is None else license_of(source)
     if known:
         licenses[name] = known
@@ -108,6 +116,7 @@ __all__ = [
     "LICENSE_KEYS",
     "NEW",
     "UPCYCLED",
+    "folder_name",
     "license_of",
     "training_records",
     "with_origin",

@@ -299,6 +299,23 @@ def test_a_part_of_a_config_may_be_set_as_a_dictionary(checkpoint, tmp_path):
     assert config.projector_config.type == "qformer" and config.image_seq_length == 4
 
 
+@pytest.mark.parametrize("name", ["text_config", "vision_config", "projector_config"])
+def test_a_model_is_built_of_parts_that_were_set_as_dictionaries(checkpoint, name):
+    fields = AutoConfig.from_pretrained(checkpoint).to_dict()[name]
+    for build in (
+        AutoModelForImageTextToText.from_config,
+        MoellavaForCausalLM,
+        lambda config: AutoModelForImageTextToText.from_pretrained(checkpoint, config=config),
+    ):
+        config = AutoConfig.from_pretrained(checkpoint)
+        setattr(config, name, dict(fields))
+        built = getattr(build(config).config, name).to_dict()
+        assert {field: built[field] for field in fields} == fields
+    config.projector_config = {"type": "linea"}
+    with pytest.raises(ValueError, match="Unknown projector 'linea'; did you mean 'linear'"):
+        AutoModelForImageTextToText.from_config(config)
+
+
 def test_checking_changes_nothing_of_a_config_that_is_right(checkpoint):
     config = AutoConfig.from_pretrained(checkpoint, moe_config={"num_experts": 2})
     before, parts = config.to_dict(), [getattr(config, name) for name in config.sub_configs]

@@ -15,17 +15,27 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Trainer,
+    TrainingArguments,
+)
 from typer.testing import CliRunner
 
-from moellava import load_pretrained_model, train, upcycle
+from moellava import convert, load_pretrained_model, train, upcycle
 from moellava.cli import app
+from moellava.hub import checkpoint_files
 from moellava.inspecting import inspect_checkpoint
 from moellava.loading import read_processor
 from moellava.sources import Source
@@ -158,6 +168,95 @@ def test_any_training_loop_clears_what_it_trains(untrained, prepare, left):
     assert model.config.untrained_parts == left and copied.config.untrained_parts == ["multi_modal_projector"]
 
 
+def trainer_of(model, folder, **fields):
+    """transformers' own trainer, on two equal rows."""
+    row = {name: value[0] for name, value in inputs_of(model).items()}
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=1,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        **fields,
+    )
+    rows = [row, row]
+    return Trainer(
+        model, arguments, train_dataset=rows, eval_dataset=rows,
+        data_collator=lambda batch: {name: torch.stack([row[name] for row in batch]) for name in batch[0]},
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("fields", [{}, {"gradient_checkpointing": True}, {"label_smoothing_factor": 0.1}], ids=str)
+def test_transformers_trainer_clears_it(untrained, tmp_path, fields):
+    trainer = trainer_of(load_pretrained_model(untrained, device="cpu").model, tmp_path, **fields)
+    trainer.evaluate()
+    trainer.save_model(tmp_path / "before")
+    trainer.train()
+    trainer.save_model(tmp_path / "after")
+    assert (said(tmp_path / "before"), said(tmp_path / "after")) == (["multi_modal_projector"], [])
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_trl_clears_it_whose_losses_leave_the_models_own_forward_out(untrained, tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    model = load_pretrained_model(untrained, device="cpu").model
+    talk = [{"role": "user", "content": "What is shown?"}, {"role": "assistant", "content": "Red."}]
+    rows = [{"messages": talk, "images": [Image.new("RGB", (32, 32), "red")]}] * 2
+    arguments = trl.SFTConfig(
+        str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, max_length=None
+    )
+    trainer = trl.SFTTrainer(
+        model, arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=model.processor
+    )
+    assert model.config.untrained_parts == ["multi_modal_projector"]
+    trainer.train()
+    assert model.config.untrained_parts == []
+
+
+def test_the_body_alone_and_features_that_are_given_clear_it(untrained):
+    body = AutoModel.from_pretrained(untrained).train()
+    model = load_pretrained_model(untrained, device="cpu").model
+    inputs = inputs_of(model)
+    labels, pixels = inputs.pop("labels"), inputs["pixel_values"]
+    body(**inputs)
+    assert body.config.untrained_parts == []
+    model.train()
+    with torch.no_grad():
+        features = model.get_image_features(pixels)
+    model(inputs["input_ids"], mm_encoder_outputs={"image": features}, labels=labels)
+    assert model.config.untrained_parts == ["multi_modal_projector"]  # encoded without gradients
+    model(inputs["input_ids"], mm_encoder_outputs={"image": model.get_image_features(pixels)}, labels=labels)
+    assert model.config.untrained_parts == []
+
+
+def test_peft_clears_what_is_saved_beside_an_adapter(untrained, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = load_pretrained_model(untrained, device="cpu").model
+    row = inputs_of(model)
+    adapters = {"target_modules": r".*language_model.*q_proj", "r": 2}
+    without = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**adapters))
+    without.train()(**row).loss.backward()
+    assert without.get_base_model().config.untrained_parts == ["multi_modal_projector"]
+    beside = peft.get_peft_model(model, peft.LoraConfig(**adapters, modules_to_save=["multi_modal_projector"]))
+    beside.train()(**row).loss.backward()
+    assert model.config.untrained_parts == []
+    beside.save_pretrained(tmp_path)
+    assert load_pretrained_model(tmp_path, model_base=untrained, device="cpu").model.config.untrained_parts == []
+
+
+def test_converted_weights_are_no_reason_to_warn_and_a_tower_of_another_width_is(parts, untrained, tmp_path, caplog):
+    convert(parts.llava_hf("clip"), tmp_path / "converted")
+    assert not said(tmp_path / "converted")
+    load_pretrained_model(tmp_path / "converted", device="cpu")
+    assert not warnings_of(caplog)
+    other = load_pretrained_model(
+        tmp_path / "converted", mm_vision_tower=parts.vision_tower("siglip"), device="cpu"
+    ).model
+    assert other.config.untrained_parts == ["multi_modal_projector"] and warnings_of(caplog)
+
+
 def test_upcycling_carries_it_over_and_new_routers_are_no_reason_to_warn(untrained, parts, rows, tmp_path, caplog):
     assert upcycle(untrained, 2, 2, layers="dense").config.untrained_parts == ["multi_modal_projector"]
     trained = train(settings(untrained, rows, tmp_path)).checkpoint
@@ -211,13 +310,57 @@ def test_no_saved_file_holds_a_local_path(untrained, parts, rows, tmp_path):
     assert config["parts"]["language_model"] == "llama" and "/" not in config["parts"]["vision_tower"]
 
 
+def test_nothing_that_is_sent_says_where_it_was_made(parts, tmp_path, monkeypatch):
+    home = tmp_path / "patients-of-ward-7"
+    for part in (parts.language_model("llama"), parts.vision_tower("clip")):
+        shutil.copytree(part, home / "kept" / part.name)
+    Image.new("RGB", (32, 32), "red").save(home / "kept" / "red.png")
+    talk = [{"from": "human", "value": "<image>\nWhat is shown?"}, {"from": "gpt", "value": "Red."}]
+    (home / "kept" / "rows.json").write_text(json.dumps([{"image": "red.png", "conversations": talk}]))
+    monkeypatch.chdir(home)
+    # `kept/llama` has the form of a Hub id.
+    language, tower = (f"kept/{part.name}" for part in (parts.language_model("llama"), parts.vision_tower("clip")))
+    load_pretrained_model(language, mm_vision_tower=tower, device="cpu").model.save_pretrained("kept/model")
+    report = train(settings("kept/model", Path("kept/rows.json"), Path("kept/out"), save_steps=1))
+    upcycle(report.checkpoint, 2, 2, layers="dense").save_pretrained("kept/sparse")
+    AutoModelForImageTextToText.from_pretrained("kept/sparse").save_pretrained("kept/again")
+    AutoProcessor.from_pretrained("kept/sparse").save_pretrained("kept/again")
+    for folder in ("kept/model", report.checkpoint, "kept/out/align/checkpoint-1", "kept/sparse", "kept/again"):
+        sent = checkpoint_files(Source(folder))
+        assert {"config.json", "tokenizer.json", "model.safetensors", "processor_config.json"} <= set(sent)
+        for name in sent:
+            content = (home / folder / name).read_bytes()
+            assert not any(word in content for word in (b"ward-7", b"kept/", str(tmp_path).encode())), name
+    said = json.loads((home / "kept/again/config.json").read_text(encoding="utf-8"))["parts"]
+    assert (said["language_model"], said["vision_tower"]) == (Path(language).name, Path(tower).name)
+
+
+def test_a_folder_named_as_a_hub_id_is_still_the_tower_of_the_checkpoint(parts, tmp_path, monkeypatch, caplog):
+    tower = parts.vision_tower("clip")
+    shutil.copytree(tower, tmp_path / "towers" / "clip")
+    monkeypatch.chdir(tmp_path)
+    model = load_pretrained_model(parts.language_model("llama"), mm_vision_tower="towers/clip", device="cpu").model
+    assert model.config.parts["vision_tower"] == "clip"
+    model.save_pretrained("model")
+    for recorded in ("clip", "towers/clip"):  # as earlier versions wrote it
+        config = json.loads((tmp_path / "model/config.json").read_text(encoding="utf-8"))
+        config["parts"]["vision_tower"] = recorded
+        (tmp_path / "model/config.json").write_text(json.dumps(config), encoding="utf-8")
+        caplog.clear()
+        again = load_pretrained_model("model", mm_vision_tower="towers/clip", device="cpu").model
+        name = "model.multi_modal_projector.linear_1.weight"
+        assert again.state_dict()[name].equal(model.state_dict()[name])
+        assert not any("takes its place" in record.getMessage() for record in caplog.records)
+
+
 def test_records_of_all_stages_are_kept(untrained, rows, tmp_path):
-    stages = [{"stage": "align"}, {"stage": "instruct", "max_steps": 2}]
+    moe = {"num_experts": 2, "num_experts_per_tok": 1}
+    stages = [{"stage": "align"}, {"stage": "instruct", "max_steps": 2}, {"stage": "moe", "moe": moe}]
     recipe = {name: value for name, value in settings(untrained, rows, tmp_path).items() if name != "stage"}
     report = train(recipe | {"stages": stages})
     config = json.loads((report.checkpoint / "config.json").read_text(encoding="utf-8"))
     records = config["parts"]["training"]
-    assert [(record["stage"], record["steps"]) for record in records] == [("align", 1), ("instruct", 2)]
+    assert [(record["stage"], record["steps"]) for record in records] == [("align", 1), ("instruct", 2), ("moe", 1)]
     card = (report.checkpoint / "README.md").read_text(encoding="utf-8")
     assert "stage `align`: 1 steps" in card and "stage `instruct`: 2 steps" in card
 
@@ -275,6 +418,18 @@ def test_frozen_parts_stay_in_the_dtype_that_they_had(parts, rows, tmp_path):
     dtypes = {name.split(".")[1]: tensor.dtype for name, tensor in Source(report.checkpoint).tensors().items()}
     assert dtypes["vision_tower"] == torch.bfloat16 and dtypes["language_model"] == torch.float32
     assert json.loads((report.checkpoint / "config.json").read_text(encoding="utf-8"))["dtype"] == "float32"
+
+
+def test_a_published_language_model_stays_as_large_as_it_was(smollm2, parts, rows, tmp_path):
+    model = load_pretrained_model(smollm2, mm_vision_tower=parts.vision_tower("clip"), device="cpu").model
+    model.save_pretrained(tmp_path / "model")
+    report = train(settings(tmp_path / "model", rows, tmp_path / "out", max_steps=2))
+    before, after = Source(smollm2).tensors(), Source(report.checkpoint).tensors()
+    for name, tensor in before.items():
+        kept = after[name.replace("model.", "model.language_model.", 1)][: len(tensor)]  # the image token adds a row
+        assert kept.dtype == torch.bfloat16 and kept.equal(tensor), name
+    size = (report.checkpoint / "model.safetensors").stat().st_size
+    assert size < 1.01 * (smollm2 / "model.safetensors").stat().st_size
 
 
 def test_a_model_in_float32_stays_in_it(untrained, rows, tmp_path):

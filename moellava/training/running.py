@@ -30,7 +30,7 @@ from ..configuration import MoellavaConfig
 from ..json_files import write_json_object
 from ..loading import context_length, load_pretrained_model
 from ..lora import merge_adapter
-from ..origins import with_training
+from ..origins import folder_name, with_training
 from ..request import read_request
 from ..sources import Source
 from ..stored_dtypes import frozen_as_loaded
@@ -285,7 +285,7 @@ def _run(stage: Stage, model: Any, train_data: Any, eval_data: Any, folder: Path
         logger.info("stage %s goes on from %s", stage.name, checkpoint)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.model.eval()
-    data = [os.path.basename(stage.data)] if isinstance(stage.data, str | os.PathLike) else []
+    data = [folder_name(stage.data)] if isinstance(stage.data, str | os.PathLike) else []
     base.config.parts = with_training(  # told before the save, which writes the card
         base.config.parts,
         steps=trainer.state.global_step,
