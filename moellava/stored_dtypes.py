@@ -67,6 +67,8 @@ def write_stored_dtype(folder: Path, target: Path, repo_id: str | None = None) -
         target (`Path`), repo_id (`str`, *optional*): As for every hook; without effect.
     """
     path = folder / "config.json"
+    if not path.is_file():  # an adapter saved alone
+        return
     config = read_json_object(path)
     amounts: Counter[str] = Counter()
     for file in folder.glob("model*.safetensors"):

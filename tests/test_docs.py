@@ -753,6 +753,11 @@ def rows_of_a_file(**options) -> None:
     open_data({"path": "rows.json", **options})
 
 
+def rows_of_another_file() -> None:
+    Path("rows.csv").write_text("question,answer\n", encoding="utf-8")
+    open_data({"path": "rows.csv"})
+
+
 def evaluating(model: MoellavaForCausalLM, questions: list[dict[str, Any]]) -> None:
     model.save_pretrained("my-model")
     evaluate("my-model", questions, device="cpu")
@@ -908,6 +913,7 @@ ERRORS: dict[str, Callable] = {
         model, [{"question": "Which?", "image": None, "choices": ["left", "right"], "answer": 2}]
     ),
     "places of a question": lambda model, _: user_turn([picture(0)], "<image> or <image>?"),
+    "table of another kind": lambda model, _: rows_of_another_file(),
     "split of a file": lambda model, _: rows_of_a_file(split="validation"),
     "streamed file": lambda model, _: rows_of_a_file(streaming=True),
     "planned memory": lambda model, _: plan(model.config, memory="80 gigs"),
