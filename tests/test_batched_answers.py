@@ -134,16 +134,14 @@ def checkpoints(parts, tmp_path_factory):
         elif way == "older":
             older = write_older(root / "source", "phi", tower_folder=write_tower(root / "tower"))
             convert(older.folder, folder)
-        elif way == "trained":
+        elif way in ("trained", "while training"):
             turns = [{"from": "human", "value": "Only words?"}, {"from": "gpt", "value": "Yes."}]
             (root / "rows.json").write_text(json.dumps([{"id": 1, "conversations": turns}]))
             report = train({
                 "model": root / "assembled", "data": root / "rows.json", "output_dir": folder, "stage": "align",
                 "max_steps": 1, "save_steps": 1, "use_cpu": True, "disable_tqdm": True, "report_to": "none",
             })  # fmt: skip
-            return report.checkpoint
-        elif way == "while training":
-            return next((root / "trained").rglob("checkpoint-1"))
+            return report.checkpoint if way == "trained" else next(folder.rglob("checkpoint-1"))
         return folder
 
     return write
