@@ -594,10 +594,11 @@ def test_a_class_of_the_script_itself_is_refused(parts, tmp_path):
 
 def test_the_file_is_found_by_the_class_and_not_by_its_module(user, monkeypatch):
     module = user("mine.py", GATED)
-    monkeypatch.delitem(sys.modules, "mine")
-    assert "class GatedProjector" in sources_of(module.GatedProjector)["custom_mine.py"]
-    monkeypatch.setitem(sys.modules, "mine", sys.modules[__name__])
-    assert "class GatedProjector" in sources_of(module.GatedProjector)["custom_mine.py"]
+    with monkeypatch.context() as patch:  # put back before `user` takes the module out
+        patch.delitem(sys.modules, "mine")
+        assert "class GatedProjector" in sources_of(module.GatedProjector)["custom_mine.py"]
+        patch.setitem(sys.modules, "mine", sys.modules[__name__])
+        assert "class GatedProjector" in sources_of(module.GatedProjector)["custom_mine.py"]
 
 
 def test_an_own_part_is_registered_even_without_a_decorator(user):
