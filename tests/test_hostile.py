@@ -946,7 +946,7 @@ DATA = {
     "picture by an absolute path": ("open_data", {"image": "@picture.png"}, None),
     "picture above": ("open_data", {"image": "../picture.png"}, None),
     "picture that is none": ("open_data", {"image": "/etc/passwd"}, "/etc/passwd cannot be decoded"),
-    "picture by an address": ("open_data", {"image": "http://169.254.169.254/latest"}, "training fetches nothing"),
+    "picture by an address": ("open_data", {"image": "http://169.254.169.254/latest"}, "nothing is fetched"),
     "picture that is long": ("open_data", {"image": "../long.png"}, "1x100000 pixels, more than 200 times as long"),
     "nested rows": ("open_data", "[" * 100000 + "]" * 100000, "is no valid JSON"),
     "nested questions": ("read_questions", "[" * 100000 + "]" * 100000, "is no valid JSON"),
