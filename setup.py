@@ -18,12 +18,14 @@ The folders that travel inside a checkpoint (`configuration/`, `modeling/`, `pro
 `constraints.txt`.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 
 ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "moellava" / "__init__.py").read_text(encoding="utf-8"), re.M)[1]
 
 # Installed name -> folder. `moellava` itself may hold sub-packages of its own, which `find_packages` adds.
 ROOMS = {
@@ -68,14 +70,14 @@ EXTRAS = {
         *("pytest>=8", "pytest-cov>=6", "pytest-random-order>=1.1", "pytest-xdist>=3.6", "hypothesis>=6.100"),
         *("ipykernel>=6", "nbclient>=0.10", "playwright>=1.45", "trl>=1"),
     ],
-    "lint": ["ruff>=0.17", "transformers-mlinter>=0.1.5"],
+    "lint": ["codespell>=2.4", "ruff>=0.17", "transformers-mlinter>=0.1.5"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
 
 setup(
     name="moellava",
-    version="0.1.0",
+    version=VERSION,
     description="Vision-language models assembled from parts, with sparse mixture-of-experts layers, for transformers",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").is_file() else "",
     long_description_content_type="text/markdown",
@@ -86,7 +88,7 @@ setup(
     packages=[*find_packages(include=["moellava", "moellava.*"]), *ROOMS],
     package_dir={"moellava": "moellava", **ROOMS},
     include_package_data=False,
-    package_data={"moellava.hub_cards": ["templates/*"]},
+    package_data={"moellava": ["py.typed"], "moellava.hub_cards": ["templates/*"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     entry_points={

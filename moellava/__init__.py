@@ -18,11 +18,40 @@ Importing this package is cheap. transformers learns of the model's classes as s
 """
 
 import importlib
-
-from . import registration
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 
 __version__ = "0.1.0"
+
+# In a source tree the other rooms lie beside this folder; `setup.py` puts them inside it when it installs.
+_SOURCE_TREE = Path(__file__).resolve().parents[1]
+if (_SOURCE_TREE / "configuration" / "configuration_moellava.py").is_file():
+    __path__.append(str(_SOURCE_TREE))
+
+from . import registration  # noqa: E402 - it imports the rooms where transformers is there already
+
+
+if TYPE_CHECKING:
+    from .configuration import (
+        MoellavaConfig,
+        MoellavaEncoderConfig,
+        MoellavaMoeConfig,
+        MoellavaProjectorConfig,
+        register_encoder,
+        register_projector,
+    )
+    from .converting import convert
+    from .evaluating import evaluate
+    from .hub import push
+    from .inspecting import inspect_checkpoint
+    from .loading import LoadedModel, load_pretrained_model
+    from .modeling import MoellavaForCausalLM, MoellavaModel, MoellavaPreTrainedModel
+    from .planning import plan
+    from .processing import MoellavaProcessor
+    from .quantizing import quantization_coverage, resident_bytes
+    from .training import check_data, train, train_router
+    from .upcycling import upcycle
 
 _HOMES = {
     "MoellavaConfig": "configuration",
@@ -60,7 +89,7 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted(__all__)
 
 
 registration.register()

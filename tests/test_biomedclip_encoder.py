@@ -290,3 +290,7 @@ def test_a_tower_that_is_no_plain_vit(parts, architecture):
     tower = parts.biomedclip(timm_model_name=architecture, image_size=160)
     with pytest.raises(ValueError, match="is no plain ViT: .*Supported are timm's plain VisionTransformer"):
         load(parts.language_model("llama"), mm_vision_tower=tower)
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__]))

@@ -637,3 +637,7 @@ def test_replaced_settings_do_not_reach_from_pretrained_under_their_own_names(do
         "path/to/model", device="cpu", custom_vision_config=vision, encoder_type="clip", image_aspect_ratio="square"
     )
     assert model.config.image_aspect_ratio == "square"
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__]))

@@ -688,3 +688,7 @@ def test_a_new_projector_may_be_larger_than_the_parts(parts):
     ).model
     own, others = (sum(p.numel() for p in part.parameters()) for part in (model.model.multi_modal_projector, model))
     assert own > 2**25 > 50 * (others - own)
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__]))

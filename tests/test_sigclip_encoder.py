@@ -251,3 +251,7 @@ def test_there_is_no_class_token(parts, kind):
             mm_vision_tower=parts.vision_tower(kind),
             vision_feature_select_strategy="cls",
         )
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__]))
