@@ -56,7 +56,7 @@ def license_of(source: Source) -> dict[str, str]:
 
 
 def folder_name(path: str) -> str:
-    """Returns the last part of a folder's path, which says no more of where it lies: `models/clip` is no Hub id."""
+    """Returns the last part of a folder's path, which says no more of where it lies."""
     return os.path.basename(os.path.abspath(os.path.expanduser(path)))
 
 
@@ -71,12 +71,10 @@ def with_origin(
             `"converted_from"`.
         origin (`str`, *optional*): The Hub id or the path, of which a config keeps the last part; or `NEW` or
             `UPCYCLED`.
-        source (`Source`, *optional*): Where to look for the licence; of a folder, the origin is its name.
+        source (`Source`, *optional*): Where to look for the licence.
     """
     parts = dict(parts or {})
     licenses = {part: terms for part, terms in parts.pop("licenses", {}).items() if part != name}
-    if source is not None and source.is_local:
-        origin = folder_name(source.name)
     known = {} if source is None else license_of(source)
     if known:
         licenses[name] = known
