@@ -399,6 +399,7 @@ class MoellavaModel(MoellavaPreTrainedModel):
         config.check()  # its fields may have been set since it was made
         super().__init__(config)
         self.encoder = encoder_for(config)
+        self.image_size = self.encoder.image_size  # here, because torch.compile cannot trace how encoders find it
         self.vision_tower = self.encoder.build()
         self.multi_modal_projector = build_projector(config, self.encoder.feature_size)
         self.language_model = build_library_part("text_config", config.text_config)
@@ -491,7 +492,7 @@ class MoellavaModel(MoellavaPreTrainedModel):
                     f"{name} is {asked!r}, but the model is made for {own!r}: its tower ends there, and its projector "
                     f"was trained on it. Load it for another by from_pretrained(..., {name}={asked!r})."
                 )
-        side = self.encoder.image_size
+        side = self.image_size
         if pixel_values.shape[-2:] != (side, side):
             raise ValueError(
                 f"The pictures are {pixel_values.shape[-2]}x{pixel_values.shape[-1]} pixels, but the model takes "
@@ -611,7 +612,7 @@ class MoellavaModel(MoellavaPreTrainedModel):
                 self._note_training("vision_tower", "multi_modal_projector")
         elif self.training and in_several_processes():
             # Another process may have pictures, and each waits for the gradients, or the shards, of the others.
-            size = self.encoder.image_size
+            size = self.image_size
             blank = self.get_image_features(inputs_embeds.new_zeros(1, 3, size, size), return_dict=True)
             unseen = torch.cat(blank.pooler_output).sum() * 0
             inputs_embeds = inputs_embeds + unseen.to(inputs_embeds.device, inputs_embeds.dtype)

@@ -36,10 +36,10 @@ def test_inspect_shows_what_there_is(parts, checkpoint):
     for line in (
         str(checkpoint),
         "Encoder clip: clip_vision_model, 4 layers, 48 wide, patch tokens of layer -2",
-        f"from {parts.vision_tower('clip')}",
+        f"from {parts.vision_tower('clip').name}",
         "Projector mlp: 16 × 48 → 16 × 64 (num_hidden_layers=2, hidden_act=gelu, bias=True)",
         "Language model llama: 4 layers, 64 wide, vocabulary 513, context 2048",
-        f"from {parts.language_model('llama')}",
+        f"from {parts.language_model('llama').name}",
         "Picture 32 × 32 pixels, padded to a square; 16 tokens",
         f"Weights {total:,} parameters, float32; 1.1 MiB on disk, 1.1 MiB in memory",
         f"total {total:,} 1.1 MiB 1.1 MiB",
