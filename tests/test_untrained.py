@@ -292,7 +292,7 @@ def test_the_page_has_a_banner(untrained):
     page = pytest.importorskip("moellava.web.page")
     blocks = page.build_page([str(untrained)], device="cpu")
     shown = [str(block.value) for block in blocks.blocks.values() if getattr(block, "value", None)]
-    assert any("multi_modal_projector never trained" in text and 'role="alert"' in text for text in shown)
+    assert any("multi_modal_projector never trained" in text and 'role="note"' in text for text in shown)
 
 
 # Provenance

@@ -191,7 +191,7 @@ def _lay_out(models: list[ServedModel]) -> _Widgets:
         untrained = model.loaded.model.config.untrained_parts
         if untrained:
             text = f"{model.name}: {' and '.join(untrained)} never trained. Answers about images are meaningless."
-            gr.HTML(f'<p role="alert">{escape(text)}</p>', elem_classes="mv-alert")
+            gr.HTML(f'<p role="note">{escape(text)}</p>', elem_classes="mv-banner")
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=280):
             pictures = gr.Gallery(

@@ -28,7 +28,7 @@ CSS = """
 .mv-asked img { margin: 0 !important; min-width: 3rem; max-width: 10rem; border-radius: 3px; }
 
 .mv-note { margin-top: -.6rem; min-height: 1.4em; font-size: .85rem; color: var(--body-text-color-subdued); }
-.mv-note .mv-error, .mv-alert p {
+.mv-note .mv-error, .mv-alert p, .mv-banner p {
   margin: 0; padding: .5rem .7rem; border-left: 3px solid var(--error-border-color);
   color: var(--body-text-color); background: var(--background-fill-secondary); overflow-wrap: anywhere;
 }
