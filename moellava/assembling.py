@@ -215,7 +215,7 @@ def _language_tensors(source: Source, config: PreTrainedConfig) -> dict[str, tor
     """Returns a language model's weights under the names of our tree."""
     own = own_causal_lm(config)
     # What the installed class calls its head, and what files of older versions of it call it.
-    heads = tuple(f"{name}." for name in (_module_name(own, own.get_output_embeddings()), "lm_head", "embed_out"))
+    heads = tuple(f"{name}." for name in (module_name(own, own.get_output_embeddings()), "lm_head", "embed_out"))
     body = own.base_model_prefix
     raw = source.tensors()
     has_head_class = any(name.startswith((f"{body}.", *heads)) for name in raw)
@@ -230,7 +230,8 @@ def _language_tensors(source: Source, config: PreTrainedConfig) -> dict[str, tor
     return tensors
 
 
-def _module_name(model: torch.nn.Module, module: torch.nn.Module) -> str:
+def module_name(model: torch.nn.Module, module: torch.nn.Module) -> str:
+    """Returns the name that a model's module has in it."""
     return next(name for name, candidate in model.named_modules() if candidate is module)
 
 
@@ -359,7 +360,7 @@ def grow_embeddings(tensors: dict[str, torch.Tensor], config: PreTrainedConfig, 
         ValueError: There are not as many as the config says, `known_rows`.
     """
     own = own_causal_lm(config)
-    body = _module_name(own, own.get_input_embeddings()).removeprefix(f"{own.base_model_prefix}.")
+    body = module_name(own, own.get_input_embeddings()).removeprefix(f"{own.base_model_prefix}.")
     for name in (f"model.language_model.{body}.weight", "lm_head.weight", "lm_head.bias"):
         if name in tensors:
             tensor = tensors[name]
@@ -573,6 +574,7 @@ __all__ = [
     "dtype_of",
     "fit_projector",
     "grow_embeddings",
+    "module_name",
     "prepare_tokenizer",
     "projector_shapes",
     "read_custom_encoder",

@@ -28,6 +28,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from .assembling import module_name
 from .modeling.language_moellava import own_causal_lm
 from .sources import Source
 
@@ -194,8 +195,7 @@ def _lost(source: Source, names: list[str]) -> str:
 def _language_model_names(base: Any) -> dict[str, str]:
     """Returns patterns of the names in a language model of this family, and what they are in ours."""
     own = own_causal_lm(base.config.text_config)
-    output = own.get_output_embeddings()
-    head = next(name for name, module in own.named_modules() if module is output)
+    head = module_name(own, own.get_output_embeddings())
     return {
         rf"^{re.escape(own.base_model_prefix)}\.(?!language_model\.)": _BODY,
         rf"^{re.escape(head)}(?=\.|$)": _HEAD,
