@@ -746,7 +746,12 @@ def public_name(origin: Any) -> Any:
     is_path = isinstance(origin, str) and (
         origin.startswith(("/", "~", ".")) or "\\" in origin or origin.count("/") > 1
     )
-    return re.split(r"[\\/]+", origin.rstrip("\\/"))[-1] if is_path else origin
+    return last_part(origin) if is_path else origin
+
+
+def last_part(path: str) -> str:
+    """Returns the last part of a path of any system, or of a Hub id."""
+    return re.split(r"[\\/]+", path.rstrip("\\/"))[-1]
 
 
 def _is_sparse(text_config: PreTrainedConfig) -> bool:

@@ -45,6 +45,7 @@ from ..assembling import (
 from ..building import IMAGE_TOKEN, build, make_processor
 from ..chat_templates import multimodal_chat_template
 from ..configuration import MoellavaConfig
+from ..configuration.configuration_moellava import last_part
 from ..configuration.part_checks_moellava import check_part
 from ..modeling.encoders_moellava import encoder_for
 from ..origins import with_origin
@@ -399,7 +400,7 @@ def _compare_towers(
             )
         return
     named = older.vision_tower
-    if named is None or _last_part(named) == _last_part(given):
+    if named is None or last_part(named).lower() == last_part(given).lower():
         return  # what is named is most often a path on its trainer's machine, of which only the name says something
     try:
         # What is on this machine can be compared; a download of gigabytes for that would be too much.
@@ -412,10 +413,6 @@ def _compare_towers(
         return
     if not are_same_weights(own, tower.tensors()):
         raise OlderCheckpointError(_another_tower(given, f"that the config.json of {source} names ({named})"))
-
-
-def _last_part(name: str) -> str:
-    return re.split(r"[\\/]+", name.rstrip("\\/"))[-1].lower()
 
 
 def _open_weights(source: Source, base: Source | None) -> dict[str, torch.Tensor]:
