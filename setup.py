@@ -19,6 +19,7 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "moellava" / "__init__.py"
 ROOMS = {
     "moellava.configuration": "configuration",
     "moellava.modeling": "modeling",
+    "moellava.parts": "parts",
     "moellava.processing": "processing",
     "moellava.hub_cards": "hub_cards",
 }

@@ -1,19 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model is: its config, the names of its fields, the registries of its parts, and what a checkpoint holds."""
+"""What a model is: its config, and what configs of this package have in common."""
 
 from transformers import AutoConfig
 
-from .configuration_moellava import MoellavaConfig, MoellavaEncoderConfig, MoellavaMoeConfig, MoellavaProjectorConfig
-from .registry_moellava import register_encoder, register_projector
+from .configuration_moellava import MoellavaConfig, MoellavaProjectorConfig
+from .moe_config_moellava import MoellavaMoeConfig
+from .user_encoder_config_moellava import MoellavaEncoderConfig
 
 
 AutoConfig.register(MoellavaConfig.model_type, MoellavaConfig, exist_ok=True)
 
-__all__ = [
-    "MoellavaConfig",
-    "MoellavaEncoderConfig",
-    "MoellavaMoeConfig",
-    "MoellavaProjectorConfig",
-    "register_encoder",
-    "register_projector",
-]
+__all__ = ["MoellavaConfig", "MoellavaEncoderConfig", "MoellavaMoeConfig", "MoellavaProjectorConfig"]

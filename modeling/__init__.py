@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model computes: encoders, projectors, the language model's head, and the models made of them."""
+"""What every model computes: the model, and the language model's head."""
 
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
-from ..configuration import MoellavaConfig
-from ..configuration.checkpoint_moellava import SAVE_HOOKS
-from ..hub_cards import write_card_of_save
-from ..stored_dtypes import write_stored_dtype
+from ..configuration.configuration_moellava import MoellavaConfig
 from .modeling_moellava import MoellavaForCausalLM, MoellavaModel, MoellavaPreTrainedModel
 
 
@@ -14,6 +11,5 @@ AutoModel.register(MoellavaConfig, MoellavaModel, exist_ok=True)
 AutoModelForCausalLM.register(MoellavaConfig, MoellavaForCausalLM, exist_ok=True)
 AutoModelForImageTextToText.register(MoellavaConfig, MoellavaForCausalLM, exist_ok=True)
 AutoModelForMultimodalLM.register(MoellavaConfig, MoellavaForCausalLM, exist_ok=True)
-SAVE_HOOKS.extend((write_stored_dtype, write_card_of_save))  # in this order: the card names the dtype
 
 __all__ = ["MoellavaForCausalLM", "MoellavaModel", "MoellavaPreTrainedModel"]

@@ -7,62 +7,30 @@ The tree is that of transformers' LLaVA: `model.vision_tower`, `model.multi_moda
 
 import copy
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.modeling_utils import load_state_dict
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
-from ..configuration.checkpoint_moellava import run_save_hooks
 from ..configuration.configuration_moellava import EXPERT_COUNTS, MoellavaConfig
-from ..configuration.custom_code_moellava import is_own_class
-from ..configuration.hub_moellava import commit_saved
-from ..configuration.registry_moellava import PROJECTORS
-from ..configuration.staging_moellava import staged_folder
+from ..configuration.tools_moellava import tools
 from ..configuration.versions_moellava import CACHE
-from .encoders_moellava import encoder_for
+from ..parts.library_parts_moellava import build_library_part
+from ..parts.parallel_moellava import add_plans
+from ..parts.parts_moellava import OPTIONAL, encoder_for, optional, projector_for
 from .language_moellava import apply_head, build_head
-from .library_parts_moellava import build_library_part
-from .own_encoders_moellava import CustomEncoder
-from .own_parts_moellava import build_projector, initialize_part, make_projector
-from .parallel_moellava import add_plans, sparse_plans
-from .quantized_moellava import (
-    check_quantized,
-    mend_4bit_layers,
-    reads_packed_weights,
-    unpack_4bit_layer,
-    with_unquantised_parts,
-)
-from .sparse_moellava import (
-    ROUTER_WEIGHTS,
-    ModularExperts,
-    Router,
-    RouterLogits,
-    TokenMask,
-    checkpoint_with_token_mask,
-    experts_apart,
-    experts_together,
-    load_balancing_loss,
-    make_sparse,
-    modular_experts,
-    warn_of_experts_without_adapters,
-)
-from .weight_files_moellava import check_adapter, check_indices, check_size, find_adapter_config
 
 
 logger = logging.get_logger(__name__)
@@ -107,6 +75,9 @@ class MoellavaCausalLMOutputWithPast(CausalLMOutputWithPast):
     router_logits: tuple[torch.Tensor, ...] | None = None
 
 
+_HUB_ARGUMENTS = ("commit_message", "private", "create_pr", "revision", "commit_description", "tags", "token")
+
+
 class MoellavaPreTrainedModel(PreTrainedModel):
     """What the two models share: initialisation of the parts, and saving."""
 
@@ -129,13 +100,13 @@ class MoellavaPreTrainedModel(PreTrainedModel):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "peft_config":  # which PEFT sets once it has put on the adapters, by whatever way it was called
-            warn_of_experts_without_adapters(self, value)
+            tools().check_adapters(self, value)
 
     @torch.no_grad()
     def initialize_weights(self):
         for module in self.modules():
             if isinstance(module, MoellavaModel):
-                module.initialize_own_parts()
+                module.initialize_user_parts()
         # The tower and the language model are transformers' own. From here, transformers takes them for custom code,
         # of which it leaves out modules without parameters of their own: CLIP's and SigLIP's attention draws its
         # projections as a whole.
@@ -146,7 +117,7 @@ class MoellavaPreTrainedModel(PreTrainedModel):
         # A part's parameters that are no standard layer's (queries, latents): transformers' initialisation skips
         # modules of custom code that hold none of their own, so that a hook in `_init_weights` would not be reached.
         for module in self.modules():
-            if isinstance(module, Router):
+            if hasattr(module, "frozen"):  # a router
                 module.requires_grad_(not module.frozen)  # weights of a checkpoint come unfrozen
             initialize_parameters = getattr(module, "initialize_parameters", None)
             if initialize_parameters is None or getattr(module, "_parameters_initialized", False):
@@ -155,27 +126,14 @@ class MoellavaPreTrainedModel(PreTrainedModel):
                 initialize_parameters()
             module._parameters_initialized = True
 
-    # transformers 5.23 speaks of activation checkpointing and warns of these older names, which its documentation, PEFT
-    # and users' scripts go on using. They belong to this class, so they work on every version, without the warning.
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs):
-        """Computes activations anew in the backward pass instead of keeping them; arguments as in transformers."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
-
-    def gradient_checkpointing_disable(self):
-        """Keeps activations for the backward pass again."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            super().gradient_checkpointing_disable()
-
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs
     ):
         # Every way to switch it on comes through here.
-        wrapped = partial(checkpoint_with_token_mask, gradient_checkpointing_func)
-        super()._set_gradient_checkpointing(enable, wrapped, **kwargs)
+        for module in self.modules():
+            if isinstance(module, MoellavaModel) and module.sparse_layers is not None:
+                gradient_checkpointing_func = module.sparse_layers.checkpointing(gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -213,20 +171,18 @@ class MoellavaPreTrainedModel(PreTrainedModel):
                 "quantization_config, or leave it out: what a checkpoint has quantised, it tells by itself."
             )
         if quantization_config is not None:
-            kwargs["quantization_config"] = with_unquantised_parts(quantization_config, modules_to_quantize)
+            config_with_skips = optional("quantised").config_with_skips
+            kwargs["quantization_config"] = config_with_skips(quantization_config, modules_to_quantize)
         if getattr(kwargs.get("config"), "model_type", None) == cls.config_class.model_type:
             kwargs["config"].check()
         if pretrained_model_name_or_path is not None:
-            check_indices(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
-            adapter_config = find_adapter_config(pretrained_model_name_or_path, kwargs)
-            if adapter_config is not None:
-                check_adapter(adapter_config)
+            tools().check_files(pretrained_model_name_or_path, kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
         if quantization_config is not None:
-            check_quantized(model)
+            OPTIONAL["quantised"].check(model)
         # With an adapter, `info` is about the adapter's weights alone.
         if not model._hf_peft_config_loaded:
             model._note_untrained_parts([*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])])
@@ -240,7 +196,8 @@ class MoellavaPreTrainedModel(PreTrainedModel):
     def _note_untrained_parts(self, random_weights: list[str]) -> None:
         """Adds the parts of weights that no file gave to the config's `untrained_parts`, and warns of all of these."""
         # New routers choose among equal experts, so that the answers are right before they are trained.
-        new = [name for name in random_weights if not name.endswith(tuple(ROUTER_WEIGHTS))]
+        routers = {name for name, module in self.named_modules() if hasattr(module, "frozen")}
+        new = [name for name in random_weights if name.rpartition(".")[0] not in routers]
         new = {name.removeprefix("model.").partition(".")[0] for name in new}
         if new:
             self.config.untrained_parts = sorted({*(self.config.untrained_parts or ()), *new})
@@ -262,29 +219,18 @@ class MoellavaPreTrainedModel(PreTrainedModel):
     @classmethod
     def get_init_context(cls, dtype, is_quantized, *args, **kwargs):
         contexts = super().get_init_context(dtype, is_quantized, *args, **kwargs)
-        return [*contexts, modular_experts()] if is_quantized else contexts
+        return [*contexts, OPTIONAL["quantised"].building()] if is_quantized else contexts
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        if state_dict:  # assembled, with a projector of the size that the caller has asked for
-            stored = sum(tensor.nbytes for tensor in state_dict.values())
-            check_size(model, stored, new_part="multi_modal_projector")
-        elif checkpoint_files is not None:
-            check_size(model, sum(os.path.getsize(file) for file in checkpoint_files))
-        if any(isinstance(module, ModularExperts) for module in model.modules()):
-            if state_dict is None:
-                state_dict = {}
-                for file in checkpoint_files:
-                    state_dict |= load_state_dict(file)  # memory-mapped
-                checkpoint_files = None
-            state_dict = experts_apart(state_dict)
-        mend_4bit_layers(model)
+        tools().check_size(model, state_dict, checkpoint_files)
+        if load_config.hf_quantizer is not None:
+            state_dict, checkpoint_files = OPTIONAL["quantised"].prepare(model, state_dict, checkpoint_files)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     def dequantize(self, dtype: torch.dtype | None = None):
         """Puts full-precision weights in the place of quantised ones; arguments as in transformers."""
-        for module in self.modules():
-            unpack_4bit_layer(module)
+        optional("quantised").unpack(self)
         return super().dequantize(dtype or self.dtype)
 
     def save_pretrained(
@@ -297,9 +243,9 @@ class MoellavaPreTrainedModel(PreTrainedModel):
     ):
         """Saves weights, config, code and, where the model has one, its processor; arguments as in transformers.
 
-        The folder is written beside `save_directory` and moved into place, so that an interrupted save leaves an
-        earlier checkpoint as it was; but for `distributed_checkpoint=True`, with which each process writes its part in
-        place. What else lies there is kept, the weights of another `variant` included.
+        Where moellava is installed, an interrupted save leaves an earlier checkpoint as it was, but for
+        `distributed_checkpoint=True`, with which each process writes its part in place; what else lies in the folder is
+        kept, the weights of another `variant` included.
 
         Raises:
             NotADirectoryError: `save_directory` is a file.
@@ -316,43 +262,30 @@ class MoellavaPreTrainedModel(PreTrainedModel):
             )
         if not is_main_process or (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0):
             super().save_pretrained(save_directory, is_main_process=False, state_dict=state_dict, **kwargs)
-            _wait_for_the_save(self.config)
+            self._wait_for_the_save()
             return
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
-        hub_names = ("commit_message", "private", "create_pr", "revision", "commit_description", "tags", "token")
-        hub_kwargs = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
+        hub_kwargs = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
         if "max_shard_size" in kwargs:
             hub_kwargs["max_shard_size"] = kwargs["max_shard_size"]
-        if not getattr(self, "hf_quantizer", None) and any(isinstance(m, ModularExperts) for m in self.modules()):
-            # It was quantised and is no more: its experts go back to the form that such a model is loaded in.
-            state_dict = experts_together(self.state_dict() if state_dict is None else state_dict)
-        if getattr(self, "hf_quantizer", None) and getattr(self, "_weight_conversions", None):
-            # Packed weights are saved as they are; what reads them while loading has no way back.
-            self._weight_conversions = [kept for kept in self._weight_conversions if not reads_packed_weights(kept)]
-        with staged_folder(save_directory) as staging:
-            try:
-                super().save_pretrained(staging, state_dict=state_dict, **kwargs)
-            except SafetensorError as error:  # which is no OSError, though it tells of one
-                raise OSError(
-                    f"The weights cannot be written to {save_directory}: {error}. Nothing there has changed; a save "
-                    "needs room for the new checkpoint beside the earlier one."
-                ) from error
+        if "quantised" in OPTIONAL:
+            state_dict = OPTIONAL["quantised"].weights_to_save(self, state_dict)
+        with tools().saving(save_directory, self) as folder:
+            super().save_pretrained(folder, state_dict=state_dict, **kwargs)
             if self.processor is not None:
-                self.processor.save_pretrained(staging)
-            run_save_hooks(staging, save_directory)
-        _wait_for_the_save(self.config)
+                self.processor.save_pretrained(folder)
+        self._wait_for_the_save()
         if push_to_hub:
             self.push_to_hub(repo_id, **hub_kwargs)
 
-    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, files_timestamps: dict, **kwargs):
-        """Sends what `push_to_hub` has saved in one commit, which leaves no weights of an earlier push behind.
+    def _wait_for_the_save(self) -> None:
+        """Of a model that is divided among processes, which all save it, lets each go on when the files are there."""
+        if getattr(self.config, "distributed_config", None) is not None and in_several_processes():
+            dist.barrier()
 
-        transformers deletes nothing: of a repository that held one `model.safetensors`, it would go on to read that one
-        after the model has been pushed in shards.
-        """
-        # transformers has by now put the repository's own card, or a blank one, in the place of the one of the save.
-        run_save_hooks(working_dir, working_dir, repo_id)
-        return commit_saved(working_dir, repo_id, **kwargs)
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, files_timestamps: dict, **kwargs):
+        upload = super()._upload_modified_files
+        return tools().upload(self, upload, working_dir, repo_id, files_timestamps, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs):
         """Sets how attention is computed; arguments as in transformers."""
@@ -363,7 +296,7 @@ class MoellavaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return True  # transformers looks for the decorator in the source of this file; ours is in `sparse_moellava.py`
+        return True  # transformers looks for the decorator in the source of this file; ours is in another
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         # One of our own, which no other model has.
@@ -373,7 +306,7 @@ class MoellavaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
-        """Does nothing: `auto_map` holds every auto class already, and the code is copied by `export_code`."""
+        """Does nothing: `auto_map` holds every auto class already, and the code is written with every save."""
 
 
 class MoellavaModel(MoellavaPreTrainedModel):
@@ -388,18 +321,17 @@ class MoellavaModel(MoellavaPreTrainedModel):
         super().__init__(config)
         self.encoder = encoder_for(config)
         self.image_size = self.encoder.image_size  # here, because torch.compile cannot trace how encoders find it
+        self.projector = projector_for(config, self.encoder.feature_size)
         self.vision_tower = self.encoder.build()
-        self.multi_modal_projector = build_projector(config, self.encoder.feature_size)
+        self.multi_modal_projector = self.projector.build()
         self.language_model = build_library_part("text_config", config.text_config)
+        self.sparse_layers = None
         # CODEPATH: sparse checkpoints (MoE-LLaVA's kind) have a moe_config, dense ones (LLaVA's kind) have none.
         if config.moe_config is not None:
-            make_sparse(self.language_model, config)
-            # Rounded to 16 bits, routers choose other experts.
-            names = [name for name, _ in self.named_parameters()]
-            self._keep_in_fp32_modules_strict = {
-                weight for weight in ROUTER_WEIGHTS if any(name.endswith(weight) for name in names)
-            }
-        add_plans(self.language_model, sparse_plans(self.language_model))
+            self.sparse_layers = optional("sparse")(config)
+            self.sparse_layers.build(self.language_model)
+            self._keep_in_fp32_modules_strict = self.sparse_layers.weights_in_fp32(self)
+        add_plans(self.language_model, {})
         if isinstance(self.vision_tower, PreTrainedModel):
             add_plans(self.vision_tower, self.encoder.plans)
         # transformers adds the blocks of the tower and the language model; a projector stays on one device as a whole,
@@ -413,19 +345,13 @@ class MoellavaModel(MoellavaPreTrainedModel):
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     def follow_attn_implementation(self) -> None:
-        """Lets the projector compute its attention as the config says of it: plainly, or else by PyTorch's function."""
-        attention = getattr(self.multi_modal_projector, "attention_config", None)
-        if attention is not None and not is_own_class(type(self.multi_modal_projector)):
-            asked = self.config.projector_config._attn_implementation
-            attention._attn_implementation = "eager" if asked == "eager" else "sdpa"
+        """Lets the projector compute its attention as the config says of it."""
+        self.projector.follow_attention(self.multi_modal_projector, self.config.projector_config._attn_implementation)
 
-    def initialize_own_parts(self) -> None:
+    def initialize_user_parts(self) -> None:
         """Gives what was not loaded of a user's own encoder or projector the values that its constructor gives."""
-        projector_class = PROJECTORS[self.config.projector_config.type]
-        if isinstance(self.encoder, CustomEncoder):
-            initialize_part(self.vision_tower, self.encoder.make_tower)
-        if is_own_class(projector_class):
-            initialize_part(self.multi_modal_projector, lambda: make_projector(self.config, self.encoder.feature_size))
+        self.encoder.initialize(self.vision_tower)
+        self.projector.initialize(self.multi_modal_projector)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -617,14 +543,14 @@ class MoellavaModel(MoellavaPreTrainedModel):
             **kwargs,
         }
         # CODEPATH: sparse checkpoints have a moe_config; dense ones and natively sparse language models have none.
-        if self.config.moe_config is None:
+        if self.sparse_layers is None:
             # A language model that is sparse by itself returns its routers' logits, and takes no notice of None.
             if output_router_logits is not None:
                 inputs["output_router_logits"] = output_router_logits
             outputs = self.language_model(**inputs)
             router_logits = outputs.get("router_logits")
         else:
-            outputs, router_logits = self._run_sparse(inputs, cache, output_router_logits)
+            outputs, router_logits = self.sparse_layers.run(self.language_model, inputs, cache, output_router_logits)
         return MoellavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.get("hidden_states"),
@@ -633,21 +559,6 @@ class MoellavaModel(MoellavaPreTrainedModel):
             router_logits=router_logits,
             **{CACHE: outputs.get(CACHE)},
         )
-
-    def _run_sparse(
-        self, inputs: dict[str, object], cache: Cache | None, output_router_logits: bool | None
-    ) -> tuple[BaseModelOutputWithPast, tuple[torch.Tensor, ...] | None]:
-        """Runs the language model with our sparse layers in it; returns its output and the router logits, if wanted."""
-        moe = self.config.moe_config
-        mask = None
-        if moe.capacity_factor is not None or moe.eval_capacity_factor is not None:
-            mask = token_mask(inputs["attention_mask"], inputs["inputs_embeds"].shape[:2], cache)
-        with TokenMask(mask):
-            if not (moe.output_router_logits if output_router_logits is None else output_router_logits):
-                return self.language_model(**inputs), None
-            with RouterLogits() as collected:
-                outputs = self.language_model(**inputs)
-        return outputs, tuple(collected)
 
 
 class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
@@ -758,14 +669,12 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
         """
         self._note_training("lm_head")
         wants_router_logits = self._wants_router_logits(output_router_logits)
-        is_upcycled = self.config.moe_config is not None
-        balances_in_training = is_upcycled and self.config.moe_config.router_aux_loss_coef > 0
-        balances = balances_in_training and labels is not None
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
         cache = one_cache(past_key_values, cache)
-        mask = None
-        if is_upcycled and tokens is not None and (balances or wants_router_logits):
-            mask = token_mask(attention_mask, tokens.shape[:2], cache)
+        sparse, mask = self.model.sparse_layers, None
+        balances = sparse is not None and sparse.balances and labels is not None
+        if sparse is not None and (balances or wants_router_logits):
+            tokens = input_ids if inputs_embeds is None else inputs_embeds
+            mask = None if tokens is None else sparse.token_mask(attention_mask, tokens, cache)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -787,11 +696,8 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
-        elif self.training and "num_items_in_batch" in kwargs and balances_in_training and not wants_router_logits:
-            logger.warning_once(
-                "The trainer computes the loss by itself (label_smoothing_factor, compute_loss_func), and the load-"
-                "balancing loss of the routers is not in it. moellava's own trainer adds it: see docs/training.md."
-            )
+        elif sparse is not None and self.training and "num_items_in_batch" in kwargs and not wants_router_logits:
+            sparse.warn_of_lost_loss()
         aux_loss = None
         if outputs.router_logits:
             aux_loss = self._aux_loss(outputs.router_logits, attention_mask, mask)
@@ -822,8 +728,8 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """The load-balancing loss: of our sparse layers, or as the language model's own family computes it."""
         # CODEPATH: sparse checkpoints have a moe_config; without one, only a natively sparse language model gets here.
-        if self.config.moe_config is not None:
-            return load_balancing_loss(router_logits, mask)
+        if self.model.sparse_layers is not None:
+            return self.model.sparse_layers.aux_loss(router_logits, mask)
         text = self.config.text_config
         num_experts = getattr(text, "num_local_experts", None) or text.num_experts
         return load_balancing_loss_func(router_logits, num_experts, text.num_experts_per_tok, attention_mask)
@@ -849,46 +755,6 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
     if past_key_values is not None and cache is not None:
         raise ValueError("Give only one of past_key_values and cache: they are two names of one argument.")
     return past_key_values if cache is None else cache
-
-
-def token_mask(
-    attention_mask: torch.Tensor | dict | None, shape: tuple[int, int], cache: Cache | None
-) -> torch.Tensor | None:
-    """Tells which tokens of a pass are padding.
-
-    Args:
-        attention_mask (`torch.Tensor` or `dict`, *optional*): Of shape `(batch_size, all tokens so far)`; or, as
-            `generate` makes it for a static cache, `(batch_size or 1, 1, sequence_length, keys)`: what each token sees.
-        shape (`tuple[int, int]`): `(batch_size, sequence_length)` of this pass.
-        cache (`Cache`, *optional*): What there was before them.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size * sequence_length)`: 0 for padding; `None` where there is none.
-    """
-    if isinstance(cache, PagedAttentionCache):  # rows are packed into one, without padding
-        return None
-    if isinstance(attention_mask, dict):  # by kind of layer; what a token sees of itself is the same in all
-        attention_mask = next(iter(attention_mask.values()), None)
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() not in (2, 4):
-        return None
-    width, sequence_length = attention_mask.shape[-1], shape[1]
-    past = 0 if cache is None else cache.get_seq_length()
-    first = width - sequence_length  # where a sliding window has dropped older ones
-    first = past.clamp_max(first) if isinstance(past, torch.Tensor) else min(past, first)
-    own = first + torch.arange(sequence_length, device=attention_mask.device)
-    if attention_mask.dim() == 2:
-        return attention_mask[:, own].expand(shape).reshape(-1)
-    # Padding is what is hidden from itself.
-    seen = attention_mask[:, 0, torch.arange(sequence_length, device=attention_mask.device), own]
-    if seen.is_floating_point():
-        seen = seen > torch.finfo(seen.dtype).min / 2
-    return seen.expand(shape).reshape(-1)
-
-
-def _wait_for_the_save(config: MoellavaConfig) -> None:
-    """Of a model that is divided among processes, which all save it, lets each go on when the folder is in place."""
-    if getattr(config, "distributed_config", None) is not None and in_several_processes():
-        dist.barrier()
 
 
 def in_several_processes() -> bool:

@@ -21,14 +21,8 @@ from . import registration  # noqa: E402 - it imports the rooms where transforme
 
 
 if TYPE_CHECKING:
-    from .configuration import (
-        MoellavaConfig,
-        MoellavaEncoderConfig,
-        MoellavaMoeConfig,
-        MoellavaProjectorConfig,
-        register_encoder,
-        register_projector,
-    )
+    from .authoring.registry import register_encoder, register_projector
+    from .configuration import MoellavaConfig, MoellavaEncoderConfig, MoellavaMoeConfig, MoellavaProjectorConfig
     from .converting import convert
     from .evaluating import evaluate
     from .hub import push
@@ -46,8 +40,8 @@ _HOMES = {
     "MoellavaEncoderConfig": "configuration",
     "MoellavaMoeConfig": "configuration",
     "MoellavaProjectorConfig": "configuration",
-    "register_encoder": "configuration",
-    "register_projector": "configuration",
+    "register_encoder": "authoring.registry",
+    "register_projector": "authoring.registry",
     "MoellavaForCausalLM": "modeling",
     "MoellavaModel": "modeling",
     "MoellavaPreTrainedModel": "modeling",

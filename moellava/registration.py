@@ -1,54 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Telling transformers' Auto classes of MoELLaVA, without loading transformers for it.
+"""Makes transformers know the model's classes as soon as the package is imported.
 
 `configuration/`, `modeling/` and `processing/` each register their classes when they are imported, and the config
 imports `modeling/` when the first one is made. What is left is to import `configuration/` and `processing/` once
 transformers' tables exist. Those tables come with PyTorch, which takes seconds to load; so this is done right after
-transformers has imported them by itself, and `import moellava` stays cheap.
+transformers has imported them by itself, and `import moellava` stays cheap. With the config comes what the package adds
+to a model's own code (`installed.py`), so that no config is made without it.
 """
 
 import importlib
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Callable
 
 
-# transformers' module that holds a table -> our room that enters itself into it
-_ROOM_OF_TABLE = {
-    "transformers.models.auto.configuration_auto": "moellava.configuration",
-    "transformers.models.auto.processing_auto": "moellava.processing",
+# transformers' module that holds a table -> our modules that enter themselves into it
+_ENTERED_IN = {
+    "transformers.models.auto.configuration_auto": ("moellava.configuration", "moellava.installed"),
+    "transformers.models.auto.processing_auto": ("moellava.processing",),
 }
 
 
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Imports a room of ours right after transformers has imported the table that the room registers in."""
+class _TableLoader(importlib.machinery.SourceFileLoader):
+    """Loads a table of transformers, and then what is to be entered in it."""
+
+    def exec_module(self, module):
+        super().exec_module(module)
+        _enter(module.__name__)
+
+
+class _TableFinder(importlib.abc.MetaPathFinder):
+    """Finds the tables of transformers where everybody does."""
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname not in _ROOM_OF_TABLE:
+        if fullname not in _ENTERED_IN:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader.exec_module = _then_import(spec.loader.exec_module, _ROOM_OF_TABLE[fullname])
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = _TableLoader(fullname, spec.origin)
         return spec
 
 
-def _then_import(exec_module: Callable, room: str) -> Callable:
-    def exec_module_and_register(module):
-        exec_module(module)
-        importlib.import_module(room)
-
-    return exec_module_and_register
+def _enter(table: str) -> None:
+    for name in _ENTERED_IN[table]:
+        importlib.import_module(name)
 
 
 def register() -> None:
     """Registers the model's classes with the Auto classes that `AUTO_MAP` names: now, as far as transformers has loaded
     them, and otherwise when it does."""
-    for table, room in _ROOM_OF_TABLE.items():
+    for table in _ENTERED_IN:
         if table in sys.modules:
-            importlib.import_module(room)
-    if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+            _enter(table)
+    if not any(isinstance(finder, _TableFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _TableFinder())
 
 
 __all__ = ["register"]

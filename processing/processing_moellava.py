@@ -12,9 +12,7 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils import logging
 
-from ..configuration.checkpoint_moellava import AUTO_MAP, export_code
-from ..configuration.hub_moellava import commit_saved
-from ..configuration.staging_moellava import staged_folder
+from ..configuration.tools_moellava import AUTO_MAP, tools
 from .images_moellava import (
     check_shape,
     is_float_array,
@@ -26,7 +24,6 @@ from .images_moellava import (
     to_rgb,
 )
 from .open_clip_moellava import OpenClipImageProcessor
-from .part_files_moellava import check_links, load_image_processor, load_tokenizer
 
 
 logger = logging.get_logger(__name__)
@@ -264,7 +261,7 @@ class MoellavaProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
         """Saves the processor and the code that it needs, so that it loads where this package is not installed.
 
-        The files appear in `save_directory` together when all are written; what else lies there is kept.
+        Where moellava is installed, the files appear together when all are written; what else lies there is kept.
 
         Args:
             save_directory (`str` or `os.PathLike`): The folder; made if it is not there.
@@ -280,17 +277,16 @@ class MoellavaProcessor(ProcessorMixin):
         for name in _TOKENIZER_SETTINGS:
             if hasattr(self.tokenizer, name):
                 self.tokenizer.init_kwargs[name] = getattr(self.tokenizer, name)
-        with staged_folder(save_directory) as staging:
-            files = super().save_pretrained(staging)
-            export_code(staging, earlier=save_directory)
+        with tools().saving(save_directory, self) as folder:
+            files = super().save_pretrained(folder)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", None) or os.path.basename(os.path.abspath(save_directory))
             self.push_to_hub(repo_id, **kwargs)
-        return [os.path.join(save_directory, os.path.relpath(file, staging)) for file in files]
+        return [os.path.join(save_directory, os.path.relpath(file, folder)) for file in files]
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, files_timestamps: dict, **kwargs):
-        """Sends what `push_to_hub` has saved in one commit, and lets a model's own parts on the Hub stay registered."""
-        return commit_saved(working_dir, repo_id, **{"commit_message": "Upload processor", **kwargs})
+        upload = super()._upload_modified_files
+        return tools().upload(self, upload, working_dir, repo_id, files_timestamps, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what `processor_config.json` holds: the fields, the image processor's, and its backend."""
@@ -307,7 +303,7 @@ class MoellavaProcessor(ProcessorMixin):
         Raises:
             ValueError: They ask for an audio tokenizer, are links to elsewhere, or are nested too deeply to be read.
         """
-        check_links(pretrained_model_name_or_path, kwargs.get("subfolder"))
+        tools().check_processor_files(pretrained_model_name_or_path, kwargs.get("subfolder"))
         try:
             return _ProcessorFiles.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         except RecursionError as error:
@@ -330,11 +326,11 @@ class MoellavaProcessor(ProcessorMixin):
         saved = None if "backend" in kwargs else (processor_dict or {}).get("image_backend")
         is_open_clip = saved == OpenClipImageProcessor.backend_name
         backend = kwargs.pop("backend", None if is_open_clip else saved)
-        image_processor = load_image_processor(pretrained_model_name_or_path, backend=backend, **kwargs)
+        image_processor = tools().load_image_processor(pretrained_model_name_or_path, backend=backend, **kwargs)
         if is_open_clip:
             image_processor = OpenClipImageProcessor.from_dict(image_processor.to_dict())
         # A config of ours says nothing of the tokenizer, so none is loaded for it.
-        tokenizer = load_tokenizer(pretrained_model_name_or_path, config=PreTrainedConfig(), **kwargs)
+        tokenizer = tools().load_tokenizer(pretrained_model_name_or_path, config=PreTrainedConfig(), **kwargs)
         if "padding_side" not in tokenizer.init_kwargs:
             tokenizer.padding_side = "left"
         return [image_processor, tokenizer]

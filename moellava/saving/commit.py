@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sending a checkpoint to the Hub: one commit that makes the repository hold it, and no weights of an earlier one.
-
-It travels, because a model that was loaded without the package can be pushed too.
-"""
+"""Sending a checkpoint to the Hub: one commit that makes the repository hold it, and no weights of an earlier one."""
 
 import os
 from collections.abc import Iterable
@@ -12,8 +9,8 @@ from typing import Any, NamedTuple
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RevisionNotFoundError
 
-from .checkpoint_moellava import is_weight_file
-from .custom_code_moellava import CUSTOM_MODULE
+from ..configuration.tools_moellava import ENTRY_MODULE
+from .weight_names import is_code_file, is_weight_file, replaced_code
 
 
 class SentCheckpoint(NamedTuple):
@@ -22,7 +19,7 @@ class SentCheckpoint(NamedTuple):
     Attributes:
         commit (`CommitInfo`): The commit that holds the checkpoint now.
         changed (`bool`): Whether it is a new one; `False` where the repository held the very same files already.
-        deleted (`list[str]`): The weight files of an earlier checkpoint that it deletes.
+        deleted (`list[str]`): The files of an earlier checkpoint that it deletes: weights, and code.
     """
 
     commit: CommitInfo
@@ -55,8 +52,8 @@ def commit_checkpoint(
         folder (`str` or `os.PathLike`): Where the files lie.
         files (`Iterable[str]`): Their names in the folder and in the repository. Where there are weights among them,
             other weight files of the repository are deleted: transformers would read a `model.safetensors` that an
-            earlier push left there rather than the shards of this one. Where there are none, the file that registers
-            the model's own parts stays, since a processor does not know them.
+            earlier push left there rather than the shards of this one; and code that this one does not have. Where
+            there are none, code that is in the repository stays as it is, since a processor does not know the model.
         repo_id (`str`): The repository.
         revision (`str`, *optional*): The branch; made from `main` if it is not there. Defaults to `main`.
         create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request against the branch instead,
@@ -79,9 +76,10 @@ def commit_checkpoint(
     held = [file.rfilename for file in head.siblings]
     deleted = []
     if any(is_weight_file(name) for name in files):
-        deleted = [name for name in held if is_weight_file(name) and name not in files]
-    elif f"{CUSTOM_MODULE}.py" in held:
-        files = [name for name in files if name != f"{CUSTOM_MODULE}.py"]
+        weights = [name for name in held if is_weight_file(name) and name not in files]
+        deleted = [*weights, *replaced_code(held, files)]
+    elif f"{ENTRY_MODULE}.py" in held:
+        files = [name for name in files if not is_code_file(name)]
     additions = [CommitOperationAdd(name, os.path.join(folder, name)) for name in files]
     # Nor does a .gitignore in the repository keep files out: a checkpoint without its weights is none.
     base = None if branch_is_new else revision

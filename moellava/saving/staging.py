@@ -19,7 +19,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from .checkpoint_moellava import replaced_weights
+from .weight_names import replaced_code, replaced_weights
 
 
 try:
@@ -41,9 +41,9 @@ _NO_SWAP = (errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 def staged_folder(save_directory: str | os.PathLike) -> Iterator[Path]:
     """Yields an empty folder to save into, and puts it in the place of `save_directory` when the block ends well.
 
-    Whatever else lies in `save_directory` is kept, but for weights that those of the block replace. When the block
-    raises, or the process dies, `save_directory` is what it was before. Several processes may save to one folder: it
-    becomes what the last one has saved. Within the block, a save to the yielded folder writes into it directly.
+    Whatever else lies in `save_directory` is kept, but for weights and code that those of the block replace. When the
+    block raises, or the process dies, `save_directory` is what it was before. Several processes may save to one folder:
+    it becomes what the last one has saved. Within the block, a save to the yielded folder writes into it directly.
 
     Args:
         save_directory (`str` or `os.PathLike`): Where the checkpoint goes; made if it is not there.
@@ -53,7 +53,7 @@ def staged_folder(save_directory: str | os.PathLike) -> Iterator[Path]:
         OSError: It cannot be written to; or its files had to be replaced one by one, and one could not be.
     """
     target = Path(os.path.realpath(save_directory))
-    if _STAGING.fullmatch(target.name):
+    if is_staging(target):
         yield target
         return
     if target.exists() and not target.is_dir():
@@ -91,6 +91,11 @@ def staged_folder(save_directory: str | os.PathLike) -> Iterator[Path]:
             os.close(alive)
 
 
+def is_staging(folder: str | os.PathLike) -> bool:
+    """Whether a folder is one that `staged_folder` has yielded."""
+    return _STAGING.fullmatch(Path(folder).name) is not None
+
+
 def _has_to_stay(target: Path) -> bool:
     """Whether a folder cannot be exchanged for another: a mount point, in a read-only place, or where we are."""
     if not target.is_dir():
@@ -121,10 +126,14 @@ def _carry_over(earlier: Path, staging: Path) -> None:
     """Links what the earlier folder holds and the new one does not into the new one."""
     shutil.copymode(earlier, staging)
     files = [path.name for path in earlier.iterdir() if path.is_file()]
-    stale = replaced_weights(files, [path.name for path in staging.iterdir()])
+    stale = _replaced(files, [path.name for path in staging.iterdir()])
     for path in earlier.iterdir():
         if path.name not in stale and not _STAGING.fullmatch(path.name) and not os.path.lexists(staging / path.name):
             _link(path, staging / path.name)
+
+
+def _replaced(held: list[str], saved: list[str]) -> list[str]:
+    return [*replaced_weights(held, saved), *replaced_code(held, saved)]
 
 
 def _link(source: Path, target: Path) -> None:
@@ -166,7 +175,7 @@ def _replace_files(staging: Path, target: Path, names: list[str]) -> None:
     """Moves files into a folder that has to stay. Its config goes first and comes last: what is half one checkpoint and
     half another is none to a reader."""
     heads = [name for name in _HEADS if name in names]
-    stale = replaced_weights([path.name for path in target.iterdir()], names)
+    stale = _replaced([path.name for path in target.iterdir()], names)
     try:
         for name in [*reversed(heads), *stale]:
             (target / name).unlink(missing_ok=True)
@@ -234,4 +243,4 @@ def _lock(folder: Path, timeout_s: float = 0) -> int | None:
             time.sleep(0.01)
 
 
-__all__ = ["staged_folder"]
+__all__ = ["is_staging", "staged_folder"]

@@ -13,9 +13,11 @@ import inspect
 import re
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import FunctionType
+
+from ..parts.part_table_moellava import ENCODERS, PROJECTORS
 
 
 CUSTOM_MODULE = "moellava_custom"
@@ -23,53 +25,35 @@ API_MODULE = "moellava_api"
 CUSTOM_PREFIX = "custom_"
 
 _PACKAGE = "moellava"
-_IS_INSTALLED = __name__.endswith(".configuration.custom_code_moellava")
 
 # transformers finds the files that a file needs by looking for such lines (`get_relative_imports`), in strings too.
 _RELATIVE_IMPORT_LINE = re.compile(r"^\s*(?:from\s+\.(\S+)\s+import|import\s+\.(\S+)\s*$)", flags=re.MULTILINE)
 
-_API_SOURCE = '''"""What the files of this model's author find under the name `moellava`; it may be absent here."""
-
-import importlib
-import sys
-
-from .configuration_moellava import MoellavaConfig, MoellavaEncoderConfig, MoellavaProjectorConfig
-from .modeling_moellava import MoellavaForCausalLM, MoellavaModel, MoellavaPreTrainedModel
-from .processing_moellava import MoellavaProcessor
-from .registry_moellava import register_encoder, register_projector
-
-
-moellava = configuration = modeling = processing = sys.modules[__name__]
-
-
-class _Tool:
-    """Stands for a tool of the package, which is looked for when it is used."""
-
-    def __init__(self, name):
-        self._name = name
-
-    def __call__(self, *args, **kwargs):
-        try:
-            package = importlib.import_module("moellava")
-        except ImportError as error:
-            raise ImportError(f"{self._name} is a tool of moellava, which is not installed.") from error
-        return getattr(package, self._name)(*args, **kwargs)
-
-
-def __getattr__(name):
-    if name.startswith("_"):
-        raise AttributeError(name)
-    if name.endswith("_moellava"):
-        return importlib.import_module(f".{name}", __package__)
-    return _Tool(name)
-'''
-
-
-def is_own_class(cls: type) -> bool:
-    """Whether a class was written by a user: not in this package, nor among its files in a checkpoint."""
-    if _IS_INSTALLED:
-        return not cls.__module__.startswith(f"{__name__.partition('.configuration.')[0]}.")
-    return cls.__module__.startswith(f"{__name__.rpartition('.')[0]}.{CUSTOM_PREFIX}")
+# Where a name of the package is in a checkpoint. Registering is done by its table of parts; of any other name a
+# checkpoint has what looks for it in the package.
+_HOMES = {
+    "MoellavaConfig": "configuration_moellava",
+    "MoellavaEncoderConfig": "user_encoder_config_moellava",
+    "MoellavaForCausalLM": "modeling_moellava",
+    "MoellavaModel": "modeling_moellava",
+    "MoellavaMoeConfig": "moe_config_moellava",
+    "MoellavaPreTrainedModel": "modeling_moellava",
+    "MoellavaProcessor": "processing_moellava",
+    "MoellavaProjectorConfig": "configuration_moellava",
+}
+_ROOMS = ("configuration", "modeling", "parts", "processing")
+_API_REGISTER = """
+def {name}(name, *, exist_ok=False):
+    return lambda cls: cls  # moellava_custom.py enters it
+"""
+_API_TOOL = """
+def {name}(*args, **kwargs):
+    try:
+        from moellava import {name} as tool
+    except ImportError as error:
+        raise ImportError("{name} is a tool of moellava, which is not installed.") from error
+    return tool(*args, **kwargs)
+"""
 
 
 def source_file_of(cls: type) -> Path | None:
@@ -90,66 +74,82 @@ def source_file_of(cls: type) -> Path | None:
     return path.resolve() if path.is_file() else None
 
 
-def custom_sources(parts: Iterable[type], travelling: Iterable[str]) -> dict[str, str]:
-    """Returns what a checkpoint needs for the parts that are a user's own.
+def user_sources(parts: Mapping[tuple[str, str], type], travelling: Iterable[str]) -> dict[str, str]:
+    """Returns what a checkpoint needs for the parts that a user has written.
 
     Args:
-        parts (`Iterable[type]`): The classes that the model's encoder and projector are made of.
-        travelling (`Iterable[str]`): The names of this package's own files in a checkpoint.
+        parts (`Mapping[tuple[str, str], type]`): Their classes, by table (`"ENCODERS"` or `"PROJECTORS"`) and name.
+        travelling (`Iterable[str]`): The names of this package's files that may be in a checkpoint.
 
     Returns:
-        `dict[str, str]`: The names and contents of files: the module that imports the parts and registers them and,
-        where there is a part of a user's own, its file and those that it imports.
+        `dict[str, str]`: The names and contents of files: the module that enters the parts into the checkpoint's
+        table, their files and those that these import.
 
     Raises:
         ValueError: A part cannot travel: it is defined in a script, a notebook or inside of a function, or its file
             imports what would not be found elsewhere.
     """
-    own = [part for part in parts if is_own_class(part)]
-    files = _OwnFiles(travelling)
-    homes = {part: files.add(_file_to_copy(part)) for part in dict.fromkeys(own)}
+    files = _UserFiles(travelling)
+    homes = {part: files.add(_file_to_copy(part)) for part in dict.fromkeys(parts.values())}
     sources = {f"{files.names[path]}.py": source for path, source in files.sources.items()}
-    if sources:
-        sources[f"{API_MODULE}.py"] = _API_SOURCE
-    return sources | {f"{CUSTOM_MODULE}.py": _registering_source(homes, sources)}
+    if files.api_names:
+        sources[f"{API_MODULE}.py"] = _api_source(files.api_names)
+    return sources | {f"{CUSTOM_MODULE}.py": _entering_source(parts, homes, sources)}
 
 
-def _registering_source(homes: dict[type, str], sources: dict[str, str]) -> str:
-    """Returns the module that imports the parts and registers them, in a way that needs no decorator of their own."""
-    lines = ['"""The parts of this model that its author wrote: importing this registers them."""', ""]
-    if not homes:
-        return "\n".join([*lines, "", "CUSTOM_PARTS = []", ""])
+def _api_source(names: Iterable[str]) -> str:
+    """Returns the module that stands for the package in the files of a checkpoint's author."""
+    lines = [
+        f'"""What the files of this model\'s author find under the name `{_PACKAGE}`; it may be absent here."""',
+        "",
+    ]
+    names = sorted(set(names))
+    lines += [f"from .{_HOMES[name]} import {name}" for name in names if name in _HOMES]
+    text = "\n".join([*lines, ""])
+    for name in names:
+        if name in ("register_encoder", "register_projector"):
+            text += "\n" + _API_REGISTER.format(name=name)
+        elif name in (_PACKAGE, *_ROOMS):
+            text += f"\nimport sys\n\n\n{name} = sys.modules[__name__]\n"
+        elif name not in _HOMES:
+            text += "\n" + _API_TOOL.format(name=name)
+    return text
+
+
+def _entering_source(
+    parts: Mapping[tuple[str, str], type], homes: Mapping[type, str], sources: Mapping[str, str]
+) -> str:
+    """Returns the module that enters the parts into the checkpoint's table."""
+    lines = ['"""The parts of this model that its author wrote: importing this enters them into its table."""', ""]
     others = [Path(name).stem for name in sources if Path(name).stem not in homes.values()]
     names = {part: part.__name__ for part in homes}
     for index, part in enumerate(homes):
         if list(names.values()).count(part.__name__) > 1:
             names[part] = f"{part.__name__}_{index}"
-    lines += ["from typing import TYPE_CHECKING", ""]
+    if others:
+        lines += ["from typing import TYPE_CHECKING", ""]
     for part, home in homes.items():
         renamed = "" if names[part] == part.__name__ else f" as {names[part]}"
         lines.append(f"from .{home} import {part.__name__}{renamed}")
-    lines += ["from .registry_moellava import ENCODERS, PROJECTORS", "", ""]
-    lines += ["if TYPE_CHECKING:  # never run: transformers fetches the files that it sees imported somewhere"]
-    lines += [*(f"    from .{other} import __name__ as _" for other in others), ""]
+    tables = {table: PROJECTORS if table == "PROJECTORS" else ENCODERS for table, _ in parts}
+    answers = {(table, name): tables[table].answer(name) for table, name in parts}
+    for answer in dict.fromkeys(answers.values()):
+        lines.append(f"from .{answer.__module__.rpartition('.')[2]} import {answer.__name__}")
+    lines += [f"from .part_table_moellava import {', '.join(sorted(tables))}", "", ""]
+    if others:
+        lines += ["if TYPE_CHECKING:  # never run: transformers fetches the files that it sees imported somewhere"]
+        lines += [*(f"    from .{other} import __name__ as _" for other in others), ""]
     lines += [f"CUSTOM_PARTS = [{', '.join(names.values())}]", ""]
     lines += [
-        f'{table}.register("{name}", exist_ok=True)({names[part]})'
-        for part in homes
-        for table, name in _registered_names(part)
+        f'{table}.enter("{name}", {names[part]}, {answers[table, name].__name__})'
+        for (table, name), part in parts.items()
     ]
     return "\n".join([*lines, ""])
 
 
-def _registered_names(part: type) -> list[tuple[str, str]]:
-    from .registry_moellava import ENCODERS, PROJECTORS
-
-    tables = {"ENCODERS": ENCODERS, "PROJECTORS": PROJECTORS}
-    return [(table, name) for table, registry in tables.items() for name in registry.names() if registry[name] is part]
-
-
 def registered_in(source: str) -> list[tuple[str, str]]:
-    """Returns the table and name of every part that a checkpoint's `moellava_custom.py` registers; it is not run."""
-    return re.findall(r'^(ENCODERS|PROJECTORS)\.register\("(\w+)"', source, flags=re.MULTILINE)
+    """Returns the table and name of every part that a checkpoint's `moellava_custom.py` enters; it is not run."""
+    return re.findall(r'^(ENCODERS|PROJECTORS)\.(?:register|enter)\("(\w+)"', source, flags=re.MULTILINE)
 
 
 def _file_to_copy(part: type) -> Path:
@@ -174,13 +174,14 @@ def _file_to_copy(part: type) -> Path:
     return path
 
 
-class _OwnFiles:
+class _UserFiles:
     """The user's files that a checkpoint takes along, under flat names."""
 
     def __init__(self, travelling: Iterable[str]):
         self.travelling = {Path(name).stem for name in travelling}
         self.names: dict[Path, str] = {}
         self.sources: dict[Path, str] = {}
+        self.api_names: set[str] = set()
 
     def add(self, path: Path) -> str:
         """Takes a file and those that it imports; returns the name of its module in the checkpoint."""
@@ -205,15 +206,16 @@ class _Rewriter(ast.NodeVisitor):
 
     Args:
         path (`Path`): The file.
-        files (`_OwnFiles`): Where the files go that it imports.
+        files (`_UserFiles`): Where the files go that it imports.
     """
 
-    def __init__(self, path: Path, files: _OwnFiles):
+    def __init__(self, path: Path, files: _UserFiles):
         self.path = path
         self.files = files
         self._may_fail = False  # inside a `try` that catches an ImportError
         self._tried: set[str] = set()  # what that `try` imports relatively, too
         self._edits: list[tuple[int, int, str]] = []
+        self._names_of_package: set[str] = set()
 
     def source(self) -> str:
         """Returns the text of the file as the checkpoint gets it."""
@@ -272,6 +274,11 @@ class _Rewriter(ast.NodeVisitor):
         else:
             self.generic_visit(node)
 
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if isinstance(node.value, ast.Name) and node.value.id in self._names_of_package:
+            self.files.api_names.add(node.attr)
+        self.generic_visit(node)
+
     # Imports
 
     def visit_Import(self, node: ast.Import) -> None:
@@ -281,10 +288,14 @@ class _Rewriter(ast.NodeVisitor):
                 self._check_importable(alias.name, node)
                 statements.append(f"import {_renamed(alias.name, alias.asname)}")
             elif alias.name == _PACKAGE or alias.asname is None:
+                self._names_of_package.add(alias.asname or _PACKAGE)
+                self.files.api_names.add(_PACKAGE)
+                self.files.api_names |= {part for part in alias.name.split(".")[1:2] if part in _ROOMS}
                 statements.append(f"from .{API_MODULE} import {_renamed(_PACKAGE, alias.asname)}")
             else:
-                name = alias.name.rpartition(".")[2]
-                statements.append(f"from .{API_MODULE} import {_renamed(name, alias.asname)}")
+                statements.append(
+                    self._from_package(alias.name.rpartition(".")[0], [(alias.name.rpartition(".")[2], alias.asname)])
+                )
         if any(alias.name.partition(".")[0] == _PACKAGE for alias in node.names):
             self._replace(node, statements)
 
@@ -294,12 +305,26 @@ class _Rewriter(ast.NodeVisitor):
         elif node.module.partition(".")[0] != _PACKAGE:
             self._check_importable(node.module, node)
         else:
-            home = node.module.rpartition(".")[2]
-            home = home if home in self.files.travelling else API_MODULE
-            names = ", ".join(_renamed(alias.name, alias.asname) for alias in node.names)
-            if names == "*" and home == API_MODULE:
+            if any(alias.name == "*" for alias in node.names) and not self._home(node.module):
                 raise self._error(node, f"import the names that you need from {node.module}, not *")
-            self._replace(node, f"from .{home} import {names}")
+            self._replace(node, self._from_package(node.module, [(alias.name, alias.asname) for alias in node.names]))
+
+    def _home(self, module: str) -> str | None:
+        """Returns the file of a checkpoint that a module of the package is there."""
+        name = module.rpartition(".")[2]
+        return name if name in self.files.travelling else None
+
+    def _from_package(self, module: str, names: Iterable[tuple[str, str | None]]) -> str:
+        """Returns the statements that import names of the package, in a checkpoint."""
+        homes: dict[str, list[str]] = {}
+        for name, asname in names:
+            home = self._home(module) or _HOMES.get(name, API_MODULE)
+            if home == API_MODULE:
+                self.files.api_names.add(name)
+                if name in _ROOMS:
+                    self._names_of_package.add(asname or name)
+            homes.setdefault(home, []).append(_renamed(name, asname))
+        return "; ".join(f"from .{home} import {', '.join(renamed)}" for home, renamed in homes.items())
 
     def _relative_import(self, node: ast.ImportFrom) -> list[str]:
         folder = self.path.parent
@@ -377,4 +402,4 @@ def _distributions() -> frozenset[str]:
     return frozenset(importlib.metadata.packages_distributions())
 
 
-__all__ = ["API_MODULE", "CUSTOM_MODULE", "custom_sources", "is_own_class", "registered_in", "source_file_of"]
+__all__ = ["CUSTOM_MODULE", "registered_in", "source_file_of", "user_sources"]

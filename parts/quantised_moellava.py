@@ -2,12 +2,15 @@
 """Models whose weights are quantised: which parts stay in full precision, and bitsandbytes' 4-bit layers on CPUs."""
 
 import copy
-import importlib
 import re
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
+from transformers.modeling_utils import load_state_dict
 from transformers.utils import logging
+
+from .part_table_moellava import OPTIONAL
 
 
 logger = logging.get_logger(__name__)
@@ -150,8 +153,10 @@ def unpack_4bit_layer(module: nn.Module) -> None:
     state = getattr(getattr(module, "weight", None), "quant_state", None)
     if not getattr(state, "packing_format_for_cpu", False):
         return
-    # By its name: an import would make bitsandbytes a requirement of every checkpoint that carries this file.
-    functional = importlib.import_module("bitsandbytes.functional")
+    try:  # so that transformers does not take bitsandbytes for a requirement of every checkpoint with this file
+        from bitsandbytes import functional
+    except ImportError as error:
+        raise ImportError("The model has bitsandbytes' layers: pip install bitsandbytes.") from error
     absmax, is_nested = state.absmax.T.reshape(-1).float(), state.original_nested  # one for each block of a row
     state.original_nested = False
     module.weight.data, state = functional._convert_weight_packed_for_cpu_inverse(module.weight.data, state)
@@ -182,7 +187,62 @@ def _codes(values: torch.Tensor, offset: torch.Tensor, statistics) -> torch.Tens
     return found.to(torch.uint8)
 
 
+class Quantised:
+    """What is done with quantised weights beside what transformers does."""
+
+    config_with_skips = staticmethod(with_unquantised_parts)
+    check = staticmethod(check_quantized)
+
+    @staticmethod
+    def building() -> AbstractContextManager:
+        """Within it, models are built that are to be quantised."""
+        modular = OPTIONAL.get("modular_experts")
+        return nullcontext() if modular is None else modular.building()
+
+    @staticmethod
+    def prepare(model: nn.Module, state_dict: dict | None, files: list[str] | None) -> tuple[dict | None, list | None]:
+        """Mends the layers of a model that is about to be filled; returns the weights as it takes them, or the files.
+
+        Args:
+            model (`nn.Module`): The model.
+            state_dict (`dict`, *optional*): Its weights.
+            files (`list[str]`, *optional*): The files of its weights, where those are not given.
+        """
+        modular = OPTIONAL.get("modular_experts")
+        if modular is not None and modular.are_in(model):
+            if state_dict is None:
+                state_dict = {}
+                for file in files:
+                    state_dict |= load_state_dict(file)  # memory-mapped
+                files = None
+            state_dict = modular.apart(state_dict)
+        mend_4bit_layers(model)
+        return state_dict, files
+
+    @staticmethod
+    def unpack(model: nn.Module) -> None:
+        """Puts 4-bit weights back into the order that they are saved in."""
+        for module in model.modules():
+            unpack_4bit_layer(module)
+
+    @staticmethod
+    def weights_to_save(model: nn.Module, state_dict: dict | None) -> dict | None:
+        """Returns the weights that a model is saved with, or `None` for its own, and mends what reads them again."""
+        modular = OPTIONAL.get("modular_experts")
+        if getattr(model, "hf_quantizer", None):
+            if getattr(model, "_weight_conversions", None):
+                # Packed weights are saved as they are; what reads them while loading has no way back.
+                model._weight_conversions = [
+                    kept for kept in model._weight_conversions if not reads_packed_weights(kept)
+                ]
+        elif modular is not None and modular.are_in(model):
+            # It was quantised and is no more: its experts go back to the form that such a model is loaded in.
+            state_dict = modular.together(model.state_dict() if state_dict is None else state_dict)
+        return state_dict
+
+
 __all__ = [
+    "Quantised",
     "SKIP_LISTS",
     "UNQUANTISED",
     "check_quantized",

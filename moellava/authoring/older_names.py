@@ -10,12 +10,19 @@ what a user wrote into sections:
 - `check`: facts that the parts themselves tell; a different value is reported and not used.
 """
 
+import difflib
+import logging
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from .registry_moellava import PROJECTORS, known_names
+from ..configuration.config_base_moellava import known_names
+from ..configuration.configuration_moellava import MoellavaConfig, MoellavaProjectorConfig
+from ..parts.part_table_moellava import PartTable
 
+
+logger = logging.getLogger(__name__)
 
 # name -> (section, canonical name)
 FIELD_NAMES: dict[str, tuple[str, str]] = {
@@ -108,11 +115,6 @@ _MOE_FIELDS_WITHOUT_EFFECT = ("ep_size", "moe_enable", "train_modules")
 
 ENCODER_ALIASES = {"sigclip": "siglip", "medclip": "biomedclip"}
 STRATEGY_ALIASES = {"cls_patch": "full"}
-# The values of fields of the model that take one of a few words.
-CHOICES = {
-    "image_aspect_ratio": ("pad", "square"),
-    "vision_feature_select_strategy": ("default", "patch", "cls", "full"),
-}
 # The older builders' types, which say some of the fields too: each with the type's name here and the fields that its
 # numbers are. `cheap_` in front makes the narrow form of the two that have one; of the others it changes nothing.
 _OLDER_TYPES = (
@@ -127,6 +129,12 @@ _CHEAP = "cheap_"
 _TYPES_WITH_NARROW_FORM = ("older_qformer", "simple")
 
 
+def _projectors() -> PartTable:
+    from ..parts.parts_moellava import PROJECTORS  # late: it is built on PyTorch, and this file is read with AutoConfig
+
+    return PROJECTORS
+
+
 def canonical_encoder_type(encoder_type: str) -> str:
     """Returns the registry's name of an encoder, for any accepted spelling."""
     return ENCODER_ALIASES.get(encoder_type, encoder_type) if isinstance(encoder_type, str) else encoder_type
@@ -135,12 +143,6 @@ def canonical_encoder_type(encoder_type: str) -> str:
 def canonical_strategy(strategy: str) -> str:
     """Returns the name that `vision_feature_select_strategy` takes, for any accepted spelling."""
     return STRATEGY_ALIASES.get(strategy, strategy) if isinstance(strategy, str) else strategy
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raises a ValueError unless a field's value is one of the words that it takes."""
-    if value not in choices:
-        raise ValueError(f"Unknown {name} {value!r}{known_names(value, choices)}")
 
 
 def canonical_projector(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def canonical_projector(fields: Mapping[str, Any]) -> dict[str, Any]:
     """
     fields = _under_own_names(fields)
     kind = fields.get("type", "mlp")
-    if isinstance(kind, str) and kind not in PROJECTORS:
+    if isinstance(kind, str) and kind not in _projectors():
         written, (kind, said) = kind, _older_type(kind)
         for name, value in said.items():
             if fields.setdefault(name, value) != value:
@@ -165,7 +167,7 @@ def canonical_projector(fields: Mapping[str, Any]) -> dict[str, Any]:
                     "the two."
                 )
     width = PROJECTOR_WIDTH_FIELDS.get(kind) if isinstance(kind, str) else None
-    if width is not None and "hidden_size" in fields and "hidden_size" not in PROJECTORS.fields(kind):
+    if width is not None and "hidden_size" in fields and "hidden_size" not in _projectors().fields(kind):
         value = fields.pop("hidden_size")
         if fields.setdefault(width, value) != value:
             raise ValueError(f"hidden_size is {value} and {width} is {fields[width]}; they are one field. Give one.")
@@ -215,7 +217,7 @@ def given_type(fields: Mapping[str, Any]) -> Any:
 def _under_own_names(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Renames the fields of a projector that have several names, except where its class has a field of that name."""
     kind = given_type(fields)
-    own = PROJECTORS.fields(kind) if kind in PROJECTORS else ()
+    own = _projectors().fields(kind) if kind in _projectors() else ()
     canonical: dict[str, Any] = {}
     for name, value in fields.items():
         if value is None:
@@ -303,8 +305,91 @@ def translate_fields(
     return sections
 
 
+def take_other_names(config: MoellavaConfig, given: Mapping[str, Any]) -> None:
+    """Moves the fields that a config is given by another name to where they belong.
+
+    Raises:
+        ValueError: An unknown name, or two names of one field with different values.
+    """
+    for name in given:
+        if name not in FIELD_NAMES:
+            fields = {*config.default_field_names(), *FIELD_NAMES}
+            raise ValueError(f"Unknown field {name!r} in {type(config).__name__}{known_names(name, fields)}")
+    sections = translate_fields(given, type(config).__name__)
+    for name, value in sections.get("model", {}).items():
+        earlier = getattr(config, name)
+        if earlier not in (type(config).__dataclass_fields__[name].default, value):
+            other = next(key for key in given if FIELD_NAMES[key] == ("model", name))
+            raise ValueError(f"{name!r} is {earlier!r} and {other!r} is {value!r}, but they are one field. Give one.")
+        setattr(config, name, value)
+    if "source" in sections:
+        config.parts = {**(config.parts or {}), **sections["source"]}
+    if "projector" in sections:
+        lower = config.projector_config
+        lower = {"type": lower.type, **lower.fields} if isinstance(lower, MoellavaProjectorConfig) else lower
+        config.projector_config = stacked_projector(lower, sections["projector"])
+    claimed = sections.get("check", {}).get("mm_hidden_size")
+    vision = config.vision_config
+    actual = vision.get("hidden_size") if isinstance(vision, dict) else getattr(vision, "hidden_size", None)
+    if claimed is not None and actual is not None and claimed != actual:
+        logger.warning("mm_hidden_size is given as %s, but the vision tower is %s wide.", claimed, actual)
+
+
+def canonical_overrides(
+    config_class: type, fields: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits what a caller gives for a config's file into fields, as they are laid over the file's, and the rest.
+
+    Raises:
+        ValueError: A misspelt name; a field that says what to load; two names of one field with different values.
+    """
+    known = {*config_class.default_field_names(), *FIELD_NAMES}
+    rest = {name: value for name, value in given.items() if name not in known}
+    overrides = {name: value for name, value in given.items() if name in known}
+    if not rest.get("return_unused_kwargs"):  # else a model refuses them; tokenizers pass theirs on to here
+        for name in rest:
+            if close := difflib.get_close_matches(name, known, n=1, cutoff=0.9):
+                raise ValueError(f"Unknown field {name!r} in {config_class.__name__}; did you mean {close[0]!r}?")
+    translate_fields({name: value for name, value in overrides.items() if name in FIELD_NAMES}, "the arguments")
+    places: dict[str, Any] = {}
+    for name, value in overrides.items():
+        section, place = FIELD_NAMES.get(name, ("model", name))
+        if section == "source":
+            raise ValueError(
+                f"{name} is {value!r}, but from_pretrained changes fields and loads no other part. Use "
+                "load_pretrained_model, which takes parts from elsewhere."
+            )
+        places[place if section == "model" else name] = value
+    if "tie_word_embeddings" in places:  # the text config's
+        tied, text = {"tie_word_embeddings": places.pop("tie_word_embeddings")}, places.get("text_config", {})
+        places["text_config"] = tied | text if isinstance(text, dict) else text
+    vision = places.get("vision_config")
+    if vision is not None and "encoder_type" not in places:
+        kind = vision.get("model_type") if isinstance(vision, dict) else vision.model_type
+        if kind not in (None, (fields.get("vision_config") or {}).get("model_type")):
+            places["encoder_type"] = None  # detected anew
+    if isinstance(places.get("projector_config"), dict):
+        places["projector_config"] = stacked_projector(fields.get("projector_config"), places["projector_config"])
+    if isinstance(places.get("moe_config"), dict):
+        names = MOE_FIELD_NAMES
+        places["moe_config"] = {names.get(key, key): entry for key, entry in places["moe_config"].items()}
+    return places, rest
+
+
+def public_name(origin: Any) -> Any:
+    """Returns the last part of a local path, since a config is published; a Hub id and all else as it is."""
+    is_path = isinstance(origin, str) and (
+        origin.startswith(("/", "~", ".")) or "\\" in origin or origin.count("/") > 1
+    )
+    return last_part(origin) if is_path else origin
+
+
+def last_part(path: str | os.PathLike) -> str:
+    """Returns the last part of a path of any system, or of a Hub id."""
+    return re.split(r"[\\/]+", os.fspath(path).rstrip("\\/"))[-1]
+
+
 __all__ = [
-    "CHOICES",
     "FIELD_NAMES",
     "MOE_FIELD_NAMES",
     "PROJECTOR_FIELD_NAMES",
@@ -314,7 +399,6 @@ __all__ = [
     "canonical_projector",
     "canonical_projector_fields",
     "canonical_strategy",
-    "check_choice",
     "given_type",
     "stacked_projector",
     "translate_fields",

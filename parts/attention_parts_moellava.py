@@ -1,30 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several projectors are made of: the checks of their sizes, and the body of the Q-Former.
-
-It registers nothing, so that every file of projectors can import it, whichever of them is imported first.
-"""
+"""What projectors with learned tokens share: BLIP-2's Q-Former, and the number of attention heads."""
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerEncoder
+
+from .projector_checks_moellava import check_positive_int
 
 
 # Spread of freshly drawn queries and latents: the library's usual initializer_range. They must differ from one another
 # from the start, since equal ones get equal gradients and would stay equal for ever.
 LEARNED_TOKENS_STD = 0.02
 
+
 # The head width that `num_attention_heads=None` aims at, and the narrowest one it settles for.
 _USUAL_HEAD_WIDTH = 64
 _NARROWEST_HEAD_WIDTH = 8
-
-
-def check_positive_int(projector: str, **sizes: int) -> None:
-    """Raises ValueError for the first of `sizes` that is no int of at least 1."""
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"The projector '{projector}' needs {name} as an integer of at least 1, got {size!r}.")
 
 
 def check_positive_number(projector: str, **numbers: float) -> None:
@@ -32,30 +24,6 @@ def check_positive_number(projector: str, **numbers: float) -> None:
     for name, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not number > 0:
             raise ValueError(f"The projector '{projector}' needs {name} as a number above 0, got {number!r}.")
-
-
-def check_bool(projector: str, **flags: bool) -> None:
-    """Raises ValueError for the first of `flags` that is neither True nor False."""
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise ValueError(f"The projector '{projector}' needs {name} as True or False, got {flag!r}.")
-
-
-def build_activation(projector: str, hidden_act: str) -> nn.Module:
-    """The activation called `hidden_act` in transformers' `ACT2FN`. Raises ValueError for one that cannot be used."""
-    if not isinstance(hidden_act, str) or hidden_act not in ACT2FN:
-        raise ValueError(
-            f"The projector '{projector}' does not know hidden_act={hidden_act!r}. Use one of transformers' "
-            f"activations: {', '.join(sorted(ACT2FN))}."
-        )
-    activation = ACT2FN[hidden_act]
-    if next(activation.parameters(), None) is not None:
-        # Nothing would initialise them: transformers' models draw weights for the layers they know.
-        raise ValueError(
-            f"The projector '{projector}' cannot use hidden_act={hidden_act!r}, which has weights of its own. Use an "
-            f"activation without weights, such as 'gelu' or 'silu'."
-        )
-    return activation
 
 
 def resolve_num_attention_heads(projector: str, num_attention_heads: int | None, width_name: str, width: int) -> int:
@@ -76,15 +44,6 @@ def resolve_num_attention_heads(projector: str, num_attention_heads: int | None,
             f"num_attention_heads out to have one chosen."
         )
     return num_attention_heads
-
-
-def check_image_features(projector: str, image_features: torch.Tensor, vision_hidden_size: int) -> None:
-    """Raises ValueError unless `image_features` has the shape `(batch, tokens, vision_hidden_size)`."""
-    if image_features.ndim != 3 or image_features.shape[-1] != vision_hidden_size:
-        raise ValueError(
-            f"The projector '{projector}' takes image features of shape (batch, tokens, {vision_hidden_size}), got "
-            f"{tuple(image_features.shape)}. Check that vision_hidden_size is the width of the selected features."
-        )
 
 
 class QFormerModule(nn.Module):
@@ -115,13 +74,4 @@ class QFormerModule(nn.Module):
         return encoder_outputs.last_hidden_state
 
 
-__all__ = [
-    "LEARNED_TOKENS_STD",
-    "QFormerModule",
-    "build_activation",
-    "check_bool",
-    "check_image_features",
-    "check_positive_int",
-    "check_positive_number",
-    "resolve_num_attention_heads",
-]
+__all__ = ["LEARNED_TOKENS_STD", "QFormerModule", "check_positive_number", "resolve_num_attention_heads"]

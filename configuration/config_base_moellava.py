@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all configs of this package have in common."""
+
+import copy
+import difflib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+
+
+# Fields without a declaration of ours that transformers and its trainers pass to a config or set on one.
+LIBRARY_FIELDS = frozenset(
+    {
+        "_attn_implementation_internal",
+        "_commit_hash",
+        "_experts_implementation_internal",
+        "_name_or_path",
+        "attn_implementation",
+        "auto_map",
+        "bos_token_id",
+        "distributed_config",
+        "eos_token_id",
+        "experts_implementation",
+        "fusion_config",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "pad_token_id",
+        "quantization_config",
+        "tie_last_hidden_states",
+        "torch_dtype",
+        "transformers_weights",
+        "use_cache",
+    }
+)
+
+# Keys that a part's config may carry and that are data of somebody else's process: never acted on, never passed on.
+FOREIGN_KEYS = (
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "_commit_hash",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "name_or_path",
+    "transformers_version",
+    "trust_remote_code",
+)
+
+# What config classes of transformers raise on fields that make no sense.
+CONFIG_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+
+
+class WithValueErrors(type):
+    """Makes a ValueError of what `@strict` raises on a wrong field, which is none."""
+
+    def __call__(cls, *args, **kwargs):
+        try:
+            return super().__call__(*args, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(f"{cls.__name__}: {error.__cause__ or error}") from error
+
+
+def config_fault(error: Exception) -> str:
+    """Returns what an error of a config class says is wrong."""
+    reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+    return f"{type(reason).__name__}: {reason}"
+
+
+def split_library_fields(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits what a config is made with into the fields that every config has, and the rest.
+
+    A sub-config is written with those (labels, dtype and so on). The foreign keys are left out.
+    """
+    library = {key: value for key, value in kwargs.items() if key in LIBRARY_FIELDS and key not in FOREIGN_KEYS}
+    return library, {
+        key: value for key, value in kwargs.items() if key not in LIBRARY_FIELDS and key not in FOREIGN_KEYS
+    }
+
+
+def known_names(name: object, known: Iterable[str]) -> str:
+    """Returns the end of an error message about an unknown name: the nearest known one, and the list of all."""
+    known = sorted(known)
+    close = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.6)
+    suggestion = f"; did you mean {close[0]!r}?" if close else "."
+    return f"{suggestion} Known: {', '.join(known) or 'none'}."
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises a ValueError unless a field's value is one of the words that it takes."""
+    if value not in choices:
+        raise ValueError(f"Unknown {name} {value!r}{known_names(value, choices)}")
+
+
+def plain_value(value: Any, owner: str) -> Any:
+    """Returns a field's value as it comes back from `config.json`, so that a part is built alike before and after.
+
+    A config of transformers becomes a dictionary, without the keys that name other files or processes.
+
+    Raises:
+        ValueError: `config.json` cannot hold the value.
+    """
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    try:
+        return _without_foreign_keys(json.loads(json.dumps(value)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{owner} is a {type(value).__name__}, which config.json cannot hold ({error}). Expected a number, a "
+            "string, a truth value, None, or lists and dictionaries of these."
+        ) from error
+
+
+def _without_foreign_keys(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_foreign_keys(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    foreign = FOREIGN_KEYS if "model_type" in value else ()
+    return {key: _without_foreign_keys(entry) for key, entry in value.items() if key not in foreign}
+
+
+def own_config(key: str, given: dict | PreTrainedConfig | None, config_class: type) -> PreTrainedConfig:
+    """Returns the config of a part that this package describes by a class of its own."""
+    if isinstance(given, PreTrainedConfig):
+        # By its name: loaded from a checkpoint, the class may be there twice.
+        if given.model_type != config_class.model_type:
+            raise ValueError(
+                f"{key} is a {type(given).__name__}; expected a {config_class.__name__}, or a dictionary of its fields."
+            )
+        return copy.deepcopy(given)
+    return config_class(**{name: value for name, value in (given or {}).items() if name != "model_type"})
+
+
+__all__ = [
+    "CONFIG_ERRORS",
+    "FOREIGN_KEYS",
+    "LIBRARY_FIELDS",
+    "WithValueErrors",
+    "check_choice",
+    "config_fault",
+    "known_names",
+    "own_config",
+    "plain_value",
+    "split_library_fields",
+]

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the installed package adds to a model's own code: see `configuration/tools_moellava.py`.
+
+`registration.py` puts it in its place as soon as transformers has loaded `AutoConfig`. Most of what it calls is
+imported late, so that this stays cheap.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .authoring.older_names import (
+    FIELD_NAMES,
+    canonical_encoder_type,
+    canonical_moe,
+    canonical_overrides,
+    canonical_projector,
+    canonical_strategy,
+    given_type,
+    public_name,
+    take_other_names,
+)
+from .configuration.tools_moellava import Tools, use_tools
+
+
+class InstalledTools(Tools):
+    """The tools of the installed package."""
+
+    other_names = frozenset(FIELD_NAMES)
+
+    # Names and checks of a config
+
+    def take_other_names(self, config: Any, given: dict[str, Any]) -> None:
+        take_other_names(config, given)
+
+    def canonical_projector(self, fields: dict[str, Any], kind: str) -> dict[str, Any]:
+        is_by_other_name = kind == "mlp" and given_type(fields) is not None
+        return canonical_projector(fields if is_by_other_name else {**fields, "type": kind})
+
+    def canonical_moe(self, fields: dict[str, Any]) -> dict[str, Any]:
+        return canonical_moe(fields)
+
+    def canonical_value(self, name: str, value: Any) -> Any:
+        if name == "encoder_type":
+            return canonical_encoder_type(value)
+        if name == "vision_feature_select_strategy":
+            return canonical_strategy(value)
+        return None if value is None else {part: public_name(origin) for part, origin in value.items()}
+
+    def canonical_overrides(
+        self, config_class: type, fields: dict[str, Any], given: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        return canonical_overrides(config_class, fields, given)
+
+    def checked_fields(self, fields: dict[str, Any]) -> dict[str, Any]:
+        from .checks.configs import checked_fields
+
+        return checked_fields(fields)
+
+    def check_overrides(self, config: Any, fields: dict[str, Any], given: dict[str, Any]) -> None:
+        from .checks.configs import check_overrides
+
+        check_overrides(config, fields, given)
+
+    def check_part(self, key: str, fields: dict[str, Any]) -> None:
+        from .checks.configs import check_part
+
+        check_part(key, fields)
+
+    def check_part_config(self, key: str, config: Any) -> None:
+        from .checks.configs import check_part_config
+
+        check_part_config(key, config)
+
+    # A model's parts
+
+    def measured_output_tokens(self, projector: Any, num_tokens: int) -> int:
+        from .authoring.measuring import measured_output_tokens
+
+        return measured_output_tokens(projector, num_tokens)
+
+    def check_adapters(self, model: Any, adapters: Any) -> None:
+        from .bare_experts import warn_of_experts_without_adapters
+
+        warn_of_experts_without_adapters(model, adapters)
+
+    # Reading files
+
+    def check_files(self, name: Any, options: dict[str, Any]) -> None:
+        from .checks.weight_files import check_adapter, check_indices, find_adapter_config
+
+        check_indices(os.path.join(name, options.get("subfolder") or ""))
+        adapter_config = find_adapter_config(name, options)
+        if adapter_config is not None:
+            check_adapter(adapter_config)
+
+    def check_size(self, model: Any, state_dict: dict | None, files: list[str] | None) -> None:
+        from .checks.weight_files import check_size
+
+        if state_dict:  # assembled, with a projector of the size that the caller has asked for
+            check_size(model, sum(tensor.nbytes for tensor in state_dict.values()), new_part="multi_modal_projector")
+        elif files is not None:
+            check_size(model, sum(os.path.getsize(file) for file in files))
+
+    def load_tokenizer(self, name: Any, **options: Any) -> Any:
+        from .checks.processor_files import load_tokenizer
+
+        return load_tokenizer(name, **options)
+
+    def load_image_processor(self, name: Any, **options: Any) -> Any:
+        from .checks.processor_files import load_image_processor
+
+        return load_image_processor(name, **options)
+
+    def check_processor_files(self, name: Any, subfolder: str | None) -> None:
+        from .checks.processor_files import check_links
+
+        check_links(name, subfolder)
+
+    # Writing files
+
+    @contextmanager
+    def saving(self, folder: str | os.PathLike, saved: Any) -> Iterator[Path]:
+        from .saving.checkpoint import saving
+
+        with saving(folder, saved) as staging:
+            yield staging
+
+    def upload(self, saved: Any, upload: Any, folder: Any, repo_id: str, timestamps: Any, **options: Any) -> Any:
+        from .saving.checkpoint import upload as upload_checkpoint
+
+        return upload_checkpoint(saved, folder, repo_id, **options)
+
+
+use_tools(InstalledTools())
+
+__all__ = ["InstalledTools"]

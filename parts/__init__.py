@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model may be made of: encoders, projectors, sparse layers; a checkpoint carries those that it uses."""
