@@ -66,8 +66,8 @@ TARGETS = {
         ("Encoded.labels", "Encoder.encode", "Encoder.prompt", "Encoder._end_of"),
         "tests/test_training_data.py -k 'labels or tokens_are or template or prompt or too_long'",
     ),
-    "older_weights": Target(
-        "moellava/converting/older_weights.py",
+    "legacy_weights": Target(
+        "moellava/converting/legacy_weights.py",
         (),
         "tests/test_older_checkpoints.py tests/test_older_adapters.py -k 'bad_weights or bad_mixtures or bit_by_bit or "
         "told_by or names_of_llava or one_level_higher or merge or pefts_own or the_projector_or_the_tower'",

@@ -338,7 +338,7 @@ def measure_memory(folder: Path, sizes: Sizes, tell: Callable[[str], None]) -> l
 
 def measure_own_memory(who: str, folder: Path, sizes: Sizes, dtype: torch.dtype) -> dict[str, float]:
     """Loads and generates in this process; returns its peak over what it held when everything was imported."""
-    import moellava.assembling  # noqa: F401
+    import moellava.building.assembling  # noqa: F401
 
     forget_peak_memory()
     idle = memory("VmRSS")

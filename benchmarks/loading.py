@@ -173,7 +173,7 @@ def measure(case: str, folder: Path) -> dict[str, float]:
     transformers.utils.logging.disable_progress_bar()
     from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
-    import moellava.assembling  # noqa: F401
+    import moellava.building.assembling  # noqa: F401
 
     def load_llava(dtype: torch.dtype | str) -> LlavaForConditionalGeneration:
         """Loads what `load_pretrained_model` does: the model, its tokenizer and its image processor."""

@@ -18,7 +18,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from moellava import load_pretrained_model, quantization_coverage, resident_bytes
-from moellava.asking import user_turn
+from moellava.chatting.prompting import user_turn
 from moellava.demo.scans import draw, load_examples
 from moellava.training.data import Collator, Examples
 from moellava.training.encoding import Encoder

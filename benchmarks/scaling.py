@@ -18,8 +18,8 @@ from measuring import print_progress
 from transformers import CLIPVisionConfig, LlamaConfig, PhiConfig, StableLmConfig, logging
 
 from moellava import MoellavaConfig, plan
+from moellava.building.dense_to_sparse import upcycled_config
 from moellava.planning import Plan
-from moellava.upcycling import upcycled_config
 
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"

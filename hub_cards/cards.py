@@ -11,9 +11,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from transformers.utils.quantization_config import QuantizationMethod
 
-from ..origins import UPCYCLED
-from ..sources import Source
-from ..wording import number_text, size_text
+from ..formatting import number_text, size_text
+from ..reading.provenance import UPCYCLED
+from ..reading.sources import Source
 from .citing import citations
 from .facts import CardFacts, code, linked, plain, read_facts
 

@@ -4,7 +4,7 @@
 import re
 from pathlib import Path
 
-from ..origins import UPCYCLED
+from ..reading.provenance import UPCYCLED
 from .facts import CardFacts
 
 

@@ -14,8 +14,8 @@ from huggingface_hub.utils import validate_repo_id
 from ..configuration.custom_code_moellava import is_own_class
 from ..configuration.registry_moellava import ENCODERS, PROJECTORS
 from ..inspecting import CheckpointSummary, inspect_checkpoint
-from ..origins import NEW, training_records
-from ..sources import Source
+from ..reading.provenance import NEW, training_records
+from ..reading.sources import Source
 from .licences import UNKNOWN, combined_license, license_name
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 from huggingface_hub import SpaceCardData
 
-from ..sources import Source
+from ..reading.sources import Source
 from .facts import CardFacts, plain, read_facts
 
 

@@ -26,12 +26,11 @@ if TYPE_CHECKING:
     from .converting import convert
     from .evaluating import evaluate
     from .hub import push
-    from .inspecting import inspect_checkpoint
+    from .inspecting import inspect_checkpoint, quantization_coverage, resident_bytes
     from .loading import LoadedModel, load_pretrained_model
     from .modeling import MoellavaForCausalLM, MoellavaModel, MoellavaPreTrainedModel
     from .planning import plan
     from .processing import MoellavaProcessor
-    from .quantizing import quantization_coverage, resident_bytes
     from .training import check_data, train, train_router
     from .upcycling import upcycle
 
@@ -54,8 +53,8 @@ _HOMES = {
     "LoadedModel": "loading",
     "plan": "planning",
     "push": "hub",
-    "quantization_coverage": "quantizing",
-    "resident_bytes": "quantizing",
+    "quantization_coverage": "inspecting",
+    "resident_bytes": "inspecting",
     "train": "training",
     "train_router": "training",
     "upcycle": "upcycling",

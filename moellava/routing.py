@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .asking import question_inputs
+from .chatting.prompting import question_inputs
 
 
 # Projectors whose tokens are queries or latents, which look at the whole picture.

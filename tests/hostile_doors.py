@@ -113,8 +113,8 @@ def _checkpoint_doors() -> dict:
         importlib.import_module(name)
     import moellava
     from moellava.evaluating.questions import read_questions
-    from moellava.origins import license_of
-    from moellava.sources import Source
+    from moellava.reading.provenance import license_of
+    from moellava.reading.sources import Source
 
     return {
         "load_pretrained_model": lambda path, **more: moellava.load_pretrained_model(path, device="cpu", **more),
@@ -178,8 +178,8 @@ def _open_rows(path: str):
 
 
 def _files_to_push(path: str, folder: str | None = None):
-    from moellava.hub import checkpoint_files
-    from moellava.sources import Source
+    from moellava.hub.pushing import checkpoint_files
+    from moellava.reading.sources import Source
 
     return checkpoint_files(Source(folder or path))
 

@@ -24,7 +24,7 @@ from moellava.configuration.registry_moellava import PROJECTORS
 from moellava.hub_cards import render_card, write_card, write_card_of_save
 from moellava.hub_cards.cards import MARKER
 from moellava.hub_cards.licences import combined_license
-from moellava.origins import with_training
+from moellava.reading.provenance import with_training
 
 
 NAME = "me/my-model"

@@ -11,7 +11,7 @@ import pytest
 from parts import picture
 from transformers import AutoTokenizer, CLIPImageProcessorPil
 
-from moellava.chat_templates import VICUNA_CHAT_TEMPLATE, VICUNA_SYSTEM_TEXT, multimodal_chat_template
+from moellava.chatting.chat_templates import VICUNA_CHAT_TEMPLATE, VICUNA_SYSTEM_TEXT, multimodal_chat_template
 from moellava.converting.conversations import (
     FAMILIES,
     Conversation,

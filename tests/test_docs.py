@@ -46,8 +46,9 @@ from moellava import (
     train,
     upcycle,
 )
-from moellava.asking import user_turn
-from moellava.assembling import DEFAULT_VISION_TOWER
+from moellava.authoring.load_request import _HUB_OPTIONS, _MODEL_OPTIONS, _OPTION_NAMES, _OPTIONS, _PARTS
+from moellava.building.dense_to_sparse import _CHANGEABLE
+from moellava.chatting.prompting import user_turn
 from moellava.configuration.names_moellava import (
     _MOE_FIELDS_WITHOUT_EFFECT,
     FIELD_NAMES,
@@ -57,11 +58,10 @@ from moellava.configuration.names_moellava import (
 )
 from moellava.configuration.registry_moellava import ENCODERS, PROJECTORS, Registry
 from moellava.demo.running import run_demo
-from moellava.hub import checkpoint_files
-from moellava.request import _HUB_OPTIONS, _MODEL_OPTIONS, _OPTION_NAMES, _OPTIONS, _PARTS
-from moellava.sources import Source
+from moellava.hub.pushing import checkpoint_files
+from moellava.reading.sources import Source
+from moellava.reading.vision_tower import DEFAULT_VISION_TOWER
 from moellava.training.rows import open_data
-from moellava.upcycling import _CHANGEABLE
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,7 @@ from parts import picture
 from PIL import Image
 
 from moellava import evaluate, load_pretrained_model
-from moellava.asking import question_inputs
+from moellava.chatting.prompting import question_inputs
 from moellava.evaluating import EvaluationReport, ScoredAnswer, score
 from moellava.evaluating.choices import chosen, read_choices, stated_letter
 from moellava.evaluating.questions import Question, Unusable, open_picture, read_questions

@@ -33,13 +33,7 @@ from transformers import (
     ResNetModel,
 )
 
-from moellava import (
-    MoellavaConfig,
-    MoellavaForCausalLM,
-    load_pretrained_model,
-    register_encoder,
-    register_projector,
-)
+from moellava import MoellavaConfig, MoellavaForCausalLM, load_pretrained_model, register_encoder, register_projector
 from moellava.configuration import MoellavaEncoderConfig
 from moellava.configuration.checkpoint_moellava import travelling_files
 from moellava.configuration.custom_code_moellava import custom_sources, registered_in

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from moellava import load_pretrained_model, push
 from moellava.configuration.checkpoint_moellava import is_weight_file
-from moellava.hub import checkpoint_files
-from moellava.sources import Source
+from moellava.hub.pushing import checkpoint_files
+from moellava.reading.sources import Source
 
 
 STRAY = ("notes.txt", "train.py", "optimizer.pt", ".gitignore", "pictures/other.png")

@@ -49,7 +49,7 @@ import moellava
 from moellava import load_pretrained_model
 from moellava.cli import app
 from moellava.converting import OlderCheckpointError
-from moellava.converting.older_weights import merge_lora
+from moellava.converting.legacy_weights import merge_lora
 
 
 TOLERANCE = 1e-4

@@ -23,7 +23,7 @@ from moellava.configuration.names_moellava import canonical_projector, stacked_p
 from moellava.configuration.registry_moellava import PROJECTORS
 from moellava.modeling import older_projectors_moellava
 from moellava.modeling.older_projectors_moellava import VitBlock
-from moellava.projector_files import older_projector_tensors, read_projector
+from moellava.reading.projector_file import older_projector_tensors, read_projector
 
 
 VISION, TEXT = 32, 64

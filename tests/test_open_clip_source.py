@@ -25,7 +25,7 @@ from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import nn
 from transformers import AutoImageProcessor, CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
 
-from moellava.open_clip_source import CONFIG_FILE, OpenClipTower, read_open_clip
+from moellava.reading.open_clip import CONFIG_FILE, OpenClipTower, read_open_clip
 
 
 SAFETENSORS = "open_clip_model.safetensors"
@@ -251,7 +251,7 @@ def test_a_saved_tower_loads_again(parts, tmp_path):
 
 def test_the_trunk_decides_on_the_image_size_not_the_config(parts, caplog):
     folder = parts.biomedclip(timm_model_name="test_vit", image_size=48)
-    with caplog.at_level(logging.WARNING, logger="moellava.open_clip_source"):
+    with caplog.at_level(logging.WARNING, logger="moellava.reading.open_clip"):
         tower = read_open_clip(folder)
     assert tower.vision_config.image_size == 160
     assert tower.image_processor.crop_size == {"height": 160, "width": 160}
@@ -262,9 +262,9 @@ def test_the_trunk_decides_on_the_image_size_not_the_config(parts, caplog):
 
 def test_no_warning_where_config_and_trunk_agree(parts, caplog):
     folder = parts.biomedclip()
-    with caplog.at_level(logging.WARNING, logger="moellava.open_clip_source"):
+    with caplog.at_level(logging.WARNING, logger="moellava.reading.open_clip"):
         read_open_clip(folder)
-    assert not [record for record in caplog.records if record.name == "moellava.open_clip_source"]
+    assert not [record for record in caplog.records if record.name == "moellava.reading.open_clip"]
 
 
 def test_a_trunk_that_was_resized(parts, tmp_path):

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from moellava.chat_templates import VICUNA_CHAT_TEMPLATE, VICUNA_SYSTEM_TEXT, multimodal_chat_template
+from moellava.chatting.chat_templates import VICUNA_CHAT_TEMPLATE, VICUNA_SYSTEM_TEXT, multimodal_chat_template
 from moellava.processing import processing_moellava
 from moellava.processing.processing_moellava import MoellavaProcessor
 

@@ -21,9 +21,9 @@ from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from moellava import MoellavaConfig, MoellavaForCausalLM, MoellavaProcessor
+from moellava.authoring.load_request import read_request
 from moellava.configuration.names_moellava import FIELD_NAMES, MOE_FIELD_NAMES
 from moellava.processing.images_moellava import to_rgb
-from moellava.request import read_request
 
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"

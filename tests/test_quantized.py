@@ -515,7 +515,7 @@ def test_the_report(checkpoints, tmp_path, caplog, bits, capsys):
     with caplog.at_level(logging.INFO, "moellava"):
         model = load_pretrained_model(checkpoints / "sparse", device="cpu", **DOUBLE[bits]).model
     coverage = quantization_coverage(model)
-    lines = [record.getMessage() for record in caplog.records if record.name == "moellava.loading"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "moellava.loading.load_log"]
     assert [line.removeprefix("quantised: ") for line in lines if line.startswith("quantised: ")] == coverage.lines()
     assert f"bitsandbytes, {bits} bits" in coverage.lines()[0] and "print" not in capsys.readouterr().out
     assert any(line.startswith("experts: 16 of 16 modules are quantised; ") for line in coverage.lines())

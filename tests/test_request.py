@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moellava import load_pretrained_model
-from moellava.request import LoadRequest, read_request
+from moellava.authoring.load_request import LoadRequest, read_request
 
 
 FIELDS: dict[str, Any] = {

@@ -32,11 +32,11 @@ from transformers import (
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from moellava import MoellavaConfig, MoellavaForCausalLM, MoellavaModel, MoellavaProcessor, load_pretrained_model
-from moellava.assembling import read_vision_tower
 from moellava.configuration.checkpoint_moellava import AUTO_MAP, travelling_files
 from moellava.configuration.registry_moellava import ENCODERS, PROJECTORS, Registry
 from moellava.modeling.encoders_moellava import encoder_for
-from moellava.sources import Source
+from moellava.reading.sources import Source
+from moellava.reading.vision_tower import read_vision_tower
 
 
 def built_in(registry: Registry) -> list[str]:

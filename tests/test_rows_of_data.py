@@ -10,9 +10,9 @@ import torch
 from parts import picture
 
 from moellava import check_data, evaluate, load_pretrained_model
-from moellava.asking import chat_tokens, user_turn
 from moellava.chatting import Chat
-from moellava.conversations import IMAGE_TOKEN, RowError, arranged, read_conversation, text_parts
+from moellava.chatting.conversations import IMAGE_TOKEN, RowError, arranged, read_conversation, text_parts
+from moellava.chatting.prompting import chat_tokens, user_turn
 from moellava.evaluating.questions import asked_turns, read_questions
 from moellava.training.encoding import Encoder
 from moellava.training.recipe import read_recipe

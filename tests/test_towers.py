@@ -10,13 +10,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-from moellava import (
-    MoellavaConfig,
-    MoellavaForCausalLM,
-    load_pretrained_model,
-    register_encoder,
-    register_projector,
-)
+from moellava import MoellavaConfig, MoellavaForCausalLM, load_pretrained_model, register_encoder, register_projector
 from moellava.configuration.registry_moellava import ENCODERS, PROJECTORS
 
 

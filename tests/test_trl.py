@@ -11,7 +11,7 @@ from parts import CHAT_TEMPLATES, picture
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from moellava import load_pretrained_model
-from moellava.chat_templates import VICUNA_CHAT_TEMPLATE, multimodal_chat_template
+from moellava.chatting.chat_templates import VICUNA_CHAT_TEMPLATE, multimodal_chat_template
 from moellava.converting.conversations import _TEXT_TEMPLATES, conversation_for
 from moellava.training.encoding import Encoder
 from moellava.training.rows import open_data

@@ -23,10 +23,10 @@ from typer.testing import CliRunner
 
 from moellava import convert, load_pretrained_model, train, upcycle
 from moellava.cli import app
-from moellava.hub import checkpoint_files
+from moellava.hub.pushing import checkpoint_files
 from moellava.inspecting import inspect_checkpoint
-from moellava.loading import read_processor
-from moellava.sources import Source
+from moellava.reading.processor import read_processor
+from moellava.reading.sources import Source
 
 
 WARNING = "Never trained: multi_modal_projector"

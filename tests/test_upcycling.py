@@ -456,7 +456,7 @@ def test_a_config_object_says_of_top_1_weights_what_it_was_given(dense_folder, c
 )
 def test_a_sparse_model_that_answers_otherwise_is_warned_of(dense, caplog, fields, said):
     upcycle(dense, layers="dense", **fields)
-    found = [record.getMessage() for record in caplog.records if record.name == "moellava.upcycling"]
+    found = [record.getMessage() for record in caplog.records if record.name == "moellava.building.dense_to_sparse"]
     assert [said in message for message in found] == ([] if said is None else [True])
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..json_files import read_json_object
+from ..reading.json_files import read_json_object
 from .inputs import import_parts
 from .logs import debug_options, logging_shown
 from .options import (
@@ -214,9 +214,9 @@ def assemble(
     saving.check(out)
 
     import_parts(imports)
+    from ..authoring.load_request import read_request
     from ..inspecting import inspect_checkpoint
     from ..loading import load_pretrained_model
-    from ..request import read_request
 
     request = read_request(fields, keywords)
     with logging_shown(verbose, hide_load_report=True):

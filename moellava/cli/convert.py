@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..wording import number_text
+from ..formatting import number_text
 from .logs import logging_shown
 from .options import Debug, DType, DTypeOption, Json, OutFolder, Saving, TrustedHub, Verbose
 from .printing import print_json

@@ -77,7 +77,7 @@ def check_is_checkpoint(name: str, hub: TrustedHub) -> dict[str, Any]:
         OSError: There is no such folder or repository.
         ValueError: It is another model, or none.
     """
-    from ..sources import Source
+    from ..reading.sources import Source
 
     source = Source(name, hub.options())
     fields = source.config_dict()

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..wording import encodable, number_text, size_text
+from ..formatting import encodable, number_text, size_text
 
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from ..inspecting import CheckpointSummary
+    from ..inspecting.quantization import QuantizationCoverage
     from ..planning import Plan
-    from ..quantizing import QuantizationCoverage
 
 
 def print_json(content: Any) -> None:

@@ -79,9 +79,9 @@ def upcycle(
     }
     import_parts(imports)
     fields = check_is_checkpoint(dense, hub)
+    from ..building.dense_to_sparse import check_is_dense
     from ..inspecting import inspect_checkpoint
     from ..loading import load_pretrained_model
-    from ..upcycling import check_is_dense
 
     check_is_dense(fields.get("moe_config"))
 

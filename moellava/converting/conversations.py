@@ -12,7 +12,7 @@ and LLaMA 2's (`llama_2`): no checkpoint that is known to be published was train
 from dataclasses import dataclass
 from typing import Any
 
-from ..chat_templates import (
+from ..chatting.chat_templates import (
     END_OF_TURNS,
     VICUNA_SYSTEM_TEXT,
     filled,

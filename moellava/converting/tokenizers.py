@@ -8,10 +8,10 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from ..assembling import read_tokenizer
 from ..processing.part_files_moellava import check_links
-from ..sources import Source
-from .older_config import OlderCheckpointError
+from ..reading.language_model import read_tokenizer
+from ..reading.sources import Source
+from .legacy_config import OlderCheckpointError
 
 
 _QWEN_FILE = "qwen.tiktoken"

@@ -2,7 +2,8 @@
 """Evaluating a checkpoint: its answers to questions whose true answers are known, scored as medical benchmarks do."""
 
 from .evaluation import evaluate
-from .report import EvaluationReport, ScoredAnswer
+from .report import EvaluationReport
+from .scored import ScoredAnswer
 from .scoring import Metric, score
 
 

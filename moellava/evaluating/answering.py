@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..asking import GREEDY, chat_tokens, end_tokens
+from ..chatting.prompting import GREEDY, chat_tokens, end_tokens
 from .questions import Question, open_picture
 
 

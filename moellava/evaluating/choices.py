@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
-from ..conversations import RowError
+from ..chatting.conversations import RowError
 from .comparing import says, words
 
 

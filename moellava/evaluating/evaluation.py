@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
+from ..authoring.load_request import read_request
 from ..configuration import MoellavaConfig
 from ..converting import is_older
 from ..loading import LoadedModel, load_pretrained_model
-from ..request import read_request
-from ..sources import Source
+from ..reading.sources import Source
 from .answering import answer_questions
 from .questions import Unusable, read_questions
-from .report import EvaluationReport, ScoredAnswer
+from .report import EvaluationReport
+from .scored import ScoredAnswer
 
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import jinja2
 import PIL.Image
 
 from .questions import open_picture
-from .report import TITLES, EvaluationReport, picture_name
+from .scored import TITLES, picture_name
 
 
 _THUMBNAIL_SIDE = 160
@@ -88,8 +88,8 @@ title="{{ name }}">{% else %}<span class="note">{{ name }} is gone</span>{% endi
 """
 
 
-def render_page(report: EvaluationReport, limit: int) -> str:
-    """Returns the page of a report, with at most `limit` wrong answers."""
+def render_page(report: Any, limit: int) -> str:
+    """Returns the page of an `EvaluationReport`, with at most `limit` wrong answers."""
     wrong = report.wrong
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
     return template.render(

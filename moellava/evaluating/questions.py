@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..asking import user_turn, with_pictures
-from ..building import IMAGE_TOKEN
-from ..conversations import (
+from ..chatting.chat_templates import IMAGE_TOKEN
+from ..chatting.conversations import (
     IMAGE_FIELDS,
     RowError,
     arranged,
@@ -30,10 +29,11 @@ from ..conversations import (
     refuse_unread_fields,
     row_pictures,
 )
-from ..dataset_pictures import undecoded
-from ..json_files import read_json_rows
+from ..chatting.dataset_pictures import undecoded
+from ..chatting.prompting import user_turn, with_pictures
+from ..formatting import encodable
 from ..processing.images_moellava import check_shape, decode_picture, to_rgb
-from ..wording import encodable
+from ..reading.json_files import read_json_rows
 from .choices import read_choices, right_choice
 from .scoring import CLOSED, OPEN, words
 

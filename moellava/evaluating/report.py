@@ -7,62 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .questions import Question, Unusable
-from .scoring import CLOSED, Metric, mean_scores, score
+from .page import render_page
+from .questions import Unusable
+from .scored import TITLES, ScoredAnswer
+from .scoring import Metric, mean_scores
 
 
-# What the metrics are called where people read them.
-TITLES = {
-    "accuracy": "Accuracy",
-    "published_accuracy": "Accuracy as Med-MoE's script counts",
-    "exact_match": "Exact match",
-    "f1": "Token F1",
-    "recall": "Token recall",
-    "published_recall": "Token recall as LLaVA-Med's script counts",
-}
 # How many rows that could not be evaluated are told in lines of text; `to_dict` and the page tell all.
 _MOST_LINES = 20
-
-
-@dataclass(frozen=True)
-class ScoredAnswer:
-    """A question with the model's answer and its scores.
-
-    Attributes:
-        question (`Question`): The question.
-        answer (`str`): The model's answer.
-        cut_off (`bool`): Whether the answer was as long as it may be, and not ended by the model.
-        scores (`dict[str, float]`): The scores by name, from 0 to 1; which, the question's kind says.
-    """
-
-    question: Question
-    answer: str
-    cut_off: bool
-    scores: dict[str, float] = field(init=False)
-
-    def __post_init__(self):
-        scores = score(self.question.expected, self.answer, self.question.kind, self.question.choices)
-        object.__setattr__(self, "scores", scores)  # the way to compute a field of a frozen dataclass
-
-    @property
-    def is_right(self) -> bool:
-        """Whether a closed question has the right answer, an open one exactly the expected words."""
-        return self.scores["accuracy" if self.question.kind == CLOSED else "exact_match"] == 1
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain values, for JSON."""
-        return {
-            "row": self.question.row,
-            "id": self.question.id,
-            "question": self.question.text,
-            "pictures": [picture_name(picture) for picture in self.question.pictures],
-            "expected": self.question.expected,
-            "answer": self.answer,
-            "kind": self.question.kind,
-            **({} if self.question.choices is None else {"choices": self.question.choices}),
-            "cut_off": self.cut_off,
-            "scores": {name: round(value, 4) for name, value in self.scores.items()},
-        }
 
 
 @dataclass
@@ -152,19 +104,10 @@ class EvaluationReport:
             path (`str` or `os.PathLike`): The file.
             limit (`int`, *optional*, defaults to 500): How many wrong answers are shown at most.
         """
-        from .page import render_page
-
         path = Path(path)
         # Unpaired surrogates, which JSON can hold, have no place in UTF-8.
         path.write_text(render_page(self, limit), encoding="utf-8", errors="replace")
         return path
-
-
-def picture_name(picture: Any) -> str:
-    """What a picture of a question is called: its path, or the name that it brings, if any."""
-    if isinstance(picture, dict):
-        return picture.get("path") or "picture"
-    return str(picture) if isinstance(picture, str | os.PathLike) else getattr(picture, "filename", "") or "picture"
 
 
 def _numbers(metric: Metric) -> dict[str, Any]:
@@ -175,4 +118,4 @@ def _rounded(values: dict[str, Any]) -> dict[str, Any]:
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in values.items()}
 
 
-__all__ = ["TITLES", "EvaluationReport", "ScoredAnswer", "picture_name"]
+__all__ = ["EvaluationReport"]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What training a model would take, in memory and time, told by its config."""
 
-from .planner import GPUS, Memory, Plan, plan
+from .planner import GPUS, plan
+from .plans import Memory, Plan
 
 
 __all__ = ["GPUS", "Memory", "Plan", "plan"]

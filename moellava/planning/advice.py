@@ -2,29 +2,14 @@
 """What to change where a stage does not fit: the first way of training, of what costs least first, that does."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from .plans import Way
 
 
 if TYPE_CHECKING:
-    from .planner import Plan
-
-
-@dataclass(frozen=True)
-class Way:
-    """What may be chosen freely: it changes what a stage takes, and not what comes of it.
-
-    Attributes:
-        strategy (`str`): How devices share the model.
-        batch_size (`int`): The rows that one device gets at once.
-        accumulation (`int`): After how many of these the optimizer takes a step.
-        gradient_checkpointing (`bool`): Whether activations are computed anew in the backward pass.
-    """
-
-    strategy: str
-    batch_size: int
-    accumulation: int
-    gradient_checkpointing: bool
+    from .plans import Plan
 
 
 def advice(asked: Way, planned: "Callable[[Way], Plan]", devices: int, adapters: bool) -> list[str]:
@@ -68,4 +53,4 @@ def _changes(asked: Way, way: Way) -> Iterator[str]:
         yield f"per_device_train_batch_size: {way.batch_size}, gradient_accumulation_steps: {way.accumulation}"
 
 
-__all__ = ["Way", "advice"]
+__all__ = ["advice"]

@@ -7,26 +7,24 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..building.dense_to_sparse import upcycled_config
 from ..configuration import MoellavaConfig
 from ..configuration.registry_moellava import known_names
-from ..inspecting import own_code
-from ..loading import context_length
-from ..sources import Source
+from ..inspecting.checkpoint import own_code
+from ..reading.language_model import context_length
+from ..reading.sources import Source
 from ..training.recipe import LoraRecipe, Stage
-from ..upcycling import upcycled_config
-from .advice import Way, advice
+from .advice import advice
+from .plans import Memory, Plan, Way
 from .rehearsal import Batch, Rehearsal, rehearse
 
 
 # The peak in bf16 without sparsity, in operations per second, by NVIDIA's data sheets (the SXM modules). That of
 # float32 as TF32 is half of it.
 GPUS = {"A100": 312e12, "H100": 989e12}
-# What is left for the CUDA context, the communication's buffers and what the allocator wastes.
-HEADROOM = 0.1
 # What is installed here, and whether there is a GPU, says nothing about where training will be.
 _ANYWHERE = {"report_to": "none", "use_cpu": True}
 
@@ -38,99 +36,6 @@ STRATEGIES = {
 
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]i?)?B?", re.IGNORECASE)
 _POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What one device needs, in bytes.
-
-    Attributes:
-        parameters (`int`): The parameters and buffers that it holds all the time.
-        gradients (`int`): The gradients of what is trained.
-        optimizer (`int`): AdamW's state.
-        activations (`int`): What the forward pass keeps for the backward pass.
-        copies (`int`): Weights in the dtype that is computed in, kept meanwhile.
-        working (`int`): What else there is at the highest point of a step: logits, a layer that is computed anew, the
-            gradient that is being made.
-        communication (`int`): The buckets in which replicas exchange gradients; or the parameters that are gathered.
-    """
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    activations: int
-    copies: int
-    working: int
-    communication: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return sum(dataclasses.astuple(self))
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a stage takes; [`plan`] returns it.
-
-    Attributes:
-        checkpoint (`str`): What is trained.
-        stage (`str`): The stage.
-        devices (`int`): How many devices there are.
-        strategy (`str`): How the model is spread over them.
-        batch_size (`int`): The rows that one device gets at once.
-        accumulation (`int`): After how many of these the optimizer takes a step.
-        length (`int`): The tokens of a row, those of its pictures among them.
-        images (`int`): The pictures of a row.
-        gradient_checkpointing (`bool`): Whether activations are computed anew in the backward pass.
-        dtype (`str`): What the weights are held in.
-        mixed_precision (`str`, *optional*): What is computed in, where it is something else.
-        parts (`dict`): Of every part, how many parameters it has and how many are trained.
-        memory (`Memory`): What one device needs.
-        available (`int`, *optional*): What one device has, in bytes.
-        flops (`int`): Floating-point operations of one step of the optimizer, on all devices.
-        seconds_per_step (`float`): How long that takes.
-        hours (`float`, *optional*): How long all the rows take, once.
-        advice (`list[str]`): What to change where it does not fit.
-    """
-
-    checkpoint: str
-    stage: str
-    devices: int
-    strategy: str
-    batch_size: int
-    accumulation: int
-    length: int
-    images: int
-    gradient_checkpointing: bool
-    dtype: str
-    mixed_precision: str | None
-    parts: dict[str, dict[str, int]]
-    memory: Memory
-    available: int | None
-    flops: int
-    seconds_per_step: float
-    hours: float | None
-    advice: list[str]
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether it fits, with a tenth of the memory left free; `None` where it is not known what there is."""
-        return None if self.available is None else self.memory.total <= self.available * (1 - HEADROOM)
-
-    @property
-    def fits_without_batch(self) -> bool | None:
-        """Whether at least that fits which is there whatever the batch: else a smaller one is no help."""
-        if self.available is None:
-            return None
-        of_batch = self.memory.activations + self.memory.copies + self.memory.working
-        return self.memory.total - of_batch <= self.available * (1 - HEADROOM)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns everything as dictionaries, lists, texts and numbers, ready for `json.dumps`."""
-        told = dataclasses.asdict(self) | {"fits": self.fits}
-        told["memory"]["total"] = self.memory.total
-        return told
 
 
 def plan(
@@ -364,4 +269,4 @@ def _check_choice(name: str, value: str, known: Any) -> None:
         raise ValueError(f"Unknown {name} {value!r}{known_names(value, known)}")
 
 
-__all__ = ["GPUS", "STRATEGIES", "Memory", "Plan", "plan", "read_memory"]
+__all__ = ["GPUS", "STRATEGIES", "plan", "read_memory"]

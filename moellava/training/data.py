@@ -17,8 +17,9 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from ..configuration import MoellavaConfig
-from ..loading import context_length, read_processor
-from ..sources import Source
+from ..reading.language_model import context_length
+from ..reading.processor import read_processor
+from ..reading.sources import Source
 from .encoding import IGNORED, Encoder
 from .rows import RowError, Rows, open_data, open_picture, row_name
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ..asking import chat_tokens
+from ..chatting.prompting import chat_tokens
 from .rows import Row, RowError
 
 

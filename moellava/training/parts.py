@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of a model by the names that recipes call them: which are trained, and at which learning rate."""
 
-import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +9,6 @@ from torch import nn
 
 from ..modeling.sparse_moellava import ModularExperts, Router
 
-
-logger = logging.getLogger(__name__)
 
 # Every part, with the part that it lies within, if any.
 PARTS: dict[str, str | None] = {

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..json_files import write_json_object
+from ..reading.json_files import write_json_object
 from .checkpoints import last_checkpoint
 from .recipe import Recipe, Stage
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Med-MoE's routers: a classifier of rows on the features of a frozen model, written as a router's file."""
 
-import logging
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -17,9 +16,6 @@ from ..loading import load_pretrained_model
 from .data import Collator
 from .encoding import Encoder
 from .rows import RowError, open_data, row_name
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..chatting.conversations import RowError, located, read_conversation
+from ..chatting.dataset_pictures import undecoded
 from ..configuration.registry_moellava import known_names
-from ..conversations import RowError, located, read_conversation
-from ..dataset_pictures import undecoded
-from ..json_files import read_json_rows
+from ..formatting import encodable
 from ..processing.images_moellava import check_shape, decode_picture, to_rgb
-from ..wording import encodable
+from ..reading.json_files import read_json_rows
 
 
 _SOURCE_FIELDS = ("path", "name", "split", "streaming", "image_folder")

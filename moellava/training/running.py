@@ -14,18 +14,19 @@ from typing import Any
 from accelerate import PartialState
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
+from ..authoring.load_request import read_request
 from ..configuration import MoellavaConfig
-from ..json_files import write_json_object
-from ..loading import context_length, load_pretrained_model
-from ..lora import merge_adapter
-from ..origins import folder_name, with_training
-from ..request import read_request
-from ..sources import Source
-from ..stored_dtypes import frozen_as_loaded
+from ..loading import load_pretrained_model
+from ..loading.lora import merge_adapter
+from ..reading.json_files import write_json_object
+from ..reading.language_model import context_length
+from ..reading.provenance import folder_name, with_training
+from ..reading.sources import Source
 from .adapters import put_adapters
 from .checkpoints import last_checkpoint
 from .data import Collator, Examples, StreamedExamples, log_overlap, log_problems, processor_and_context
 from .encoding import Encoder
+from .frozen import frozen_as_loaded
 from .parts import may_be_unused, set_trained, trained_parameters
 from .recipe import Recipe, Stage, merges, read_recipe
 from .records import check_records, write_record

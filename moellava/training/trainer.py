@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from ..stored_dtypes import frozen_as_loaded
 from .checkpoints import check_adapter, check_restored, restore
+from .frozen import frozen_as_loaded
 from .parts import PartNames, by_part
 from .recipe import PUSHES_ALL
 

@@ -13,9 +13,9 @@ try:  # first, since the other imports take seconds
 except ImportError as error:
     raise ImportError("The page needs gradio: pip install 'moellava[web]'.") from error
 
+from ..formatting import number_text
 from ..inspecting import inspect_checkpoint
 from ..loading import load_pretrained_model
-from ..wording import number_text
 from .pictures import doubt, open_picture
 from .routing_view import routing_html
 from .session import ServedModel, Session, Turn

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..asking import chat_inputs
 from ..chatting import Chat
+from ..chatting.prompting import chat_inputs
 from ..loading import LoadedModel
 from ..routing import RoutingTrace, trace_prompt
 from .pictures import data_uri, open_picture, thumbnail

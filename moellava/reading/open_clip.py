@@ -23,8 +23,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 from transformers.utils import logging
 
+from ..processing.open_clip_moellava import OpenClipImageProcessor
 from .json_files import read_json_object
-from .processing.open_clip_moellava import OpenClipImageProcessor
 from .sources import read_tensors
 
 

@@ -18,13 +18,13 @@ import huggingface_hub
 import huggingface_hub.errors
 from safetensors import SafetensorError, safe_open
 
-from .configuration import MoellavaConfig, MoellavaProjectorConfig
-from .configuration.configuration_moellava import _part_config
-from .configuration.registry_moellava import ENCODERS, PROJECTORS
-from .loading import context_length
-from .modeling.encoders_moellava import encoder_for
-from .quantizing import QuantizationCoverage, Weights, coverage_of, is_expert, looks_linear
-from .sources import Source, read_tensors
+from ..configuration import MoellavaConfig, MoellavaProjectorConfig
+from ..configuration.configuration_moellava import _part_config
+from ..configuration.registry_moellava import ENCODERS, PROJECTORS
+from ..modeling.encoders_moellava import encoder_for
+from ..reading.language_model import context_length
+from ..reading.sources import Source, read_tensors
+from .quantization import QuantizationCoverage, Weights, coverage_of, is_expert, looks_linear
 
 
 PART_NAMES = ("vision_tower", "multi_modal_projector", "language_model", "lm_head")

@@ -1,25 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last step of every way to a model: a config and named weights become a model, and a model gets its processor."""
+"""The last step of every way to a model: a config and named weights become a model."""
 
-import copy
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
 
 import torch
-import transformers
 
-from .chat_templates import multimodal_chat_template
-from .configuration import MoellavaConfig
-from .modeling import MoellavaForCausalLM
-from .modeling.encoders_moellava import VisionEncoder
-from .processing import MoellavaProcessor
+from ..configuration import MoellavaConfig
+from ..modeling import MoellavaForCausalLM
 
 
 logger = logging.getLogger(__name__)
-
-IMAGE_TOKEN = "<image>"
 
 
 def build(
@@ -92,51 +84,6 @@ def _first_few(entries: list[str]) -> str:
     return "; ".join(entries[:4]) + (f"; and {len(entries) - 4} more" if len(entries) > 4 else "")
 
 
-def make_processor(model: MoellavaForCausalLM, image_processor: Any, tokenizer: Any) -> MoellavaProcessor:
-    """Returns the processor that prepares text and pictures for a model."""
-    return MoellavaProcessor(
-        image_processor=fit_image_processor(image_processor, model.model.encoder),
-        tokenizer=tokenizer,
-        num_image_tokens=model.config.image_seq_length,
-        image_aspect_ratio=model.config.image_aspect_ratio,
-        image_token=IMAGE_TOKEN,
-        chat_template=multimodal_chat_template(tokenizer.chat_template, IMAGE_TOKEN),
-    )
-
-
-def fit_image_processor(image_processor: Any, encoder: VisionEncoder) -> Any:
-    """Returns an image processor that gives pictures of the size that the encoder takes."""
-    if encoder.vision_config.model_type == "siglip2_vision_model":
-        # Its own processor cuts pictures into patches of any number; the encoder does that, of square pictures.
-        image_processor = transformers.SiglipImageProcessor(
-            size={"height": encoder.image_size, "width": encoder.image_size},
-            image_mean=image_processor.image_mean,
-            image_std=image_processor.image_std,
-            resample=image_processor.resample,
-        )
-    image_processor = copy.deepcopy(image_processor)
-    side = encoder.image_size
-    if encoder.interpolates or output_side(image_processor) != side:
-        if getattr(image_processor, "crop_size", None) and getattr(image_processor, "do_center_crop", False):
-            image_processor.crop_size = type(image_processor.crop_size)(height=side, width=side)
-        size = image_processor.size
-        by_edge = "shortest_edge" in size and size["shortest_edge"] is not None
-        image_processor.size = type(size)(**({"shortest_edge": side} if by_edge else {"height": side, "width": side}))
-    return image_processor
-
-
-def output_side(image_processor: Any) -> int | None:
-    """The side in pixels of what an image processor gives, or `None` where it is not square or not fixed."""
-    cropped = getattr(image_processor, "do_center_crop", False) and getattr(image_processor, "crop_size", None)
-    size = image_processor.crop_size if cropped else image_processor.size
-    height, width = (size.get("height"), size.get("width")) if hasattr(size, "get") else (None, None)
-    return height if height == width else None
-
-
 __all__ = [
-    "IMAGE_TOKEN",
     "build",
-    "fit_image_processor",
-    "make_processor",
-    "output_side",
 ]

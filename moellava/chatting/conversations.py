@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from .building import IMAGE_TOKEN
-from .wording import encodable
+from ..formatting import encodable
+from .chat_templates import IMAGE_TOKEN
 
 
 # What rows call those who speak.

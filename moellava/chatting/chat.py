@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-from .asking import GREEDY, chat_inputs, end_tokens, user_turn
+from .prompting import GREEDY, chat_inputs, end_tokens, user_turn
 
 
 @dataclass(frozen=True)

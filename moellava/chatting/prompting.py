@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from .building import IMAGE_TOKEN
+from .chat_templates import IMAGE_TOKEN
 from .conversations import arranged, text_parts
 
 

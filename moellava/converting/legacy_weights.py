@@ -13,11 +13,11 @@ import torch
 from transformers import AutoModel, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from ..assembling import PROJECTOR_PREFIX, TOWER_PREFIX
 from ..modeling.sparse_moellava import DenseForm, dense_mlps
-from ..projector_files import older_projector_tensors
-from ..sources import unmapped
-from .older_config import OlderCheckpointError, OlderModel
+from ..reading.projector_file import older_projector_tensors
+from ..reading.sources import unmapped
+from ..tree import PROJECTOR_PREFIX, TOWER_PREFIX
+from .legacy_config import OlderCheckpointError, OlderModel
 
 
 _BODY = "model.language_model."

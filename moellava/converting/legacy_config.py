@@ -20,9 +20,9 @@ from transformers import (
     StableLmConfig,
 )
 
-from ..assembling import minicpm_as_granite
 from ..configuration.configuration_moellava import CONFIG_ERRORS, config_fault
 from ..configuration.names_moellava import canonical_projector
+from ..reading.language_model import minicpm_as_granite
 
 
 # What every config may say of a language model beside the fields that its class declares.

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..sources import Source, read_tensors
-from .older_config import OlderCheckpointError, OlderModel, read_older_config
-from .older_weights import our_names
+from ..reading.sources import Source, read_tensors
+from .legacy_config import OlderCheckpointError, OlderModel, read_older_config
+from .legacy_weights import our_names
 
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")

@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.parse import unquote
 
-from .processing.images_moellava import load_picture
-from .sources import CONFIG_NAME
+from ..processing.images_moellava import load_picture
+from ..reading.sources import CONFIG_NAME
 
 
 CARD_NAME = "README.md"

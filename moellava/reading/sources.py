@@ -18,8 +18,8 @@ from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
+from ..processing import part_files_moellava
 from .json_files import read_json_object
-from .processing import part_files_moellava
 
 
 CONFIG_NAME = "config.json"

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from .assembling import module_name
-from .modeling.language_moellava import own_causal_lm
-from .sources import Source
+from ..modeling.language_moellava import own_causal_lm
+from ..reading.language_model import module_name
+from ..reading.sources import Source
 
 
 logger = logging.getLogger(__name__)

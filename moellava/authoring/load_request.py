@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .configuration.names_moellava import (
+from ..configuration.names_moellava import (
     CHOICES,
     FIELD_NAMES,
     MOE_FIELD_NAMES,
@@ -29,7 +29,7 @@ from .configuration.names_moellava import (
     stacked_projector,
     translate_fields,
 )
-from .configuration.registry_moellava import ENCODERS, PROJECTORS, known_names
+from ..configuration.registry_moellava import ENCODERS, PROJECTORS, known_names
 
 
 logger = logging.getLogger(__name__)
@@ -309,7 +309,7 @@ def _read_vision(value: Any, flat_encoder: str | None) -> dict[str, dict[str, An
 
 def is_custom_encoder(encoder_type: str) -> bool:
     """Whether a registered encoder is a module of the user's own."""
-    from .modeling.encoders_moellava import VisionEncoder
+    from ..modeling.encoders_moellava import VisionEncoder
 
     return encoder_type in ENCODERS and not issubclass(ENCODERS[encoder_type], VisionEncoder)
 

@@ -5,51 +5,38 @@ import dataclasses
 import importlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from transformers import BitsAndBytesConfig
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .assembling import (
-    PROJECTOR_PREFIX,
-    TOWER_PREFIX,
-    assemble,
-    fit_projector,
-    projector_shapes,
-    read_generation_config,
-    read_vision_part,
-    report_claims,
-    with_projector_origin,
-    with_tower_origin,
-)
-from .building import build, make_processor
-from .configuration import MoellavaConfig
-from .configuration.checkpoint_moellava import AUTO_MAP
-from .configuration.custom_code_moellava import CUSTOM_MODULE, is_own_class, registered_in
-from .configuration.names_moellava import canonical_projector, stacked_projector
-from .configuration.registry_moellava import ENCODERS, PROJECTORS, plain_value
-from .converting import is_older, load_older
-from .converting.adapters import ADAPTER_FILES
+from ..authoring.load_request import LoadRequest, is_custom_encoder, read_request
+from ..building.assembling import assemble, with_projector_provenance, with_tower_provenance
+from ..building.build import build
+from ..building.dense_to_sparse import upcycled, with_moe_changes
+from ..configuration import MoellavaConfig
+from ..configuration.names_moellava import canonical_projector, stacked_projector
+from ..configuration.registry_moellava import ENCODERS, PROJECTORS, plain_value
+from ..converting.legacy_adapters import ADAPTER_FILES
+from ..converting.legacy_checkpoint import load_older
+from ..converting.legacy_config import is_older
+from ..modeling import MoellavaForCausalLM
+from ..modeling.weight_files_moellava import check_adapter
+from ..reading.language_model import context_length, read_generation_config
+from ..reading.processor import make_processor_like, read_processor
+from ..reading.projector_file import fit_projector, projector_shapes, read_projector
+from ..reading.provenance import folder_name
+from ..reading.sources import CONFIG_NAME, Source, are_same_weights, read_tensors
+from ..reading.vision_tower import read_vision_part, report_claims
+from ..tree import PROJECTOR_PREFIX, TOWER_PREFIX, is_new_weight
+from .load_log import log_coverage, log_parts, logs_shown
 from .lora import merge_adapter, put_adapter
-from .modeling import MoellavaForCausalLM
-from .modeling.weight_files_moellava import check_adapter
-from .origins import folder_name
-from .processing import MoellavaProcessor
-from .projector_files import read_projector
-from .quantizing import STACKED, quantization_coverage
-from .request import LoadRequest, is_custom_encoder, read_request
-from .sources import CONFIG_NAME, Source, are_same_weights, read_tensors
-from .upcycling import is_new_weight, upcycled, with_moe_changes
+from .placement import placement_of, quantization_of
+from .remote_code import load_by_remote_code, unregistered_part
 
 
 logger = logging.getLogger(__name__)
-
-# What a device_map may say beside devices: transformers' ways of spreading a model, and where it may be put off to.
-_PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
 
 
 class LoadedModel(NamedTuple):
@@ -138,12 +125,12 @@ def load_pretrained_model(
     placement = None
     # Both say themselves where weights go.
     if "distributed_config" not in request.model_options and not is_deepspeed_zero3_enabled():
-        placement = _placement(request.options["device"], request.options["device_map"])
-    request.options["quantization_config"] = _quantization(request.options)
-    with _logs_shown(request.options["encoder_debug"] or request.options["projector_debug"]):
+        placement = placement_of(request.options["device"], request.options["device_map"])
+    request.options["quantization_config"] = quantization_of(request.options)
+    with logs_shown(request.options["encoder_debug"] or request.options["projector_debug"]):
         model = _load(request, placement) if request.model_base is None else _load_adapter(request, placement)
-        _log_parts(model, request)
-        _log_coverage(model)
+        log_parts(model, request)
+        log_coverage(model)
     return LoadedModel(
         model, model.processor.image_processor, model.processor.tokenizer, context_length(model.config.text_config)
     )
@@ -191,9 +178,9 @@ def _load_checkpoint(source: Source, fields: dict[str, Any], request: LoadReques
         **request.model_options,
     }
     options = {name: value for name, value in options.items() if value is not None}
-    own_code = _needs_its_own_code(source, fields)
+    own_code = unregistered_part(source, fields)
     if own_code:
-        return _load_with_its_own_code(source, own_code, request, options)
+        return load_by_remote_code(source, own_code, request, options)
     missing = [name for name in ("text_config", "vision_config") if not fields.get(name)]
     if missing:
         raise ValueError(
@@ -221,24 +208,6 @@ def _load_checkpoint(source: Source, fields: dict[str, Any], request: LoadReques
             model.processor = make_processor_like(processor, model) if changed else processor
             return model
     return _load_with_other_parts(source, config, processor, changed, request, options)
-
-
-def read_processor(source: Source) -> Any:
-    """Returns the processor of a checkpoint of this package.
-
-    Raises:
-        ValueError: It cannot be loaded.
-    """
-    try:
-        # Not AutoProcessor, which looks for the class that a file of the checkpoint names.
-        return MoellavaProcessor.from_pretrained(
-            source.name, trust_remote_code=source.trust_remote_code, **source.hub_options
-        )
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"The processor of {source} cannot be loaded ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
-            "Expected processor_config.json and the tokenizer's files beside the model, as save_pretrained writes them."
-        ) from error
 
 
 def _takes_other_parts(source: Source, config: MoellavaConfig, request: LoadRequest) -> bool:
@@ -301,7 +270,7 @@ def _load_with_other_parts(
     if _asks_for_another_tower(source, config, request):
         vision = read_vision_part(request)
         changed |= {"vision_config": vision.config, "encoder_type": vision.encoder_type}
-        changed["parts"] = with_tower_origin(config.parts, request)
+        changed["parts"] = with_tower_provenance(config.parts, request)
         replaced = {"vision_tower"}
         processor.image_processor = vision.image_processor
     else:
@@ -341,7 +310,7 @@ def _load_with_other_parts(
         logger.warning("The projector of %s %s; a new one is initialised.", source, reason)
         tensors = _with_part(tensors, PROJECTOR_PREFIX, {})
     if file_tensors is not None or new_projector:
-        config.parts = with_projector_origin(config.parts, request)
+        config.parts = with_projector_provenance(config.parts, request)
         replaced.add("multi_modal_projector")
     # Of these, `from_pretrained` notes again what it draws at random.
     if config.untrained_parts is not None:
@@ -395,62 +364,6 @@ def _changed_projector(config: MoellavaConfig, request: LoadRequest) -> dict[str
     return asked
 
 
-def make_processor_like(processor: Any, model: MoellavaForCausalLM) -> Any:
-    """Returns a processor for a model whose pictures differ from those that `processor` prepares."""
-    remade = make_processor(model, processor.image_processor, processor.tokenizer)
-    remade.chat_template = processor.chat_template
-    return remade
-
-
-def _needs_its_own_code(source: Source, fields: dict[str, Any]) -> str | None:
-    """Returns the name of a part of the checkpoint that is not registered here, if there is one."""
-    custom_code = source.find(f"{CUSTOM_MODULE}.py")
-    own_names = registered_in(custom_code.read_text(encoding="utf-8")) if custom_code is not None else []
-    projector = fields.get("projector_config")
-    projector = projector.get("type") if isinstance(projector, dict) else None
-    for name, table, registry in (
-        (fields.get("encoder_type"), "ENCODERS", ENCODERS),
-        (projector, "PROJECTORS", PROJECTORS),
-    ):
-        if not isinstance(name, str):
-            continue
-        # Its author may have taken the place of a part of this package.
-        if name not in registry or ((table, name) in own_names and not is_own_class(registry[name])):
-            return name
-    return None
-
-
-def _load_with_its_own_code(source: Source, part: str, request: LoadRequest, options: dict[str, Any]) -> Any:
-    """Loads a checkpoint with a part of its author's own by the code that it carries."""
-    if not source.trust_remote_code:
-        raise ValueError(
-            f"{source} has a part {part!r} of its author's own, whose code lies in the checkpoint. Pass "
-            "trust_remote_code=True to run it, where you trust its author; or import the file that registers it."
-        )
-    changes = (request.model_fields, request.projector, request.projector_path, request.vision_tower)
-    if any(changes) or request.moe is not None:
-        raise ValueError(
-            f"{source} is loaded by its own code, because of its part {part!r}, and cannot be changed while loading. "
-            f"Import the file that registers {part!r} first, or leave the settings of its parts out."
-        )
-    model_class = get_class_from_dynamic_module(AUTO_MAP["AutoModelForCausalLM"], source.name, **source.hub_options)
-    processor_class = get_class_from_dynamic_module(AUTO_MAP["AutoProcessor"], source.name, **source.hub_options)
-    source.tensors()  # opens every file, since transformers' errors on damaged ones do not say which it is
-    model = model_class.from_pretrained(source.name, **source.hub_options, **options)
-    # The tokenizer's loader asks the installed package for the config, which does not know the part, and then warns.
-    library = logging.getLogger("transformers.configuration_utils")
-    library.addFilter(_is_not_about_the_type)
-    try:
-        model.processor = processor_class.from_pretrained(source.name, **source.hub_options)
-    finally:
-        library.removeFilter(_is_not_about_the_type)
-    return model
-
-
-def _is_not_about_the_type(record: logging.LogRecord) -> bool:
-    return "to instantiate a model of type" not in record.getMessage()
-
-
 def _load_adapter(request: LoadRequest, placement: Any) -> Any:
     """Loads a LoRA adapter, or the projector of an older checkpoint, onto its base."""
     adapter = Source(request.model_path, request.hub_options)
@@ -490,147 +403,4 @@ def _load_adapter(request: LoadRequest, placement: Any) -> Any:
     return model
 
 
-def context_length(text_config: Any) -> int:
-    """Returns the number of positions that a language model takes."""
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
-        if isinstance(getattr(text_config, name, None), int):
-            return getattr(text_config, name)
-    return 2048  # families without a table of positions (BLOOM's ALiBi) name none; LLaVA's own value
-
-
-def _placement(device: Any, device_map: Any) -> Any:
-    """Returns the `device_map` for `from_pretrained`, of which every device is there."""
-    if device_map is not None:
-        if device is not None:
-            raise ValueError(f"device is {str(device)!r} and device_map is {device_map!r}; give one of the two.")
-        for place in device_map.values() if isinstance(device_map, Mapping) else [device_map]:
-            if place not in _PLACEMENTS:
-                _device("device_map", place)
-        return device_map
-    if device is None:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return {"": accelerator or torch.device("cpu")}
-    return {"": _device("device", device)}
-
-
-def _device(argument: str, given: Any) -> torch.device:
-    try:
-        device = torch.device(given)
-    except (RuntimeError, TypeError) as error:
-        placements = f", or one of {', '.join(_PLACEMENTS)}" if argument == "device_map" else ""
-        raise ValueError(
-            f"{argument} is {given!r}, which is no device. Expected such as 'cpu', 'cuda' or 'cuda:0'{placements}."
-        ) from error
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type)
-    if available is not None and not available():
-        raise ValueError(
-            f"{argument} is {given!r}, but this machine has no {device.type.upper()} device that PyTorch can use. Use "
-            f"{argument}='cpu', or leave it out to get the best device there is."
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"{argument} is {given!r}, but this machine has {torch.cuda.device_count()} CUDA device(s), counted from 0."
-        )
-    return device
-
-
-def _quantization(options: dict[str, Any]) -> Any:
-    if not options["load_4bit"] and not options["load_8bit"]:
-        return options["quantization_config"]
-    try:
-        importlib.import_module("bitsandbytes")
-    except ImportError as error:
-        raise ImportError(
-            f"{'load_4bit' if options['load_4bit'] else 'load_8bit'} needs bitsandbytes, which is not installed: "
-            "`pip install moellava[quantized]`."
-        ) from error
-    if options["load_8bit"]:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=options["dtype"] or torch.bfloat16,
-    )
-
-
-@contextmanager
-def _logs_shown(wanted: bool) -> Iterator[None]:
-    """Makes the package's log visible while a model is loaded whose user asked for it; on a terminal of its own where
-    no logging is configured."""
-    if not wanted:
-        yield
-        return
-    package = logging.getLogger("moellava")
-    level, handler = package.level, None if package.hasHandlers() else logging.StreamHandler()
-    package.setLevel(min(logging.INFO, package.getEffectiveLevel()))
-    if handler is not None:
-        package.addHandler(handler)
-    try:
-        yield
-    finally:
-        package.setLevel(level)
-        if handler is not None:
-            package.removeHandler(handler)
-
-
-def _log_parts(model: Any, request: LoadRequest) -> None:
-    """Logs what the vision tower and the projector are, where they come from, and every shape in them."""
-    config, parts = model.config, model.config.parts or {}
-    checkpoint = request.model_base or request.model_path
-    fields = Source(checkpoint, request.hub_options).config_dict()
-    is_assembled = fields["model_type"] != MoellavaConfig.model_type and not is_older(fields)
-    inner = next(module for module in model.modules() if hasattr(module, "vision_tower") and hasattr(module, "encoder"))
-    if request.options["encoder_debug"]:
-        encoder = inner.encoder
-        how = "as encoder_type says" if "encoder_type" in request.model_fields else "detected"
-        logger.info(
-            "encoder: %r, %s; model_type %r of the vision tower's config", config.encoder_type, how,
-            config.vision_config.model_type,
-        )  # fmt: skip
-        has_own_source = is_assembled or request.vision_tower is not None
-        source = parts.get("vision_tower") if has_own_source else checkpoint
-        logger.info("encoder: %s", "has no source, and starts new" if source is None else f"loaded from {source}")
-        logger.info(
-            "encoder: pictures of %s pixels (natively %s); layers %s of %s; %s features of width %s per picture",
-            encoder.image_size, encoder.native_image_size, encoder.feature_layers, encoder.num_hidden_layers,
-            encoder.num_selected_tokens, encoder.feature_size,
-        )  # fmt: skip
-        _log_shapes("encoder", inner.vision_tower)
-    if request.options["projector_debug"]:
-        how = "by default" if is_assembled else "as the checkpoint has it"
-        if (request.projector or {}).get("type"):
-            how = "as asked for"
-        if request.projector_path is not None:
-            how = f"loaded from {request.projector_path}"
-        logger.info("projector: %r, %s; %s", config.projector_config.type, how, config.projector_config.fields)
-        logger.info(
-            "projector: from %s features of width %s to %s tokens of width %s per picture",
-            inner.encoder.num_selected_tokens, inner.encoder.feature_size, config.image_seq_length,
-            config.text_embedding_size,
-        )  # fmt: skip
-        _log_shapes("projector", inner.multi_modal_projector)
-
-
-def _log_coverage(model: Any) -> None:
-    """Logs what of a quantised model is quantised, what is not and why."""
-    if getattr(model.config, "quantization_config", None) is None:
-        return
-    coverage = quantization_coverage(model)
-    for line in coverage.lines():
-        logger.info("quantised: %s", line)
-    for part in coverage.parts:
-        if STACKED in part.left:
-            logger.warning(
-                "The experts of this %r are %s, which %s leaves in full precision: %s bytes.",
-                model.config.text_config.model_type, STACKED, coverage.method,
-                f"{part.bytes:,}",
-            )  # fmt: skip
-
-
-def _log_shapes(label: str, part: torch.nn.Module) -> None:
-    for name, parameter in part.named_parameters():
-        logger.info("%s: %s %s %s", label, name, tuple(parameter.shape), parameter.dtype)
-
-
-__all__ = ["LoadedModel", "context_length", "load_pretrained_model", "read_processor"]
+__all__ = ["LoadedModel", "load_pretrained_model", "read_processor"]

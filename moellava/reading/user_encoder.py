@@ -9,10 +9,10 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 
-from .building import output_side
-from .configuration.registry_moellava import ENCODERS, is_older_encoder, plain_value
-from .modeling.own_encoders_moellava import as_hidden_states, make_older_encoder, older_settings
-from .modeling.own_parts_moellava import RUN_ERRORS, known_arguments
+from ..configuration.registry_moellava import ENCODERS, is_older_encoder, plain_value
+from ..modeling.own_encoders_moellava import as_hidden_states, make_older_encoder, older_settings
+from ..modeling.own_parts_moellava import RUN_ERRORS, known_arguments
+from .processor import output_side
 from .sources import Source, load_image_processor
 
 

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
-from .configuration.registry_moellava import PROJECTORS
+from ..configuration import MoellavaConfig
+from ..configuration.registry_moellava import PROJECTORS
+from ..modeling.encoders_moellava import encoder_for
+from ..modeling.own_parts_moellava import build_projector
 from .sources import read_tensors
 
 
@@ -239,4 +242,54 @@ def _mlp_fields(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     }
 
 
-__all__ = ["older_projector_tensors", "read_projector"]
+def projector_shapes(config: MoellavaConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the name and shape of every weight of a config's projector.
+
+    Raises:
+        ValueError: There is no such projector, as an identity between unequal widths.
+    """
+    with torch.device("meta"):
+        projector = build_projector(config, encoder_for(config).feature_size)
+    return {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
+
+
+def fit_projector(
+    origin: str | os.PathLike,
+    tensors: dict[str, torch.Tensor],
+    config: MoellavaConfig,
+    expected: dict[str, tuple[int, ...]],
+) -> dict[str, torch.Tensor]:
+    """Returns a projector's weights under the names that the projector has; a prefix common to all is taken off.
+
+    Args:
+        origin (`str` or `os.PathLike`): Where the weights come from, for error messages.
+        tensors (`dict[str, torch.Tensor]`): The weights.
+        config (`MoellavaConfig`): What the projector is to be.
+        expected (`dict[str, tuple]`): Its `projector_shapes`.
+
+    Raises:
+        ValueError: They do not fit; the message lists every key and shape that does not.
+    """
+    common = os.path.commonprefix(list(tensors))
+    for prefix in [common[: place + 1] for place, character in enumerate(common) if character == "."]:
+        if set(tensors) == {f"{prefix}{name}" for name in expected}:
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+            break
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    faults = [f"missing {name} {shape}" for name, shape in expected.items() if name not in given]
+    faults += [f"unexpected {name} {shape}" for name, shape in given.items() if name not in expected]
+    faults += [
+        f"{name} is {given[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in given and given[name] != shape
+    ]
+    if faults:
+        raise ValueError(
+            f"{origin} does not fit a {config.projector_config.type!r} projector from "
+            f"{encoder_for(config).feature_size} to {config.text_embedding_size}: {'; '.join(faults)}. Name the "
+            "type and the fields of the projector that was saved, or give another file."
+        )
+    return tensors
+
+
+__all__ = ["fit_projector", "older_projector_tensors", "projector_shapes", "read_projector"]

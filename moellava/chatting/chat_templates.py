@@ -232,8 +232,13 @@ def _jinja_string(text: str) -> str:
 
 VICUNA_CHAT_TEMPLATE = multimodal_chat_template(None)
 
+
+IMAGE_TOKEN = "<image>"
+
+
 __all__ = [
     "END_OF_TURNS",
+    "IMAGE_TOKEN",
     "VICUNA_CHAT_TEMPLATE",
     "VICUNA_SYSTEM_TEXT",
     "filled",
