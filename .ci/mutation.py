@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "mutation"
 # Where `make mutation` puts cosmic-ray: behind the environment's own packages, whose versions the tests need.
 TOOLS = ROOT / "build" / "mutation-tools"
-ROOMS = ("configuration", "modeling", "processing", "hub_cards")
+ROOMS = ("configuration", "modeling", "parts", "processing", "hub_cards")
 # A test that a change has sent round for ever.
 TIMEOUT = 180
 
@@ -73,7 +73,7 @@ TARGETS = {
         "told_by or names_of_llava or one_level_higher or merge or pefts_own or the_projector_or_the_tower'",
     ),
     "names": Target(
-        "configuration/names_moellava.py",
+        "moellava/authoring/older_names.py",
         (),
         "tests/test_config.py tests/test_request.py tests/test_upcycling.py "
         "-k 'test_config or test_request or no_sense or older_names'",

@@ -61,7 +61,7 @@ from transformers import (
 from moellava import load_pretrained_model, upcycle
 from moellava.configuration import MoellavaConfig
 from moellava.modeling import MoellavaForCausalLM
-from moellava.modeling.sparse_moellava import SparseMoeBlock
+from moellava.parts.moe_block_moellava import SparseMoeBlock
 
 
 PEER = "transformers' LLaVA"

@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import nn
 from transformers.activations import ACT2FN
 
-from moellava.modeling.sparse_moellava import BiasedPlainExperts, GatedExperts
+from moellava.parts.experts_moellava import BiasedPlainExperts, GatedExperts
 
 
 WIDTHS = {

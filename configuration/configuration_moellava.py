@@ -184,8 +184,8 @@ class MoellavaConfig(PreTrainedConfig, metaclass=WithValueErrors):
     def __post_init__(self, **kwargs):
         other_names = [key for key in kwargs if key not in LIBRARY_FIELDS and key not in FOREIGN_KEYS]
         tools().take_other_names(self, {key: kwargs.pop(key) for key in other_names})
-        self.text_config = _part_config("text_config", self.text_config, _DEFAULT_TEXT)
-        self.vision_config = _part_config("vision_config", self.vision_config, _DEFAULT_VISION)
+        self.text_config = part_config("text_config", self.text_config, _DEFAULT_TEXT)
+        self.vision_config = part_config("vision_config", self.vision_config, _DEFAULT_VISION)
         if not isinstance(getattr(self.text_config, "vocab_size", None), int):
             raise ValueError(
                 f"text_config describes a {self.text_config.model_type!r} model, which has no vocabulary; expected the "
@@ -401,7 +401,7 @@ def _laid_over(fields: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _part_config(key: str, given: dict | PreTrainedConfig | None, default: dict[str, Any]) -> PreTrainedConfig:
+def part_config(key: str, given: dict | PreTrainedConfig | None, default: dict[str, Any]) -> PreTrainedConfig:
     """Returns a part's config, without anything in it that names other files or other processes."""
     config = _read_part_config(key, given, default)
     tools().check_part_config(key, config)
@@ -439,4 +439,4 @@ def _read_part_config(key: str, given: dict | PreTrainedConfig | None, default: 
         ) from error
 
 
-__all__ = ["CHOICES", "EXPERT_COUNTS", "ROUTER_LOSS", "MoellavaConfig", "MoellavaProjectorConfig"]
+__all__ = ["CHOICES", "EXPERT_COUNTS", "ROUTER_LOSS", "MoellavaConfig", "MoellavaProjectorConfig", "part_config"]

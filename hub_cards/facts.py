@@ -11,9 +11,9 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..configuration.custom_code_moellava import is_own_class
-from ..configuration.registry_moellava import ENCODERS, PROJECTORS
+from ..authoring.registry import is_user_class
 from ..inspecting import CheckpointSummary, inspect_checkpoint
+from ..parts.parts_moellava import ENCODERS, PROJECTORS
 from ..reading.provenance import NEW, training_records
 from ..reading.sources import Source
 from .licences import UNKNOWN, combined_license, license_name
@@ -124,7 +124,7 @@ class CardFacts:
         return [
             f"{kind} {code(part.type)}"
             for kind, registry, part in types
-            if part.type not in registry or is_own_class(registry[part.type])
+            if part.type not in registry or is_user_class(registry[part.type])
         ]
 
     def origin_of(self, part: str) -> str | None:

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_card_of_save(folder: Path, target: Path, repo_id: str | None = None) -> None:
-    """Writes the card of a checkpoint that is being saved; one of `SAVE_HOOKS`.
+    """Writes the card of a checkpoint that is being saved.
 
     What an earlier card says was measured is left out: it was measured with other weights. Where no card can be written
     the reason is logged and the save goes on: weights that took days must not be lost for the text beside them.

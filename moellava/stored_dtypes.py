@@ -15,7 +15,7 @@ _NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float1
 
 
 def write_stored_dtype(folder: Path, target: Path, repo_id: str | None = None) -> None:
-    """Makes `dtype` in the `config.json` of a checkpoint the one that most of its weights are in; one of `SAVE_HOOKS`.
+    """Makes `dtype` in the `config.json` of a checkpoint the one that most of its weights are in.
 
     transformers writes that of the first weight, which is the vision tower's, and loads the whole model in it.
 

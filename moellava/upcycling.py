@@ -9,10 +9,10 @@ import copy
 import os
 from typing import Any
 
+from .authoring.older_names import canonical_moe
 from .building.build import build
 from .building.dense_to_sparse import check_is_dense, upcycled
 from .configuration import MoellavaConfig, MoellavaMoeConfig
-from .configuration.names_moellava import canonical_moe
 from .loading import load_pretrained_model
 from .modeling import MoellavaForCausalLM
 from .reading.sources import Source

@@ -11,7 +11,15 @@ from .linear_projector_moellava import LinearProjector
 from .mlp_projector_moellava import MlpProjector
 from .modular_experts_moellava import Modular
 from .older_qformer_projector_moellava import OlderQFormerProjector
-from .part_table_moellava import ENCODERS, OPTIONAL, PROJECTORS, encoder_for, optional, projector_for
+from .part_table_moellava import (
+    ENCODERS,
+    OPTIONAL,
+    PROJECTORS,
+    detect_encoder_type,
+    encoder_for,
+    optional,
+    projector_for,
+)
 from .perceiver_projector_moellava import PerceiverProjector
 from .pool_mlp_projector_moellava import PoolMlpProjector
 from .projector_moellava import Projector
@@ -38,4 +46,4 @@ OPTIONAL["quantised"] = Quantised
 OPTIONAL["sparse"] = SparseLayers
 OPTIONAL["user_encoder_config"] = MoellavaEncoderConfig
 
-__all__ = ["ENCODERS", "OPTIONAL", "PROJECTORS", "encoder_for", "optional", "projector_for"]
+__all__ = ["ENCODERS", "OPTIONAL", "PROJECTORS", "detect_encoder_type", "encoder_for", "optional", "projector_for"]

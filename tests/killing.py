@@ -243,7 +243,7 @@ def _texts(folder: Path) -> State:
 
 
 def _replace(folder: Path) -> None:
-    from moellava.configuration.staging_moellava import staged_folder
+    from moellava.saving.staging import staged_folder
 
     with staged_folder(folder) as staging:
         for name, text in _NEW.items():

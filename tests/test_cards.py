@@ -16,15 +16,14 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 from older import write_older, write_tower
-from parts import picture, run_python
 
 from moellava import load_pretrained_model
-from moellava.configuration.checkpoint_moellava import SAVE_HOOKS
-from moellava.configuration.registry_moellava import PROJECTORS
-from moellava.hub_cards import render_card, write_card, write_card_of_save
+from moellava.hub_cards import render_card, write_card
 from moellava.hub_cards.cards import MARKER
 from moellava.hub_cards.licences import combined_license
+from moellava.parts.parts_moellava import PROJECTORS
 from moellava.reading.provenance import with_training
+from parts import picture, run_python
 
 
 NAME = "me/my-model"
@@ -464,12 +463,3 @@ def test_evaluation_is_shown_until_the_weights_change(shelf, tmp_path):
 def test_what_evaluation_has_to_be(shelf, evaluation, error, message):
     with pytest.raises(error, match=message):
         render_card(shelf.folder("dense"), evaluation=evaluation)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The hook
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_the_hook_is_there_once():
-    assert SAVE_HOOKS.count(write_card_of_save) == 1

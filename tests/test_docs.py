@@ -28,7 +28,6 @@ import peft
 import pytest
 import torch
 from older import write_older, write_tower
-from parts import HUB_NAMES, LANGUAGE_MODELS, picture, run_python
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
@@ -47,21 +46,23 @@ from moellava import (
     upcycle,
 )
 from moellava.authoring.load_request import _HUB_OPTIONS, _MODEL_OPTIONS, _OPTION_NAMES, _OPTIONS, _PARTS
-from moellava.building.dense_to_sparse import _CHANGEABLE
-from moellava.chatting.prompting import user_turn
-from moellava.configuration.names_moellava import (
+from moellava.authoring.older_names import (
     _MOE_FIELDS_WITHOUT_EFFECT,
     FIELD_NAMES,
     MOE_FIELD_NAMES,
     PROJECTOR_FIELD_NAMES,
     VISION_FIELD_NAMES,
 )
-from moellava.configuration.registry_moellava import ENCODERS, PROJECTORS, Registry
+from moellava.building.dense_to_sparse import _CHANGEABLE
+from moellava.chatting.prompting import user_turn
 from moellava.demo.running import run_demo
 from moellava.hub.pushing import checkpoint_files
+from moellava.parts.part_table_moellava import PartTable
+from moellava.parts.parts_moellava import ENCODERS, PROJECTORS
 from moellava.reading.sources import Source
 from moellava.reading.vision_tower import DEFAULT_VISION_TOWER
 from moellava.training.rows import open_data
+from parts import HUB_NAMES, LANGUAGE_MODELS, picture, run_python
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -337,7 +338,7 @@ def values(cell: str) -> object:
     return ast.literal_eval(code)
 
 
-def built_in(registry: Registry) -> list[str]:
+def built_in(registry: PartTable) -> list[str]:
     """The names that the package itself registers, whatever other tests of this process have registered."""
     return [name for name in registry.names() if registry[name].__module__.startswith("moellava.")]
 

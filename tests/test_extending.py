@@ -18,7 +18,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from parts import picture, run_python
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -34,10 +33,11 @@ from transformers import (
 )
 
 from moellava import MoellavaConfig, MoellavaForCausalLM, load_pretrained_model, register_encoder, register_projector
+from moellava.authoring.user_code import registered_in, user_sources
 from moellava.configuration import MoellavaEncoderConfig
-from moellava.configuration.checkpoint_moellava import travelling_files
-from moellava.configuration.custom_code_moellava import custom_sources, registered_in
-from moellava.configuration.registry_moellava import ENCODERS, PROJECTORS
+from moellava.parts.parts_moellava import ENCODERS, PROJECTORS
+from moellava.saving.export import travelling_files
+from parts import picture, run_python
 
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "extending.md"
@@ -499,7 +499,7 @@ def test_a_part_in_the_place_of_a_built_in_one_is_not_confused_with_it(parts, us
 
 
 def sources_of(*parts_of_model: type) -> dict[str, str]:
-    return custom_sources(parts_of_model, travelling_files())
+    return user_sources(parts_of_model, travelling_files())
 
 
 @pytest.mark.parametrize(

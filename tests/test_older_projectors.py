@@ -8,22 +8,22 @@ of the grid at a time, so that it shares no code and no shape trick with the pro
 import copy
 import inspect
 import math
+import sys
 
 import pytest
 import torch
-from parts import run_python
 from safetensors.torch import save_file
 from timm.models.vision_transformer import Block
 from torch import nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, CLIPVisionConfig, CLIPVisionModel
 
 from moellava import MoellavaConfig, load_pretrained_model
+from moellava.authoring.older_names import canonical_projector, stacked_projector
 from moellava.configuration.configuration_moellava import MoellavaProjectorConfig
-from moellava.configuration.names_moellava import canonical_projector, stacked_projector
-from moellava.configuration.registry_moellava import PROJECTORS
-from moellava.modeling import older_projectors_moellava
-from moellava.modeling.older_projectors_moellava import VitBlock
+from moellava.parts.parts_moellava import PROJECTORS
+from moellava.parts.simple_projector_moellava import VitBlock
 from moellava.reading.projector_file import older_projector_tensors, read_projector
+from parts import run_python
 
 
 VISION, TEXT = 32, 64
@@ -314,7 +314,7 @@ def test_repeated_blocks_are_one():
 @pytest.mark.parametrize("name", ["older_qformer", "simple", "pool_mlp"])
 def test_fields_have_defaults(name):
     projector = PROJECTORS[name]
-    assert projector.__name__ in older_projectors_moellava.__all__
+    assert sys.modules[projector.__module__].__all__ == [projector.__name__]
     fields = PROJECTORS.fields(name)
     assert inspect.Parameter.empty not in fields.values()
     counted = inspect.signature(projector.num_output_tokens).parameters

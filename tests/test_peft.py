@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moellava import MoellavaForCausalLM, load_pretrained_model, upcycle
-from moellava.modeling.sparse_moellava import modular_experts
+from moellava.parts.modular_experts_moellava import modular_experts
 
 
 peft = pytest.importorskip("peft")

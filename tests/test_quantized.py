@@ -7,7 +7,6 @@ import logging
 import pytest
 import torch
 from older import write_older, write_tower
-from parts import picture, run_python
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
@@ -21,8 +20,9 @@ from moellava import (
     resident_bytes,
 )
 from moellava.cli import app
-from moellava.modeling.quantized_moellava import UNQUANTISED, with_unquantised_parts
-from moellava.modeling.sparse_moellava import ModularExperts
+from moellava.parts.modular_experts_moellava import ModularExperts
+from moellava.parts.quantised_moellava import UNQUANTISED, with_unquantised_parts
+from parts import picture, run_python
 
 
 bnb = pytest.importorskip("bitsandbytes")

@@ -17,7 +17,6 @@ import peft
 import pytest
 import torch
 from packaging.version import Version
-from parts import LANGUAGE_MODELS, MAIN_FAMILIES, VISION_TOWERS, Parts, pictures, run_python
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -32,14 +31,16 @@ from transformers import (
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from moellava import MoellavaConfig, MoellavaForCausalLM, MoellavaModel, MoellavaProcessor, load_pretrained_model
-from moellava.configuration.checkpoint_moellava import AUTO_MAP, travelling_files
-from moellava.configuration.registry_moellava import ENCODERS, PROJECTORS, Registry
-from moellava.modeling.encoders_moellava import encoder_for
+from moellava.configuration.tools_moellava import AUTO_MAP
+from moellava.parts.part_table_moellava import PartTable
+from moellava.parts.parts_moellava import ENCODERS, PROJECTORS, encoder_for
 from moellava.reading.sources import Source
 from moellava.reading.vision_tower import read_vision_tower
+from moellava.saving.export import travelling_files
+from parts import LANGUAGE_MODELS, MAIN_FAMILIES, VISION_TOWERS, Parts, pictures, run_python
 
 
-def built_in(registry: Registry) -> list[str]:
+def built_in(registry: PartTable) -> list[str]:
     """The names that the package itself registers, whatever other tests of this process have registered."""
     return [name for name in registry.names() if registry[name].__module__.startswith("moellava.")]
 

@@ -10,7 +10,6 @@ from fractions import Fraction
 
 import pytest
 import torch
-from parts import pictures
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -29,18 +28,12 @@ from transformers.models.nemotron.modeling_nemotron import NemotronMLP
 from transformers.models.phi.modeling_phi import PhiMLP
 
 from moellava import MoellavaConfig, MoellavaForCausalLM, MoellavaMoeConfig, load_pretrained_model, upcycle
-from moellava.modeling import sparse_moellava
-from moellava.modeling.modeling_moellava import token_mask
-from moellava.modeling.sparse_moellava import (
-    EXPERTS_FUNCTIONS,
-    DenseForm,
-    RouterLogits,
-    SparseMoeBlock,
-    TokenMask,
-    experts_apart,
-    load_balancing_loss,
-    modular_experts,
-)
+from moellava.parts import experts_moellava
+from moellava.parts.experts_moellava import EXPERTS_FUNCTIONS
+from moellava.parts.modular_experts_moellava import experts_apart, modular_experts
+from moellava.parts.moe_block_moellava import DenseForm, RouterLogits, SparseMoeBlock, TokenMask
+from moellava.parts.sparse_layers_moellava import load_balancing_loss, token_mask
+from parts import pictures
 
 
 HIDDEN, INNER, EXPERTS = 16, 24, 5  # grouped_mm takes widths that are multiples of 8
@@ -407,11 +400,18 @@ def test_the_function_of_later_code_is_not_that_of_earlier_code():
     tokens = random_tokens(5)[None]
     expected = block(tokens)
     assert "sorted_mm" not in type(EXPERTS_FUNCTIONS)._global_mapping
-    source = inspect.getsource(sparse_moellava).replace("* weight for place", "* weight * 2 for place")
-    other = types.ModuleType("later_sparse_moellava")
-    exec(compile(source, sparse_moellava.__file__, "exec"), other.__dict__)
+    source = inspect.getsource(experts_moellava).replace("* weight for place", "* weight * 2 for place")
+    other = types.ModuleType("later_experts_moellava")
+    exec(compile(source, experts_moellava.__file__, "exec"), other.__dict__)
     config = block.experts.config
-    later = other.SparseMoeBlock(config, DENSE["gated"]()).eval()
+    later = make_block(implementation="sorted_mm", num_experts_per_tok=2)
+    later.experts = other.GatedExperts(
+        config,
+        config.moe_config.num_experts,
+        block.experts.hidden_size,
+        block.experts.intermediate_size,
+        block.experts.act_fn,
+    ).eval()
     later.load_state_dict(block.state_dict())
     assert_near(later(tokens), 2 * expected.detach(), 1e-6)
     assert torch.equal(block(tokens), expected)

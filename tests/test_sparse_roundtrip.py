@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from parts import MAIN_FAMILIES, pictures, run_python
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -22,7 +21,8 @@ from transformers import (
 )
 
 from moellava import MoellavaForCausalLM, MoellavaModel, load_pretrained_model, upcycle
-from moellava.modeling.sparse_moellava import SparseMoeBlock
+from moellava.parts.moe_block_moellava import SparseMoeBlock
+from parts import MAIN_FAMILIES, pictures, run_python
 
 
 FORMS = {
@@ -247,7 +247,7 @@ def test_other_processes_load_and_save_without_the_package(journey):
         for name in names:
             files = {path.name for path in (root / source / name).iterdir()} - {"README.md"}  # written by the package
             assert files == {path.name for path in (root / target / name).iterdir()}
-            assert "sparse_moellava.py" in files
+            assert {"experts_moellava.py", "moe_block_moellava.py", "sparse_layers_moellava.py"} <= files
             for file in {file for file in files if file.endswith(".py")} | {"config.json", "processor_config.json"}:
                 one, other = (root / folder / name / file for folder in (source, target))
                 assert one.read_bytes() == other.read_bytes(), (name, file)
@@ -277,7 +277,7 @@ def test_checkpoints_of_different_code_do_not_touch_each_other(folder, shared, t
     own, changed = (str(tmp_path / name) for name in ("own", "changed"))
     for name in (own, changed):
         shutil.copytree(folder, name)
-    path = Path(changed) / "sparse_moellava.py"
+    path = Path(changed) / "experts_moellava.py"
     code = path.read_text()
     assert code.count("output[place] * weight for place") == 1
     path.write_text(code.replace("output[place] * weight for place", "output[place] * weight * 2 for place"))

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from moellava import MoellavaConfig, MoellavaForCausalLM, load_pretrained_model, register_encoder, register_projector
-from moellava.configuration.registry_moellava import ENCODERS, PROJECTORS
+from moellava.parts.parts_moellava import ENCODERS, PROJECTORS
 
 
 TEXT = {

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from parts import MAIN_FAMILIES, pictures
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -22,7 +21,8 @@ from moellava import (
     load_pretrained_model,
     upcycle,
 )
-from moellava.modeling.sparse_moellava import SparseMoeBlock
+from moellava.parts.moe_block_moellava import SparseMoeBlock
+from parts import MAIN_FAMILIES, pictures
 
 
 LAYERS = {

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-from ..configuration.names_moellava import (
-    CHOICES,
+from ..configuration.config_base_moellava import check_choice, known_names
+from ..configuration.configuration_moellava import CHOICES
+from ..parts.parts_moellava import ENCODERS, PROJECTORS
+from .older_names import (
     FIELD_NAMES,
     MOE_FIELD_NAMES,
     VISION_FIELD_NAMES,
@@ -24,12 +26,10 @@ from ..configuration.names_moellava import (
     canonical_projector,
     canonical_projector_fields,
     canonical_strategy,
-    check_choice,
     given_type,
     stacked_projector,
     translate_fields,
 )
-from ..configuration.registry_moellava import ENCODERS, PROJECTORS, known_names
 
 
 logger = logging.getLogger(__name__)
@@ -300,18 +300,16 @@ def _read_vision(value: Any, flat_encoder: str | None) -> dict[str, dict[str, An
     own = {name: field for name, field in fields.items() if name not in known and field is not None}
     if own:
         encoder_type = flat_encoder or sections.get("model", {}).get("encoder_type", "")
-        if not is_custom_encoder(canonical_encoder_type(encoder_type)):
+        if not is_user_encoder(canonical_encoder_type(encoder_type)):
             name = next(iter(own))
             raise ValueError(f"Unknown field {name!r} in custom_vision_config{known_names(name, VISION_FIELD_NAMES)}")
         sections["encoder"] = own
     return sections
 
 
-def is_custom_encoder(encoder_type: str) -> bool:
-    """Whether a registered encoder is a module of the user's own."""
-    from ..modeling.encoders_moellava import VisionEncoder
-
-    return encoder_type in ENCODERS and not issubclass(ENCODERS[encoder_type], VisionEncoder)
+def is_user_encoder(encoder_type: str) -> bool:
+    """Whether a registered encoder is one that a user has written."""
+    return encoder_type in ENCODERS and ENCODERS.is_by_user(encoder_type)
 
 
 def _read_projector(value: Any, flat_type: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -345,4 +343,4 @@ def _read_moe(value: Any) -> dict[str, Any]:
     return canonical_moe(fields) | ({} if router_path is None else {"router_path": router_path})
 
 
-__all__ = ["LoadRequest", "is_custom_encoder", "read_request"]
+__all__ = ["LoadRequest", "is_user_encoder", "read_request"]

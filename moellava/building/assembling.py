@@ -13,8 +13,6 @@ from typing import Any
 
 from ..authoring.load_request import LoadRequest
 from ..configuration import MoellavaConfig
-from ..configuration.checkpoint_moellava import travelling_files
-from ..configuration.custom_code_moellava import custom_sources
 from ..modeling import MoellavaForCausalLM
 from ..reading.language_model import add_image_token, dtype_of, grow_embeddings, prepare_tokenizer, read_language_model
 from ..reading.processor import make_processor
@@ -22,6 +20,7 @@ from ..reading.projector_file import fit_projector, projector_shapes, read_proje
 from ..reading.provenance import NEW, with_provenance
 from ..reading.sources import Source
 from ..reading.vision_tower import read_vision_part, tower_name, tower_source
+from ..saving.export import code_of
 from ..tree import PROJECTOR_PREFIX, TOWER_PREFIX, is_new_weight
 from .build import build
 from .dense_to_sparse import upcycled
@@ -101,7 +100,7 @@ def assemble(request: LoadRequest, device_map: Any = None) -> MoellavaForCausalL
 def warn_of_parts_that_stay(config: MoellavaConfig) -> None:
     """Warns where the model cannot be saved, since a part of the user's own is defined where it cannot travel."""
     try:
-        custom_sources(config.part_classes(), travelling_files())
+        code_of(config)
     except ValueError as error:
         logger.warning("The model can be used, but not saved. %s", error)
 

@@ -13,9 +13,11 @@ from torch import nn
 from transformers import AutoModel
 
 from ..configuration import MoellavaConfig, MoellavaMoeConfig
-from ..modeling.sparse_moellava import DenseForm, dense_mlps
+from ..parts.moe_block_moellava import DenseForm
+from ..parts.sparse_layers_moellava import dense_mlps
 from ..reading.provenance import UPCYCLED, with_provenance
 from ..reading.sources import read_tensors, unmapped
+from .expert_weights import stacked_experts
 
 
 logger = logging.getLogger(__name__)
@@ -125,7 +127,7 @@ def _sparse_tensors(
         }
         _check_dense(dense, mlp, prefix)
         _check_form(form, mlp, dense, config)
-        sparse = {f"experts.{key}": tensor for key, tensor in form.stacked([dense] * moe.num_experts).items()}
+        sparse = {f"experts.{key}": tensor for key, tensor in stacked_experts(form, [dense] * moe.num_experts).items()}
         if moe.use_residual:
             sparse |= {f"mlp.{key}": tensor for key, tensor in dense.items()}
         if moe.use_meta_expert:
@@ -158,7 +160,7 @@ def _check_form(form: DenseForm, mlp: nn.Module, dense: dict[str, torch.Tensor],
         experts = form.build_experts(config, 1)
     weight = dense[f"{form.down_name}.weight"]
     tokens = torch.randn(4, form.hidden_size, generator=torch.Generator().manual_seed(0)).to(weight)
-    tensors = form.stacked([dense])
+    tensors = stacked_experts(form, [dense])
     up_name = "gate_up_proj" if form.gated else "up_proj"
     names = (up_name, f"{up_name}_bias", "down_proj", "down_proj_bias")
     weights = tuple(tensors[name][0] if name in tensors else None for name in names)

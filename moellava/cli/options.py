@@ -287,7 +287,7 @@ class Saving:
         """
         if out.exists() and not out.is_dir():
             raise NotADirectoryError(f"{out} is a file; a checkpoint is saved into a folder. Give a folder's path.")
-        from ..configuration.checkpoint_moellava import is_weight_file
+        from ..saving.weight_names import is_weight_file
 
         held = os.listdir(out) if out.is_dir() else []
         if not self.overwrite and any(name in _OF_A_MODEL or is_weight_file(name) for name in held):

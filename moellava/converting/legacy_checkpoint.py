@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from ..authoring.older_names import last_part
 from ..building.build import build
 from ..chatting.chat_templates import IMAGE_TOKEN, multimodal_chat_template
+from ..checks.configs import check_part
 from ..configuration import MoellavaConfig
-from ..configuration.configuration_moellava import last_part
-from ..configuration.part_checks_moellava import check_part
-from ..modeling.encoders_moellava import encoder_for
+from ..parts.parts_moellava import encoder_for
 from ..reading.language_model import (
     add_image_token,
     dtype_of,

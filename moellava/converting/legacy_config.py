@@ -20,8 +20,8 @@ from transformers import (
     StableLmConfig,
 )
 
-from ..configuration.configuration_moellava import CONFIG_ERRORS, config_fault
-from ..configuration.names_moellava import canonical_projector
+from ..authoring.older_names import canonical_projector
+from ..configuration.config_base_moellava import CONFIG_ERRORS, config_fault
 from ..reading.language_model import minicpm_as_granite
 
 

@@ -13,7 +13,9 @@ import torch
 from transformers import AutoModel, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from ..modeling.sparse_moellava import DenseForm, dense_mlps
+from ..building.expert_weights import stacked_experts
+from ..parts.moe_block_moellava import DenseForm
+from ..parts.sparse_layers_moellava import dense_mlps
 from ..reading.projector_file import older_projector_tensors
 from ..reading.sources import unmapped
 from ..tree import PROJECTOR_PREFIX, TOWER_PREFIX
@@ -236,7 +238,7 @@ def language_tensors(
             )
         sparse = {f"gate.{key}": tensor for key, tensor in block.get("gate", {}).items()}
         experts = [{key: unmapped(tensor) for key, tensor in block[kind].items()} for kind in names]
-        sparse |= {f"experts.{key}": tensor for key, tensor in form.stacked(experts).items()}
+        sparse |= {f"experts.{key}": tensor for key, tensor in stacked_experts(form, experts).items()}
         sparse |= block.get("coefficient", {})
         sparse |= {f"mlp.{key}": tensor for key, tensor in block.get("residual", {}).items()}
         sparse |= {f"meta_expert.{key}": tensor for key, tensor in block.get("meta", {}).items()}

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from ..processing.part_files_moellava import check_links
+from ..checks.processor_files import check_links
 from ..reading.language_model import read_tokenizer
 from ..reading.sources import Source
 from .legacy_config import OlderCheckpointError

@@ -15,11 +15,11 @@ from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from ..configuration.hub_moellava import commit_checkpoint
 from ..hub_cards import write_card
 from ..hub_cards.writing import read_card
 from ..inspecting import inspect_checkpoint
 from ..reading.sources import CONFIG_NAME, Source
+from ..saving.commit import commit_checkpoint
 from .published_files import CARD_NAME, PROCESSOR_NAME, check_links, left_out, published_files
 
 

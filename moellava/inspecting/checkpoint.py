@@ -19,9 +19,8 @@ import huggingface_hub.errors
 from safetensors import SafetensorError, safe_open
 
 from ..configuration import MoellavaConfig, MoellavaProjectorConfig
-from ..configuration.configuration_moellava import _part_config
-from ..configuration.registry_moellava import ENCODERS, PROJECTORS
-from ..modeling.encoders_moellava import encoder_for
+from ..configuration.configuration_moellava import part_config
+from ..parts.parts_moellava import ENCODERS, PROJECTORS, encoder_for
 from ..reading.language_model import context_length
 from ..reading.sources import Source, read_tensors
 from .quantization import QuantizationCoverage, Weights, coverage_of, is_expert, looks_linear
@@ -315,7 +314,7 @@ def _config_without_code(source: Source, fields: Mapping[str, Any]) -> SimpleNam
     declared = {field.name: field.default for field in dataclasses.fields(MoellavaConfig)}
     config = SimpleNamespace(**{**declared, **fields})
     for name in ("text_config", "vision_config"):
-        setattr(config, name, _part_config(name, fields[name], {"model_type": None}))
+        setattr(config, name, part_config(name, fields[name], {"model_type": None}))
     return config
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..modeling.quantized_moellava import SKIP_LISTS, default_skips
+from ..parts.quantised_moellava import SKIP_LISTS, default_skips
 
 
 PARTS = (

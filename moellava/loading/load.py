@@ -11,18 +11,19 @@ from typing import Any, NamedTuple
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..authoring.load_request import LoadRequest, is_custom_encoder, read_request
+from ..authoring.load_request import LoadRequest, is_user_encoder, read_request
+from ..authoring.older_names import canonical_projector, stacked_projector
 from ..building.assembling import assemble, with_projector_provenance, with_tower_provenance
 from ..building.build import build
 from ..building.dense_to_sparse import upcycled, with_moe_changes
+from ..checks.weight_files import check_adapter
 from ..configuration import MoellavaConfig
-from ..configuration.names_moellava import canonical_projector, stacked_projector
-from ..configuration.registry_moellava import ENCODERS, PROJECTORS, plain_value
+from ..configuration.config_base_moellava import plain_value
 from ..converting.legacy_adapters import ADAPTER_FILES
 from ..converting.legacy_checkpoint import load_older
 from ..converting.legacy_config import is_older
 from ..modeling import MoellavaForCausalLM
-from ..modeling.weight_files_moellava import check_adapter
+from ..parts.parts_moellava import ENCODERS, PROJECTORS
 from ..reading.language_model import context_length, read_generation_config
 from ..reading.processor import make_processor_like, read_processor
 from ..reading.projector_file import fit_projector, projector_shapes, read_projector
@@ -224,7 +225,7 @@ def _asks_for_another_tower(source: Source, config: MoellavaConfig, request: Loa
     if request.vision_tower is not None and not _has_tower(source, config, request):
         return True
     encoder_type = request.model_fields.get("encoder_type", config.encoder_type)
-    if not is_custom_encoder(encoder_type):
+    if not is_user_encoder(encoder_type):
         return False
     own = {name: plain_value(value, name) for name, value in request.encoder_fields.items()}
     return encoder_type != config.encoder_type or any(
@@ -242,7 +243,7 @@ def _has_tower(source: Source, config: MoellavaConfig, request: LoadRequest) -> 
     recorded = (config.parts or {}).get("vision_tower")
     if not os.path.isdir(name) or recorded not in (name, folder_name(name)):
         return name == recorded and not os.path.isdir(name)
-    if is_custom_encoder(config.encoder_type):
+    if is_user_encoder(config.encoder_type):
         kept = {field: getattr(config.vision_config, field, None) for field in ENCODERS.fields(config.encoder_type)}
         request = dataclasses.replace(
             request,

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..modeling.language_moellava import own_causal_lm
+from ..modeling.language_moellava import native_causal_lm
 from ..reading.language_model import module_name
 from ..reading.sources import Source
 
@@ -149,7 +149,7 @@ def _layers_asked_for(base: Any, config: Any, source: Source) -> set[str]:
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    own = own_causal_lm(base.config.text_config)
+    own = native_causal_lm(base.config.text_config)
     fields = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
     asked = LoraConfig(r=1, **{name: copy.copy(getattr(config, name)) for name in fields})
     try:
@@ -182,7 +182,7 @@ def _lost(source: Source, names: list[str]) -> str:
 
 def _language_model_names(base: Any) -> dict[str, str]:
     """Returns patterns of the names in a language model of this family, and what they are in ours."""
-    own = own_causal_lm(base.config.text_config)
+    own = native_causal_lm(base.config.text_config)
     head = module_name(own, own.get_output_embeddings())
     return {
         rf"^{re.escape(own.base_model_prefix)}\.(?!language_model\.)": _BODY,

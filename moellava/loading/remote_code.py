@@ -7,9 +7,10 @@ from typing import Any
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..authoring.load_request import LoadRequest
-from ..configuration.checkpoint_moellava import AUTO_MAP
-from ..configuration.custom_code_moellava import CUSTOM_MODULE, is_own_class, registered_in
-from ..configuration.registry_moellava import ENCODERS, PROJECTORS
+from ..authoring.registry import is_user_class
+from ..authoring.user_code import CUSTOM_MODULE, registered_in
+from ..configuration.tools_moellava import AUTO_MAP
+from ..parts.parts_moellava import ENCODERS, PROJECTORS
 from ..reading.sources import Source
 
 
@@ -26,7 +27,7 @@ def unregistered_part(source: Source, fields: dict[str, Any]) -> str | None:
         if not isinstance(name, str):
             continue
         # Its author may have taken the place of a part of this package.
-        if name not in registry or ((table, name) in own_names and not is_own_class(registry[name])):
+        if name not in registry or ((table, name) in own_names and not is_user_class(registry[name])):
             return name
     return None
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..building.dense_to_sparse import upcycled_config
 from ..configuration import MoellavaConfig
-from ..configuration.registry_moellava import known_names
+from ..configuration.config_base_moellava import known_names
 from ..inspecting.checkpoint import own_code
 from ..reading.language_model import context_length
 from ..reading.sources import Source

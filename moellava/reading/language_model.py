@@ -19,10 +19,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..chatting.chat_templates import IMAGE_TOKEN
-from ..configuration.configuration_moellava import CONFIG_ERRORS, config_fault
-from ..configuration.part_checks_moellava import check_part
-from ..modeling.language_moellava import check_head, own_causal_lm
-from ..processing.part_files_moellava import RefusedFileError, load_tokenizer
+from ..checks.configs import check_part
+from ..checks.processor_files import RefusedFileError, load_tokenizer
+from ..configuration.config_base_moellava import CONFIG_ERRORS, config_fault
+from ..modeling.language_moellava import native_causal_lm
+from .native_head import check_head
 from .sources import Source
 
 
@@ -176,7 +177,7 @@ def minicpm_as_granite(fields: dict[str, Any]) -> GraniteConfig:
 
 def _language_tensors(source: Source, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     """Returns a language model's weights under the names of our tree."""
-    own = own_causal_lm(config)
+    own = native_causal_lm(config)
     # What the installed class calls its head, and what files of older versions of it call it.
     heads = tuple(f"{name}." for name in (module_name(own, own.get_output_embeddings()), "lm_head", "embed_out"))
     body = own.base_model_prefix
@@ -235,7 +236,7 @@ def grow_embeddings(tensors: dict[str, torch.Tensor], config: PreTrainedConfig, 
     Raises:
         ValueError: There are not as many as the config says, `known_rows`.
     """
-    own = own_causal_lm(config)
+    own = native_causal_lm(config)
     body = module_name(own, own.get_input_embeddings()).removeprefix(f"{own.base_model_prefix}.")
     for name in (f"model.language_model.{body}.weight", "lm_head.weight", "lm_head.bias"):
         if name in tensors:

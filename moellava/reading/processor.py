@@ -8,7 +8,7 @@ import transformers
 
 from ..chatting.chat_templates import IMAGE_TOKEN, multimodal_chat_template
 from ..modeling import MoellavaForCausalLM
-from ..modeling.encoders_moellava import VisionEncoder
+from ..parts.vision_encoder_moellava import VisionEncoder
 from ..processing import MoellavaProcessor
 from .sources import Source
 

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from ..configuration import MoellavaConfig
-from ..configuration.registry_moellava import PROJECTORS
-from ..modeling.encoders_moellava import encoder_for
-from ..modeling.own_parts_moellava import build_projector
+from ..parts.parts_moellava import PROJECTORS, encoder_for, projector_for
 from .sources import read_tensors
 
 
@@ -249,7 +247,7 @@ def projector_shapes(config: MoellavaConfig) -> dict[str, tuple[int, ...]]:
         ValueError: There is no such projector, as an identity between unequal widths.
     """
     with torch.device("meta"):
-        projector = build_projector(config, encoder_for(config).feature_size)
+        projector = projector_for(config, encoder_for(config).feature_size).build()
     return {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
 
 

@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
-from ..processing import part_files_moellava
+from ..checks import processor_files
 from .json_files import read_json_object
 
 
@@ -239,10 +239,10 @@ def load_image_processor(source: Source) -> Any:
         ValueError: It has none; or, a `RefusedFileError`, it asks for one that no vision tower uses.
     """
     try:
-        return part_files_moellava.load_image_processor(
+        return processor_files.load_image_processor(
             source.name, trust_remote_code=source.trust_remote_code, **source.hub_options
         )
-    except part_files_moellava.RefusedFileError:
+    except processor_files.RefusedFileError:
         raise
     except (OSError, ValueError) as error:
         raise ValueError(

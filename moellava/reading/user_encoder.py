@@ -9,9 +9,13 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 
-from ..configuration.registry_moellava import ENCODERS, is_older_encoder, plain_value
-from ..modeling.own_encoders_moellava import as_hidden_states, make_older_encoder, older_settings
-from ..modeling.own_parts_moellava import RUN_ERRORS, known_arguments
+from ..authoring.measuring import known_arguments
+from ..authoring.registry import is_legacy_encoder
+from ..configuration.config_base_moellava import plain_value
+from ..parts.legacy_encoder_moellava import legacy_settings, make_legacy_encoder
+from ..parts.parts_moellava import ENCODERS
+from ..parts.user_encoder_moellava import as_hidden_states
+from ..parts.user_parts_moellava import RUN_ERRORS
 from .processor import output_side
 from .sources import Source, load_image_processor
 
@@ -47,7 +51,7 @@ def read_custom_tower(
     fields = dict(fields)
     if "image_size" in known and model_fields.get("image_size") is not None:
         fields["image_size"] = model_fields["image_size"]
-    if is_older_encoder(encoder_class):
+    if is_legacy_encoder(encoder_class):
         return _read_older_tower(encoder_type, source, fields, model_fields)
     tensors: Callable[[], dict[str, torch.Tensor]] = dict
     if source is not None:
@@ -108,13 +112,13 @@ def _read_older_tower(
     encoder_class = ENCODERS[encoder_type]
     own = ENCODERS.complete_fields(encoder_type, fields)
     settings = SimpleNamespace(
-        **older_settings(
+        **legacy_settings(
             model_fields.get("vision_feature_layer", -2),
             model_fields.get("vision_feature_select_strategy", "default"),
             model_fields.get("image_size"),
         )
     )
-    encoder = make_older_encoder(encoder_class, own, settings, path=_local_name(source))
+    encoder = make_legacy_encoder(encoder_class, own, settings, path=_local_name(source))
     before = {**vars(encoder), **dict(encoder.named_children())}
     if not getattr(encoder, "is_loaded", False):
         encoder.load_model()
@@ -207,7 +211,7 @@ def _check_made_again(
                 f"{type(error).__name__}: {error}."
             ) from error
         try:
-            again = make_older_encoder(encoder_class, own, settings, loaded).eval()
+            again = make_legacy_encoder(encoder_class, own, settings, loaded).eval()
             torch.manual_seed(0)
             expected_again = as_hidden_states(again(images))
             reason = None if all(map(torch.equal, expected, expected_again)) else "it returns other features"

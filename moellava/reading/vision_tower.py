@@ -14,10 +14,9 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-from ..authoring.load_request import LoadRequest, is_custom_encoder
+from ..authoring.load_request import LoadRequest, is_user_encoder
 from ..configuration import MoellavaEncoderConfig
-from ..configuration.registry_moellava import ENCODERS
-from ..modeling.encoders_moellava import detect_encoder_type
+from ..parts.parts_moellava import ENCODERS, detect_encoder_type
 from .language_model import (
     read_config,
 )
@@ -130,7 +129,7 @@ def read_custom_encoder(encoder_type: str, source: Source | None, request: LoadR
 
 
 def tower_name(request: LoadRequest) -> str | None:
-    if request.vision_tower is None and is_custom_encoder(request.model_fields.get("encoder_type", "")):
+    if request.vision_tower is None and is_user_encoder(request.model_fields.get("encoder_type", "")):
         return None
     return request.vision_tower or DEFAULT_VISION_TOWER
 
@@ -147,7 +146,7 @@ def read_vision_part(request: LoadRequest) -> VisionPart:
     if encoder_type is not None:
         ENCODERS[encoder_type]
     source = tower_source(request)
-    if encoder_type is not None and is_custom_encoder(encoder_type):
+    if encoder_type is not None and is_user_encoder(encoder_type):
         vision = read_custom_encoder(encoder_type, source, request)
     else:
         vision = read_vision_tower(source, encoder_type)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..modeling.sparse_moellava import Router
+from ..parts.moe_block_moellava import Router
 from .parts import EXPERTS
 from .recipe import LoraRecipe
 

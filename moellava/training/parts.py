@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..modeling.sparse_moellava import ModularExperts, Router
+from ..parts.modular_experts_moellava import ModularExperts
+from ..parts.moe_block_moellava import Router
 
 
 # Every part, with the part that it lies within, if any.

@@ -14,8 +14,8 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
-from ..configuration.names_moellava import canonical_moe
-from ..configuration.registry_moellava import known_names
+from ..authoring.older_names import canonical_moe
+from ..configuration.config_base_moellava import known_names
 from .parts import PARTS, TRAINED
 
 
