@@ -59,7 +59,7 @@ class PartTable:
     def fields(self, name: str) -> dict[str, Any]:
         """The fields of a part with their defaults (`inspect.Parameter.empty` where there is none)."""
         parameters = constructor_parameters(self[name])
-        supplied = getattr(self._answers[name], "supplied", lambda parameters: self.supplied)(parameters)
+        supplied = getattr(self._answers.get(name), "supplied", lambda parameters: self.supplied)(parameters)
         return {field: default for field, default in parameters.items() if field not in supplied}
 
     def check_fields(self, name: str, given: Iterable[str]) -> None:
