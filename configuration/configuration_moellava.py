@@ -17,42 +17,29 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from .config_base_moellava import (
+    CHOICES,
     CONFIG_ERRORS,
+    EXPERT_COUNTS,
     FOREIGN_KEYS,
     LIBRARY_FIELDS,
+    ROUTER_LOSS,
     WithValueErrors,
     check_choice,
     config_fault,
     own_config,
     split_library_fields,
-)
+)  # fmt: skip
 from .tools_moellava import AUTO_MAP, tools
 
 
 logger = logging.get_logger(__name__)
 
 
-# What serving engines ask a language model's config about its experts.
-EXPERT_COUNTS = ("num_experts", "num_experts_per_tok")
-ROUTER_LOSS = ("output_router_logits", "router_aux_loss_coef")
-
-# The values of fields that take one of a few words.
-CHOICES = {
-    "image_aspect_ratio": ("pad", "square"),
-    "vision_feature_select_strategy": ("default", "patch", "cls", "full"),
-}
-
 _DEFAULT_TEXT = {"model_type": "llama", "vocab_size": 32064}
 _DEFAULT_VISION = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "projection_dim": 768,
-}
+    "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+    "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
+}  # fmt: skip
 
 
 @strict
@@ -199,10 +186,10 @@ class MoellavaConfig(PreTrainedConfig, metaclass=WithValueErrors):
 
             self.moe_config = own_config("moe_config", self.moe_config, optional("sparse").config_class)
             self.moe_config.resolve(self.text_config.num_hidden_layers)
-            self._tell_serving_engines()
+            self.moe_config.tell_serving_engines(self.text_config)
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
-        for name, choices in CHOICES.items():
-            check_choice(name, getattr(self, name), choices)
+        for name in CHOICES:
+            check_choice(name, getattr(self, name))
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(
                 f"image_size is {self.image_size}; expected a number of pixels, or None for the tower's own."
@@ -215,17 +202,6 @@ class MoellavaConfig(PreTrainedConfig, metaclass=WithValueErrors):
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
         self._check_and_measure()
-
-    def _tell_serving_engines(self) -> None:
-        """Names the experts where vLLM looks for them, so that it runs and shards them by its own kernels.
-
-        It computes every expert as `down(silu(gate(x)) * up(x))`, whatever the config says, and looks at no other
-        activation. Experts of another form it runs as they are: they must not be announced.
-        """
-        text = self.text_config
-        if getattr(text, "hidden_act", None) == "silu" and not getattr(text, "mlp_bias", False):
-            for name in EXPERT_COUNTS:
-                setattr(text, name, getattr(self.moe_config, name))
 
     @classmethod
     def default_field_names(cls) -> list[str]:
@@ -288,16 +264,18 @@ class MoellavaConfig(PreTrainedConfig, metaclass=WithValueErrors):
     def _experts_implementation(self, value: str | dict | None):
         # transformers hands a plain name to every part, which towers and dense language models refuse. It is meant for
         # the sparse layers: ours, and those of a language model that is sparse by itself.
-        own = value.get("", getattr(self, "_experts_implementation", None)) if isinstance(value, dict) else value
-        self._experts_implementation_internal = own
+        if not isinstance(value, dict):
+            value = {"": value, "text_config": value} if self._is_natively_sparse else {"": value}
+        self._experts_implementation_internal = value.get("", getattr(self, "_experts_implementation", None))
         for key in self.sub_configs:
-            part = getattr(self, key, None)
-            if not isinstance(part, PreTrainedConfig):
-                continue
-            if isinstance(value, dict):
-                part._experts_implementation = value.get(key, getattr(part, "_experts_implementation", None))
-            elif key == "text_config" and self.moe_config is None and _is_sparse(part):
-                part._experts_implementation = value
+            if key in value and isinstance(getattr(self, key, None), PreTrainedConfig):
+                getattr(self, key)._experts_implementation = value[key]
+
+    @property
+    def _is_natively_sparse(self) -> bool:
+        """Whether the language model is a mixture of experts by itself."""
+        text, names = getattr(self, "text_config", None), ("num_experts", "num_local_experts", "n_routed_experts")
+        return self.moe_config is None and any(isinstance(getattr(text, name, None), int) for name in names)
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         """The language model's config; arguments as in transformers."""
@@ -376,12 +354,6 @@ class MoellavaConfig(PreTrainedConfig, metaclass=WithValueErrors):
         """Does nothing: `auto_map` holds every auto class already, and the code is written with every save."""
 
 
-def _is_sparse(text_config: PreTrainedConfig) -> bool:
-    """Whether a language model is a mixture of experts by itself."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    return any(isinstance(getattr(text_config, name, None), int) for name in names)
-
-
 def _projectors():
     from ..parts.parts_moellava import PROJECTORS  # late: it is built on PyTorch, as are the other parts
 
@@ -439,4 +411,4 @@ def _read_part_config(key: str, given: dict | PreTrainedConfig | None, default: 
         ) from error
 
 
-__all__ = ["CHOICES", "EXPERT_COUNTS", "ROUTER_LOSS", "MoellavaConfig", "MoellavaProjectorConfig", "part_config"]
+__all__ = ["MoellavaConfig", "MoellavaProjectorConfig", "part_config"]

@@ -63,6 +63,10 @@ class Tools:
             {name: value for name, value in given.items() if name not in names},
         )
 
+    def plain_value(self, value: Any, owner: str) -> Any:
+        """Returns a field's value as it comes back from a file: as it is."""
+        return value
+
     def checked_fields(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Returns the fields of a file, checked: as they are."""
         return fields
@@ -97,8 +101,12 @@ class Tools:
         """Loads an image processor, by transformers."""
         return AutoImageProcessor.from_pretrained(name, **options)
 
-    def check_processor_files(self, name: Any, subfolder: str | None) -> None:
-        """Checks the files of a processor before they are opened: not at all."""
+    # What reads a picture, what makes 8-bit RGB of one, and what reads the files of a processor; without them,
+    # `images_moellava.py` and transformers do.
+    load_picture = to_rgb = read_processor_dict = None
+
+    def check_picture_shape(self, width: int, height: int, aspect_ratio: str, name: str) -> None:
+        """Checks that a picture takes no far larger one on its way to the tower: not at all."""
 
     @contextmanager
     def saving(self, folder: Any, saved: Any) -> Iterator[Any]:

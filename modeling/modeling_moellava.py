@@ -24,7 +24,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
-from ..configuration.configuration_moellava import EXPERT_COUNTS, MoellavaConfig
+from ..configuration.configuration_moellava import MoellavaConfig
 from ..configuration.tools_moellava import tools
 from ..configuration.versions_moellava import CACHE
 from ..parts.library_parts_moellava import build_library_part
@@ -590,10 +590,8 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MoellavaModel(config)
         self.lm_head = build_head(config.text_config)
-        # CODEPATH: sparse checkpoints have a moe_config, dense ones and natively sparse language models have none.
-        if config.moe_config is not None:
-            for name in EXPERT_COUNTS:  # TRL computes the router loss by them; an engine that must not builds no head
-                setattr(config.text_config, name, getattr(config.moe_config, name))
+        if self.model.sparse_layers is not None:
+            self.model.sparse_layers.count_experts()
         # The name of the embedding differs by family, so the tie belongs to the instance.
         embedding = self.model.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embedding)

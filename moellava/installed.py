@@ -22,6 +22,7 @@ from .authoring.older_names import (
     public_name,
     take_other_names,
 )
+from .authoring.plain_values import plain_value
 from .configuration.tools_moellava import Tools, use_tools
 
 
@@ -53,6 +54,9 @@ class InstalledTools(Tools):
         self, config_class: type, fields: dict[str, Any], given: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         return canonical_overrides(config_class, fields, given)
+
+    def plain_value(self, value: Any, owner: str) -> Any:
+        return plain_value(value, owner)
 
     def checked_fields(self, fields: dict[str, Any]) -> dict[str, Any]:
         from .checks.configs import checked_fields
@@ -114,10 +118,25 @@ class InstalledTools(Tools):
 
         return load_image_processor(name, **options)
 
-    def check_processor_files(self, name: Any, subfolder: str | None) -> None:
-        from .checks.processor_files import check_links
+    def read_processor_dict(self, name: Any, **options: Any) -> Any:
+        from .checks.processor_files import read_processor_dict
 
-        check_links(name, subfolder)
+        return read_processor_dict(name, **options)
+
+    def load_picture(self, source: Any, name: str) -> Any:
+        from .checks.pictures import load_picture
+
+        return load_picture(source, name)
+
+    def to_rgb(self, image: Any, name: str, input_data_format: Any = None) -> Any:
+        from .checks.pictures import to_rgb
+
+        return to_rgb(image, name, input_data_format)
+
+    def check_picture_shape(self, width: int, height: int, aspect_ratio: str, name: str) -> None:
+        from .checks.pictures import check_shape
+
+        check_shape(width, height, aspect_ratio, name)
 
     # Writing files
 

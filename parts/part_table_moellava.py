@@ -9,7 +9,8 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
-from ..configuration.config_base_moellava import known_names, plain_value
+from ..configuration.config_base_moellava import known_names
+from ..configuration.tools_moellava import tools
 
 
 class PartTable:
@@ -82,7 +83,7 @@ class PartTable:
         if missing:
             raise ValueError(f"The {self.slot} {name!r} needs a value for: {', '.join(missing)}.")
         owner = f"The field {{!r}} of the {self.slot} {name!r}"
-        return {field: plain_value(value, owner.format(field)) for field, value in complete.items()}
+        return {field: tools().plain_value(value, owner.format(field)) for field, value in complete.items()}
 
 
 def constructor_parameters(cls: type) -> dict[str, Any]:

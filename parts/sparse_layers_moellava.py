@@ -13,6 +13,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
+from ..configuration.config_base_moellava import EXPERT_COUNTS
 from ..configuration.moe_config_moellava import MoellavaMoeConfig
 from .moe_block_moellava import (
     ROUTER_WEIGHTS,
@@ -49,6 +50,11 @@ class SparseLayers:
         """The ends of the names of weights that stay in fp32: rounded to 16 bits, routers choose other experts."""
         names = [name for name, _ in model.named_parameters()]
         return {weight for weight in ROUTER_WEIGHTS if any(name.endswith(weight) for name in names)}
+
+    def count_experts(self) -> None:
+        """Tells TRL, which computes the router loss by it, of the experts; an engine that must not builds no head."""
+        for name in EXPERT_COUNTS:
+            setattr(self.config.text_config, name, getattr(self.moe, name))
 
     @property
     def balances(self) -> bool:

@@ -12,9 +12,9 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils import logging
 
+from ..configuration.config_base_moellava import check_choice
 from ..configuration.tools_moellava import AUTO_MAP, tools
 from .images_moellava import (
-    check_shape,
     is_float_array,
     is_picture_source,
     load_picture,
@@ -28,7 +28,6 @@ from .open_clip_moellava import OpenClipImageProcessor
 
 logger = logging.get_logger(__name__)
 
-IMAGE_ASPECT_RATIOS = ("pad", "square")
 _TOKENIZER_SETTINGS = (
     "clean_up_tokenization_spaces", "legacy", "model_input_names", "padding_side", "split_special_tokens",
     "truncation_side",
@@ -97,7 +96,7 @@ class MoellavaProcessor(ProcessorMixin):
                 "one picture, a number of at least 1."
             )
         self.num_image_tokens = int(num_image_tokens)
-        self.image_aspect_ratio = _checked_aspect_ratio(image_aspect_ratio)
+        self.image_aspect_ratio = check_choice("image_aspect_ratio", image_aspect_ratio)
         self.image_token = image_token
         self.image_token_id = _single_token_id(tokenizer, image_token)
         self.image_token_ids = [self.image_token_id]
@@ -202,7 +201,7 @@ class MoellavaProcessor(ProcessorMixin):
 
     def _process_images(self, images, image_aspect_ratio=None, input_data_format=None, **kwargs):
         """Converts, pads and preprocesses pictures; returns the image processor's output and the replacements."""
-        aspect_ratio = _checked_aspect_ratio(image_aspect_ratio or self.image_aspect_ratio)
+        aspect_ratio = check_choice("image_aspect_ratio", image_aspect_ratio or self.image_aspect_ratio)
 
         def option(name):
             value = kwargs.get(name)
@@ -214,7 +213,7 @@ class MoellavaProcessor(ProcessorMixin):
             if is_scaled and is_float_array(picture):
                 any_tensor = True
                 picture = scaled_to_tensor(picture, name, input_data_format)
-                check_shape(picture.shape[2], picture.shape[1], aspect_ratio, name)
+                tools().check_picture_shape(picture.shape[2], picture.shape[1], aspect_ratio, name)
                 if aspect_ratio == "pad" and picture.shape[1] != picture.shape[2]:
                     if option("do_normalize") is False:
                         raise ValueError(
@@ -225,8 +224,8 @@ class MoellavaProcessor(ProcessorMixin):
                     color = self._padding_color(option("image_mean"))
                     picture = pad_tensor_to_square(picture, tuple(value / 255 for value in color))
             else:
-                picture = to_rgb(picture, name, input_data_format)
-                check_shape(*picture.size, aspect_ratio, name)
+                picture = (tools().to_rgb or to_rgb)(picture, name, input_data_format)
+                tools().check_picture_shape(*picture.size, aspect_ratio, name)
                 if aspect_ratio == "pad":
                     picture = pad_to_square(picture, self._padding_color(option("image_mean")))
             pictures.append(picture)
@@ -298,19 +297,8 @@ class MoellavaProcessor(ProcessorMixin):
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """Reads what the files say of a processor; arguments as in transformers.
-
-        Raises:
-            ValueError: They ask for an audio tokenizer, are links to elsewhere, or are nested too deeply to be read.
-        """
-        tools().check_processor_files(pretrained_model_name_or_path, kwargs.get("subfolder"))
-        try:
-            return _ProcessorFiles.get_processor_dict(pretrained_model_name_or_path, **kwargs)
-        except RecursionError as error:
-            raise ValueError(
-                f"A file of the processor of {pretrained_model_name_or_path} is nested too deeply to be read. Save or "
-                "download it again."
-            ) from error
+        read = tools().read_processor_dict or super().get_processor_dict
+        return read(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
@@ -337,23 +325,7 @@ class MoellavaProcessor(ProcessorMixin):
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoProcessor"):
-        """Does nothing: `AutoProcessor` calls it on classes that come out of a checkpoint.
-
-        It would make transformers copy this class's source file on the next save, and that copier cannot follow the
-        imports between the folders of this package. [`save_pretrained`] writes the code and the `auto_map` itself.
-        """
-
-
-class _ProcessorFiles(ProcessorMixin):
-    """Reads the files of a processor. While it does so, transformers would load an audio tokenizer, by a class that
-    they name and from a folder or repository that they name: nothing is opened because of what a file says."""
-
-    @staticmethod
-    def get_possibly_dynamic_module(module_name: str):
-        raise ValueError(
-            f"A file of the processor asks for an audio tokenizer, {module_name!r}, from elsewhere. A MoELLaVA model "
-            "has none: take 'audio_tokenizer' out of processor_config.json, and audio_tokenizer_config.json away."
-        )
+        """Does nothing: `auto_map` holds every auto class already, and the code is written with every save."""
 
 
 def _backend_of(image_processor: Any) -> str | None:
@@ -361,15 +333,6 @@ def _backend_of(image_processor: Any) -> str | None:
     if isinstance(image_processor, OpenClipImageProcessor):
         return image_processor.backend_name
     return getattr(image_processor, "backend", None)
-
-
-def _checked_aspect_ratio(image_aspect_ratio: str) -> str:
-    if image_aspect_ratio not in IMAGE_ASPECT_RATIOS:
-        raise ValueError(
-            f"`image_aspect_ratio` is {image_aspect_ratio!r}; expected one of "
-            f"{', '.join(repr(known) for known in IMAGE_ASPECT_RATIOS)}."
-        )
-    return image_aspect_ratio
 
 
 def _single_token_id(tokenizer, token: str) -> int:
@@ -429,10 +392,10 @@ def _lay_out(images: Any) -> list | None:
 def _open(entry: Any, name: str) -> list:
     """Opens a file, and takes a 4-D array apart."""
     if is_picture_source(entry):
-        return [load_picture(entry, name)]
+        return [(tools().load_picture or load_picture)(entry, name)]
     if isinstance(entry, np.ndarray | torch.Tensor) and entry.ndim == 4:
         return list(entry)
     return [entry]
 
 
-__all__ = ["IMAGE_ASPECT_RATIOS", "MoellavaImagesKwargs", "MoellavaProcessor", "MoellavaProcessorKwargs"]
+__all__ = ["MoellavaImagesKwargs", "MoellavaProcessor", "MoellavaProcessorKwargs"]
