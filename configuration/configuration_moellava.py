@@ -265,14 +265,14 @@ class MoellavaConfig(PreTrainedConfig, metaclass=WithValueErrors):
         # transformers hands a plain name to every part, which towers and dense language models refuse. It is meant for
         # the sparse layers: ours, and those of a language model that is sparse by itself.
         if not isinstance(value, dict):
-            value = {"": value, "text_config": value} if self._is_natively_sparse else {"": value}
+            value = {"": value, "text_config": value} if self.is_natively_sparse else {"": value}
         self._experts_implementation_internal = value.get("", getattr(self, "_experts_implementation", None))
         for key in self.sub_configs:
             if key in value and isinstance(getattr(self, key, None), PreTrainedConfig):
                 getattr(self, key)._experts_implementation = value[key]
 
     @property
-    def _is_natively_sparse(self) -> bool:
+    def is_natively_sparse(self) -> bool:
         """Whether the language model is a mixture of experts by itself."""
         text, names = getattr(self, "text_config", None), ("num_experts", "num_local_experts", "n_routed_experts")
         return self.moe_config is None and any(isinstance(getattr(text, name, None), int) for name in names)

@@ -109,7 +109,7 @@ class Tools:
         """Checks that a picture takes no far larger one on its way to the tower: not at all."""
 
     @contextmanager
-    def saving(self, folder: Any, saved: Any) -> Iterator[Any]:
+    def saving(self, folder: Any, saved: Any, is_main_process: bool = True) -> Iterator[Any]:
         """Yields where a config, a model or a processor is written; the code that loads it follows when the block ends.
 
         Args:
@@ -118,7 +118,7 @@ class Tools:
         """
         yield folder
         entry = Path(__file__).with_name(f"{ENTRY_MODULE}.py")
-        if not (hasattr(saved, "tokenizer") and Path(folder, entry.name).exists()):
+        if is_main_process and not (hasattr(saved, "tokenizer") and Path(folder, entry.name).exists()):
             for file in (entry, *get_relative_import_files(entry)):
                 if Path(file).parent.resolve() != Path(folder).resolve():
                     shutil.copyfile(file, Path(folder, Path(file).name))

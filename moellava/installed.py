@@ -141,10 +141,10 @@ class InstalledTools(Tools):
     # Writing files
 
     @contextmanager
-    def saving(self, folder: str | os.PathLike, saved: Any) -> Iterator[Path]:
+    def saving(self, folder: str | os.PathLike, saved: Any, is_main_process: bool = True) -> Iterator[Path]:
         from .saving.checkpoint import saving
 
-        with saving(folder, saved) as staging:
+        with saving(folder, saved, is_main_process) as staging:
             yield staging
 
     def upload(self, saved: Any, upload: Any, folder: Any, repo_id: str, timestamps: Any, **options: Any) -> Any:

@@ -95,8 +95,9 @@ def constructor_parameters(cls: type) -> dict[str, Any]:
 
 PROJECTORS = PartTable("projector", supplied=("vision_hidden_size", "text_hidden_size"))
 ENCODERS = PartTable("encoder")
-# What a checkpoint has where it needs it: "sparse" layers, "quantised" weights, the "modular_experts" of both together;
-# and "user_encoder_config", the config class of the vision encoders that users write.
+# What a checkpoint has where it needs it: "sparse" layers, the "routing" of a language model that is sparse by itself,
+# "quantised" weights, the "modular_experts" of sparse layers with such; and "user_encoder_config", the config class of
+# the vision encoders that users write.
 OPTIONAL: dict[str, type] = {}
 
 
