@@ -34,10 +34,6 @@ CHOICES = {
     "image_aspect_ratio": ("pad", "square"),
     "vision_feature_select_strategy": ("default", "patch", "cls", "full"),
 }
-# What config classes of transformers raise on fields that make no sense.
-CONFIG_ERRORS = (
-    ArithmeticError, AttributeError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError,
-)  # fmt: skip
 
 
 class WithValueErrors(type):
@@ -48,12 +44,6 @@ class WithValueErrors(type):
             return super().__call__(*args, **kwargs)
         except StrictDataclassError as error:
             raise ValueError(f"{cls.__name__}: {error.__cause__ or error}") from error
-
-
-def config_fault(error: Exception) -> str:
-    """Returns what an error of a config class says is wrong."""
-    reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-    return f"{type(reason).__name__}: {reason}"
 
 
 def split_library_fields(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -94,6 +84,6 @@ def own_config(key: str, given: dict | PreTrainedConfig | None, config_class: ty
 
 
 __all__ = [
-    "CHOICES", "CONFIG_ERRORS", "EXPERT_COUNTS", "FOREIGN_KEYS", "LIBRARY_FIELDS", "ROUTER_LOSS", "WithValueErrors",
-    "check_choice", "config_fault", "known_names", "own_config", "split_library_fields",
+    "CHOICES", "EXPERT_COUNTS", "FOREIGN_KEYS", "LIBRARY_FIELDS", "ROUTER_LOSS", "WithValueErrors", "check_choice",
+    "known_names", "own_config", "split_library_fields",
 ]  # fmt: skip

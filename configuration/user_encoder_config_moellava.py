@@ -29,7 +29,7 @@ class MoellavaEncoderConfig(PreTrainedConfig, metaclass=WithValueErrors):
     def __post_init__(self, **kwargs):
         library = {key: value for key, value in kwargs.items() if key in RESERVED_FIELDS}
         fields = {
-            key: tools().plain_value(value, f"vision_config.{key}")
+            key: tools().canonical_value(f"vision_config.{key}", value)
             for key, value in kwargs.items()
             if key not in library
         }

@@ -6,16 +6,14 @@ imported late, so that this stays cheap.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from .authoring.older_names import (
-    FIELD_NAMES,
     canonical_encoder_type,
     canonical_moe,
-    canonical_overrides,
     canonical_projector,
     canonical_strategy,
     given_type,
@@ -29,12 +27,8 @@ from .configuration.tools_moellava import Tools, use_tools
 class InstalledTools(Tools):
     """The tools of the installed package."""
 
-    other_names = frozenset(FIELD_NAMES)
-
-    # Names and checks of a config
-
-    def take_other_names(self, config: Any, given: dict[str, Any]) -> None:
-        take_other_names(config, given)
+    def take_other_names(self, config: Any, given: dict[str, Any]) -> dict[str, Any]:
+        return take_other_names(config, given)
 
     def canonical_projector(self, fields: dict[str, Any], kind: str) -> dict[str, Any]:
         is_by_other_name = kind == "mlp" and given_type(fields) is not None
@@ -48,25 +42,34 @@ class InstalledTools(Tools):
             return canonical_encoder_type(value)
         if name == "vision_feature_select_strategy":
             return canonical_strategy(value)
-        return None if value is None else {part: public_name(origin) for part, origin in value.items()}
+        if name == "parts":
+            return None if value is None else {part: public_name(origin) for part, origin in value.items()}
+        return plain_value(value, name)
 
-    def canonical_overrides(
-        self, config_class: type, fields: dict[str, Any], given: dict[str, Any]
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        return canonical_overrides(config_class, fields, given)
+    def config_from_dict(self, from_dict: Callable, cls: type, fields: dict[str, Any], given: dict[str, Any]) -> Any:
+        from .checks.configs import config_from_dict
 
-    def plain_value(self, value: Any, owner: str) -> Any:
-        return plain_value(value, owner)
+        return config_from_dict(from_dict, cls, fields, given)
 
-    def checked_fields(self, fields: dict[str, Any]) -> dict[str, Any]:
-        from .checks.configs import checked_fields
+    def check_config(self, config: Any) -> None:
+        from .checks.configs import check_config
 
-        return checked_fields(fields)
+        check_config(config)
 
-    def check_overrides(self, config: Any, fields: dict[str, Any], given: dict[str, Any]) -> None:
-        from .checks.configs import check_overrides
+    def check_ties(self, config: Any, again: Any) -> None:
+        from .checks.configs import check_ties
 
-        check_overrides(config, fields, given)
+        check_ties(config, again)
+
+    def check_encoder(self, encoder: Any) -> None:
+        from .checks.encoders import check_encoder
+
+        check_encoder(encoder)
+
+    def reading_part(self, key: str, model_type: Any) -> AbstractContextManager:
+        from .checks.configs import reading_part
+
+        return reading_part(key, model_type)
 
     def check_part(self, key: str, fields: dict[str, Any]) -> None:
         from .checks.configs import check_part
@@ -147,7 +150,7 @@ class InstalledTools(Tools):
         with saving(folder, saved, is_main_process) as staging:
             yield staging
 
-    def upload(self, saved: Any, upload: Any, folder: Any, repo_id: str, timestamps: Any, **options: Any) -> Any:
+    def upload(self, saved: Any, upload: Callable, folder: Any, repo_id: str, timestamps: Any, **options: Any) -> Any:
         from .saving.checkpoint import upload as upload_checkpoint
 
         return upload_checkpoint(saved, folder, repo_id, **options)

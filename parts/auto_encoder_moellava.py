@@ -58,20 +58,20 @@ class AutoEncoder(MeasuredEncoder):
         return self.num_prefix_tokens > 0 and not names.isdisjoint({"cls_token", "class_token", "class_embedding"})
 
     @property
-    def _interpolates_when_asked(self) -> bool:
+    def interpolates_when_asked(self) -> bool:
         return "interpolate_pos_encoding" in inspect.signature(type(self._meta_tower).forward).parameters
 
     @property
-    def _interpolates_by_itself(self) -> bool:
+    def interpolates_by_itself(self) -> bool:
         """Whether the tower has no absolute position embeddings, which would fix the picture size."""
         names = [name for name, _ in self._meta_tower.named_parameters()]
         return not any("position_embedding" in name or "pos_embed" in name for name in names)
 
-    def _check_image_size(self) -> None:
-        super()._check_image_size()
+    def check_image_size(self) -> None:
+        """Raises a ValueError where transformers cannot interpolate with a pair."""
         patch_size = getattr(self.vision_config, "patch_size", None)
         if self.interpolates and patch_size is not None and patch_size != self.patch_size:
-            _ = self._measured_shapes  # raises where transformers cannot interpolate with a pair
+            _ = self._measured_shapes
 
     @staticmethod
     def _as_tokens(hidden_state: torch.Tensor) -> torch.Tensor:

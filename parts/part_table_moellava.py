@@ -83,7 +83,7 @@ class PartTable:
         if missing:
             raise ValueError(f"The {self.slot} {name!r} needs a value for: {', '.join(missing)}.")
         owner = f"The field {{!r}} of the {self.slot} {name!r}"
-        return {field: tools().plain_value(value, owner.format(field)) for field, value in complete.items()}
+        return {field: tools().canonical_value(owner.format(field), value) for field, value in complete.items()}
 
 
 def constructor_parameters(cls: type) -> dict[str, Any]:
