@@ -37,12 +37,14 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 class Tools:
     """What a model's code leaves to the tools; the comments and docstrings say what happens without them."""
 
-    # Checks of a config and its parts, of the files of a model, of the adapters on it, of a picture's shape, of a vision
-    # encoder: none is made.
+    # Checks of a config and its parts, of the files of a model, of the adapters on it, of a picture's shape, of what is
+    # asked of a vision encoder, of a language model's head: none is made.
     check_config = check_ties = check_part = check_part_config = staticmethod(_nothing)
-    check_files = check_size = check_adapters = check_picture_shape = check_encoder = staticmethod(_nothing)
-    # Around the making of a part's config: nothing is said of what its class raises.
-    reading_part = staticmethod(lambda key, model_type: nullcontext())
+    check_files = check_size = check_adapters = check_picture_shape = check_encoder = check_head = staticmethod(
+        _nothing
+    )
+    # Around the making of a part's config, and of its model: nothing is said of what their classes raise.
+    reading_part = building_part = staticmethod(lambda key, part: nullcontext())
     # How many tokens a user's projector makes of so many features: what the config says.
     measured_output_tokens = staticmethod(_nothing)
     # What reads a picture, what makes 8-bit RGB of one, and what reads the files of a processor: `images_moellava.py`,

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -26,7 +26,6 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration.configuration_moellava import MoellavaConfig
 from ..configuration.tools_moellava import tools
 from ..configuration.versions_moellava import CACHE
-from ..parts.library_parts_moellava import build_library_part
 from ..parts.parallel_moellava import add_plans
 from ..parts.parts_moellava import OPTIONAL, encoder_for, optional, projector_for
 from .language_moellava import apply_head, build_head
@@ -55,12 +54,8 @@ class MoellavaCausalLMOutputWithPast(CausalLMOutputWithPast):
         The next-token loss.
     logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
         The scores of every token of the vocabulary.
-    past_key_values (`Cache`, *optional*, returned with `use_cache=True`):
-        The keys and values of the language model's attention; from transformers 5.24 on, `cache`.
-    hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
-        The language model's hidden states, each of shape `(batch_size, sequence_length, hidden_size)`.
-    attentions (`tuple[torch.Tensor]`, *optional*, returned with `output_attentions=True`):
-        The language model's attention weights, each `(batch_size, num_heads, sequence_length, sequence_length)`.
+    past_key_values, hidden_states, attentions (*optional*):
+        As in `CausalLMOutputWithPast`; the first is `cache` from transformers 5.24 on.
     image_hidden_states (`torch.Tensor` of shape `(num_images * image_seq_length, hidden_size)`, *optional*):
         The projected features of all pictures, one after the other.
     aux_loss (`torch.Tensor` of shape `()`, *optional*, returned along with `router_logits`):
@@ -304,7 +299,8 @@ class MoellavaModel(MoellavaPreTrainedModel):
         self.projector = projector_for(config, self.encoder.feature_size)
         self.vision_tower = self.encoder.build()
         self.multi_modal_projector = self.projector.build()
-        self.language_model = build_library_part("text_config", config.text_config)
+        with tools().building_part("text_config", config.text_config):
+            self.language_model = AutoModel.from_config(config.text_config)
         # CODEPATH: sparse checkpoints (MoE-LLaVA's kind) have a moe_config; of dense ones (LLaVA's kind), some have a
         # language model that is sparse by itself, as Mixtral.
         kind = "sparse" if config.moe_config is not None else "routing" if config.is_natively_sparse else None

@@ -66,6 +66,11 @@ class InstalledTools(Tools):
 
         check_encoder(encoder)
 
+    def check_head(self, text_config: Any, head: Any) -> None:
+        from .checks.configs import check_head
+
+        check_head(text_config, head)
+
     def reading_part(self, key: str, model_type: Any) -> AbstractContextManager:
         from .checks.configs import reading_part
 
@@ -82,6 +87,11 @@ class InstalledTools(Tools):
         check_part_config(key, config)
 
     # A model's parts
+
+    def building_part(self, key: str, part: Any) -> AbstractContextManager:
+        from .checks.configs import building_part
+
+        return building_part(key, part)
 
     def measured_output_tokens(self, projector: Any, num_tokens: int) -> int:
         from .authoring.measuring import measured_output_tokens

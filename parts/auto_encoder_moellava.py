@@ -9,9 +9,9 @@ import re
 
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
-from .library_parts_moellava import build_library_part
+from ..configuration.tools_moellava import tools
 from .measured_encoder_moellava import DrawnNumbers, MeasuredEncoder, as_tokens
 
 
@@ -99,7 +99,8 @@ def _as_key(vision_config) -> str:
 def _meta_tower(model_type: str, fields: str) -> nn.Module:
     config = AutoConfig.for_model(model_type, **{k: v for k, v in json.loads(fields).items() if k != "model_type"})
     with torch.device("meta"):
-        return build_library_part("vision_config", config).eval()
+        with tools().building_part("vision_config", config):
+            return AutoModel.from_config(config).eval()
 
 
 @functools.lru_cache(maxsize=32)

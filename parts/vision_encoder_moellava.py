@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ..configuration.tools_moellava import tools
 from ..configuration.versions_moellava import SELECTS_HIDDEN_STATES
-from .library_parts_moellava import build_library_part
 
 
 class LayersInUse(nn.ModuleList):
@@ -176,7 +175,8 @@ class VisionEncoder:
 
     def build(self) -> nn.Module:
         """Builds the tower, with its initial weights, and makes it end behind the last feature layer."""
-        tower = build_library_part("vision_config", self.vision_config, **self._constructor_arguments)
+        with tools().building_part("vision_config", self.vision_config):
+            tower = AutoModel.from_config(self.vision_config, **self._constructor_arguments)
         # Hidden state 0, the embeddings, is known as the input of the first layer, which has to be run for it.
         needed = max(*self.feature_layers, 1)
         if self.layers_name and needed < self.num_hidden_layers:

@@ -84,39 +84,33 @@ def to_rgb(image: Any, name: str = "The picture", input_data_format: str | None 
     return _array_to_rgb(_as_array(image, name), name, input_data_format)
 
 
-def pad_to_square(image: PIL.Image.Image, color: tuple[int, int, int]) -> PIL.Image.Image:
+def pad_to_square(image: PIL.Image.Image | torch.Tensor, color: tuple[int, int, int]) -> Any:
     """Centres a picture on a square of the length of its longer side.
 
     Args:
-        image (`PIL.Image.Image`): A picture in mode RGB, (width, height) pixels.
+        image (`PIL.Image.Image` or `torch.Tensor`): In mode RGB; or (3, height, width), of floats from 0 to 1.
         color (`tuple[int, int, int]`): The colour of the square, 0..255.
 
     Returns:
-        `PIL.Image.Image`: (max(width, height), max(width, height)) pixels; a picture that is square already is
-        returned as it is. Of an odd number of pixels to add, the larger half goes below or to the right.
+        Of the same type. Of an odd number of pixels to add, the larger half goes below or to the right.
     """
-    side = max(image.size)
-    if image.size == (side, side):
-        return image
-    square = PIL.Image.new("RGB", (side, side), color)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    width, height = image.size if isinstance(image, PIL.Image.Image) else (image.shape[2], image.shape[1])
+    side = max(width, height)
+    left, top = (side - width) // 2, (side - height) // 2
+    if isinstance(image, PIL.Image.Image):
+        square = PIL.Image.new("RGB", (side, side), color)
+        square.paste(image, (left, top))
+    else:
+        square = (image.new_tensor(color) / 255)[:, None, None].repeat(1, side, side)
+        square[:, top : top + height, left : left + width] = image
     return square
 
 
 def scaled_to_tensor(image: Any, name: str = "The picture", input_data_format: str | None = None) -> torch.Tensor:
     """Lays out float values as they are, without rescaling: for a caller who has scaled them to 0..1 already.
 
-    Args:
-        image (`np.ndarray` or `torch.Tensor`): Floats; the shapes of [`to_rgb`].
-        name (`str`, *optional*): What error messages call the picture.
-        input_data_format (`str`, *optional*): As for [`to_rgb`].
-
-    Returns:
-        `torch.Tensor`: (3, height, width), float32, on the device of `image`. Grey is repeated, a fourth channel is
-        taken for alpha and composited over 1 (white).
-
-    Raises:
-        ValueError: Another shape.
+    The arguments are those of [`to_rgb`]. Returns (3, height, width), float32, on the device of `image`. Grey is
+    repeated, a fourth channel is taken for alpha and composited over 1 (white).
     """
     tensor = torch.as_tensor(image).to(torch.float32)
     if tensor.ndim == 2:
@@ -126,18 +120,6 @@ def scaled_to_tensor(image: Any, name: str = "The picture", input_data_format: s
     if tensor.shape[0] == 4:
         tensor = tensor[:3] * tensor[3:] + (1 - tensor[3:])
     return tensor.expand(3, -1, -1).contiguous()
-
-
-def pad_tensor_to_square(tensor: torch.Tensor, color: tuple[float, float, float]) -> torch.Tensor:
-    """Does to a (3, height, width) tensor what [`pad_to_square`] does to a picture, with `color` on its scale."""
-    _, height, width = tensor.shape
-    side = max(height, width)
-    if height == width:
-        return tensor
-    square = tensor.new_tensor(color)[:, None, None].repeat(1, side, side)
-    top, left = (side - height) // 2, (side - width) // 2
-    square[:, top : top + height, left : left + width] = tensor
-    return square
 
 
 def is_float_array(image: Any) -> bool:
@@ -154,27 +136,22 @@ def channel_axis(shape: tuple[int, ...], name: str, input_data_format: str | Non
         ValueError: No axis can be the channels, or both can and `input_data_format` does not say which.
     """
     layouts = {"channels_first": 0, "channels_last": 2}
-    if input_data_format is not None:
-        # transformers passes either the text or its `ChannelDimension`.
-        axis = layouts.get(getattr(input_data_format, "value", input_data_format))
-        if axis is None:
-            raise ValueError(f"`input_data_format` is {input_data_format!r}; expected one of {sorted(layouts)}.")
-        candidates = [axis]
-    else:
-        candidates = [0, 2]
-    if len(shape) == 3 and 0 not in shape:
-        candidates = [axis for axis in candidates if shape[axis] in (1, 3, 4)]
-        if len(candidates) == 1:
-            return candidates[0]
-        if len(candidates) == 2:
-            raise ValueError(
-                f"{name} has shape {shape}, where the first or the last axis can be the channels. Pass "
-                "`input_data_format='channels_first'` or `input_data_format='channels_last'`."
-            )
+    # transformers passes either the text or its `ChannelDimension`.
+    said = getattr(input_data_format, "value", input_data_format)
+    if said is not None and said not in layouts:
+        raise ValueError(f"`input_data_format` is {input_data_format!r}; expected one of {sorted(layouts)}.")
+    candidates = [0, 2] if said is None else [layouts[said]]
+    fitting = [axis for axis in candidates if len(shape) == 3 and 0 not in shape and shape[axis] in (1, 3, 4)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise ValueError(
+            f"{name} has shape {shape}, where the first or the last axis can be the channels. Pass "
+            "`input_data_format='channels_first'` or `input_data_format='channels_last'`."
+        )
     raise ValueError(
-        f"{name} has shape {shape}"
-        + (f" with `input_data_format={input_data_format!r}`" if input_data_format is not None else "")
-        + "; expected (height, width), (height, width, channels) or (channels, height, width) with 1, 3 or 4 channels."
+        f"{name} has shape {shape}{f' with `input_data_format={said!r}`' if said else ''}; expected (height, width), "
+        "(height, width, channels) or (channels, height, width) with 1, 3 or 4 channels."
     )
 
 
@@ -292,16 +269,6 @@ def _array_to_rgb(values: np.ndarray, name: str, input_data_format: str | None) 
 
 
 __all__ = [
-    "OutOfRangeError",
-    "PICTURE_FORMATS",
-    "channel_axis",
-    "file_bits",
-    "is_float_array",
-    "is_picture_source",
-    "load_picture",
-    "pad_tensor_to_square",
-    "pad_to_square",
-    "picture_formats",
-    "scaled_to_tensor",
-    "to_rgb",
-]
+    "PICTURE_FORMATS", "OutOfRangeError", "channel_axis", "file_bits", "is_float_array", "is_picture_source",
+    "load_picture", "pad_to_square", "picture_formats", "scaled_to_tensor", "to_rgb",
+]  # fmt: skip

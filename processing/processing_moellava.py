@@ -18,7 +18,6 @@ from .images_moellava import (
     is_float_array,
     is_picture_source,
     load_picture,
-    pad_tensor_to_square,
     pad_to_square,
     scaled_to_tensor,
     to_rgb,
@@ -157,31 +156,26 @@ class MoellavaProcessor(ProcessorMixin):
         """
         if videos is not None or audio is not None:
             raise ValueError(f"{type(self).__name__} takes `images` and `text`; video and audio are not supported.")
-        if text is None and not _flat(images):
+        if text is None and not (any(images) if _is_nested(images) else images):
             raise ValueError(f"{type(self).__name__} needs `images`, `text` or both, and got neither.")
         if text is None:
             return
         if not all(isinstance(row, str) for row in text):
             raise ValueError("`text` must be a string or a list of strings.")
         placeholders = [row.count(self.image_token) for row in text]
-        if images is None or not _is_nested(images):
-            if sum(placeholders) != len(images or []):
-                raise ValueError(
-                    f"The text has {sum(placeholders)} {self.image_token} placeholder(s), but {len(images or [])} "
-                    f"picture(s) were given. Every picture needs one {self.image_token} in the text, and the "
-                    "other way round."
-                )
-            return
-        if len(images) != len(text):
+        nested = _is_nested(images)
+        if nested and len(images) != len(text):
             raise ValueError(
                 f"`images` has {len(images)} row(s) of pictures, but `text` has {len(text)} row(s). Give one list of "
                 "pictures for each row of text, `[]` for a row without pictures."
             )
-        for row, (expected, pictures) in enumerate(zip(placeholders, images, strict=True)):
+        rows = zip(placeholders, images, strict=True) if nested else [(sum(placeholders), images or [])]
+        for row, (expected, pictures) in enumerate(rows):
             if expected != len(pictures):
                 raise ValueError(
-                    f"Row {row} of the text has {expected} {self.image_token} placeholder(s), but row {row} of "
-                    f"`images` has {len(pictures)} picture(s)."
+                    f"{f'Row {row} of the text' if nested else 'The text'} has {expected} {self.image_token} "
+                    f"placeholder(s), but {len(pictures)} picture(s) were given. Every picture needs one "
+                    f"{self.image_token} in the text, and the other way round."
                 )
 
     def replace_image_token(self, image_inputs: dict | None = None, image_idx: int = 0, **kwargs) -> str:
@@ -213,21 +207,19 @@ class MoellavaProcessor(ProcessorMixin):
             if is_scaled and is_float_array(picture):
                 any_tensor = True
                 picture = scaled_to_tensor(picture, name, input_data_format)
-                tools().check_picture_shape(picture.shape[2], picture.shape[1], aspect_ratio, name)
-                if aspect_ratio == "pad" and picture.shape[1] != picture.shape[2]:
-                    if option("do_normalize") is False:
-                        raise ValueError(
-                            f"{name} is {picture.shape[2]}x{picture.shape[1]} pixels and, with `do_rescale=False` and "
-                            "`do_normalize=False`, on a scale that is not known, so it cannot be padded with the mean "
-                            "colour. Pad it to a square first, or pass `image_aspect_ratio='square'`."
-                        )
-                    color = self._padding_color(option("image_mean"))
-                    picture = pad_tensor_to_square(picture, tuple(value / 255 for value in color))
+                height, width = picture.shape[1:]
+                if aspect_ratio == "pad" and height != width and option("do_normalize") is False:
+                    raise ValueError(
+                        f"{name} is {width}x{height} pixels and, with `do_rescale=False` and `do_normalize=False`, on "
+                        "a scale that is not known, so it cannot be padded with the mean colour. Pad it to a square "
+                        "first, or pass `image_aspect_ratio='square'`."
+                    )
             else:
                 picture = (tools().to_rgb or to_rgb)(picture, name, input_data_format)
-                tools().check_picture_shape(*picture.size, aspect_ratio, name)
-                if aspect_ratio == "pad":
-                    picture = pad_to_square(picture, self._padding_color(option("image_mean")))
+                width, height = picture.size
+            tools().check_picture_shape(width, height, aspect_ratio, name)
+            if aspect_ratio == "pad" and height != width:
+                picture = pad_to_square(picture, self._padding_color(option("image_mean")))
             pictures.append(picture)
         if not pictures:
             return {}, []
@@ -260,13 +252,10 @@ class MoellavaProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
         """Saves the processor and the code that it needs, so that it loads where this package is not installed.
 
-        Where moellava is installed, the files appear together when all are written; what else lies there is kept.
-
         Args:
-            save_directory (`str` or `os.PathLike`): The folder; made if it is not there.
+            save_directory (`str` or `os.PathLike`): The folder; made if it is not there. What else lies in it is kept.
             push_to_hub (`bool`, *optional*, defaults to `False`): Whether to upload the processor afterwards too.
-            repo_id (`str`, *optional*): Where to upload it; the name of the folder by default.
-            kwargs (*optional*): The other arguments of `push_to_hub`.
+            kwargs (*optional*): The arguments of `push_to_hub`; `repo_id` is the name of the folder by default.
 
         Returns:
             `list[str]`: The path of `processor_config.json`.
@@ -290,7 +279,7 @@ class MoellavaProcessor(ProcessorMixin):
     def to_dict(self) -> dict[str, Any]:
         """Returns what `processor_config.json` holds: the fields, the image processor's, and its backend."""
         output = super().to_dict()
-        backend = _backend_of(self.image_processor)
+        backend = getattr(self.image_processor, "backend_name", getattr(self.image_processor, "backend", None))
         if backend is not None:
             output["image_backend"] = backend
         return output
@@ -328,13 +317,6 @@ class MoellavaProcessor(ProcessorMixin):
         """Does nothing: `auto_map` holds every auto class already, and the code is written with every save."""
 
 
-def _backend_of(image_processor: Any) -> str | None:
-    """The name by which `from_pretrained` finds the same way of preparing pictures again."""
-    if isinstance(image_processor, OpenClipImageProcessor):
-        return image_processor.backend_name
-    return getattr(image_processor, "backend", None)
-
-
 def _single_token_id(tokenizer, token: str) -> int:
     """Returns the id of `token`, after checking that the tokenizer reads two in a row as two of it."""
     ids = tokenizer.encode(token * 2, add_special_tokens=False) if token else []
@@ -347,46 +329,39 @@ def _single_token_id(tokenizer, token: str) -> int:
     return ids[0]
 
 
-def _is_nested(images: list) -> bool:
-    return len(images) > 0 and isinstance(images[0], list)
+def _is_nested(images: list | None) -> bool:
+    return bool(images) and isinstance(images[0], list)
 
 
-def _flat(images: list | None) -> list:
-    if images is None or not _is_nested(images):
-        return images or []
-    return [picture for row in images for picture in row]
-
-
-def _named(images: list):
-    """Yields every picture with what error messages call it."""
-    if _is_nested(images):
-        for row, pictures in enumerate(images):
-            for index, picture in enumerate(pictures):
-                yield f"Picture {index} of row {row}", picture
-    else:
-        for index, picture in enumerate(images):
-            yield f"Picture {index}", picture
+def _named(images: list) -> list[tuple[str, Any]]:
+    """Returns every picture with what error messages call it."""
+    if not _is_nested(images):
+        return [(f"Picture {index}", picture) for index, picture in enumerate(images)]
+    return [
+        (f"Picture {index} of row {row}", picture)
+        for row, pictures in enumerate(images)
+        for index, picture in enumerate(pictures)
+    ]
 
 
 def _lay_out(images: Any) -> list | None:
     if images is None:
         return None
-    if not isinstance(images, list | tuple):
-        images = [images]
+    images = images if isinstance(images, list | tuple) else [images]
     nested = [isinstance(entry, list | tuple) for entry in images]
-    if any(nested) and not all(nested):
+    if len(set(nested)) > 1:
         raise ValueError(
             f"`images` mixes pictures and lists: entry {nested.index(not nested[0])} is "
             f"{'a list' if not nested[0] else 'no list'}, unlike entry 0. Give a list of pictures, or a list with one "
             "list for each row of text (`[]` for a row without pictures)."
         )
-    if nested and all(nested):
-        opened: list[list] = [[] for _ in images]
-        for row, entries in enumerate(images):
-            for index, entry in enumerate(entries):
-                opened[row] += _open(entry, f"Picture {index} of row {row}")
-        return opened
-    return [picture for index, entry in enumerate(images) for picture in _open(entry, f"Picture {index}")]
+    if not any(nested):
+        return [picture for name, entry in _named(images) for picture in _open(entry, name)]
+    rows: list[list] = [[] for _ in images]
+    for row, entries in enumerate(images):
+        for index, entry in enumerate(entries):
+            rows[row] += _open(entry, f"Picture {index} of row {row}")
+    return rows
 
 
 def _open(entry: Any, name: str) -> list:

@@ -310,7 +310,32 @@ def _check_overrides(config: PreTrainedConfig, fields: dict[str, Any], given: di
             )  # fmt: skip
 
 
+@contextmanager
+def building_part(key: str, config: PreTrainedConfig) -> Iterator[None]:
+    """Says what is wrong with a part whose config passes its own checks, and of which no model can be built."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{key} does not describe a {config.model_type!r} model ({type(error).__name__}: {error}). Expected the "
+            f"fields of transformers' {type(config).__name__}."
+        ) from error
+
+
+def check_head(text_config: PreTrainedConfig, head: Any) -> None:
+    """Raises a ValueError where the output projection of a language model's family is no linear layer."""
+    if not isinstance(head, torch.nn.Linear):
+        raise ValueError(
+            f"A {text_config.model_type} language model has no linear output projection (found "
+            f"{type(head).__name__}), so that it cannot be the language model here."
+        )
+
+
 __all__ = [
+    "check_head",
+    "building_part",
     "CONFIG_ERRORS", "check_config", "check_dtype", "check_part", "check_part_config", "check_ties", "config_fault",
     "config_from_dict", "reading_part",
 ]  # fmt: skip
