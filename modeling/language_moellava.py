@@ -54,6 +54,3 @@ def apply_head(head: nn.Module, hidden_states: torch.Tensor, text_config: PreTra
     if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
         logits = torch.tanh(logits / cap) * cap
     return logits
-
-
-__all__ = ["apply_head", "build_head", "native_causal_lm"]

@@ -848,7 +848,7 @@ def test_layers_and_tokens_are_chosen_as_of_any_tower():
         config = small_config(encoder_type="layers", vision_config=MoellavaEncoderConfig(), **settings)
         model = MoellavaForCausalLM(config)
         nn.init.constant_(model.model.vision_tower.embed.weight, 0.01)
-        features = model.model.encoder.features(model.model.vision_tower, PIXELS)
+        features = model.model.encoder.encode(model.model.vision_tower, PIXELS).last_hidden_state
         assert features.shape[1:] == (model.model.encoder.num_selected_tokens, model.model.encoder.feature_size)
         assert config.image_seq_length == features.shape[1]
         with torch.no_grad():
@@ -938,7 +938,7 @@ def test_an_encoder_around_a_backbone_computes_what_the_backbone_does(parts, use
     model = assemble(parts, None, custom_vision_config=vision)
     with torch.no_grad():
         hidden_states = AutoModel.from_pretrained(folder)(PIXELS, output_hidden_states=True).hidden_states
-        features = model.model.encoder.features(model.model.vision_tower, PIXELS)
+        features = model.model.encoder.encode(model.model.vision_tower, PIXELS).last_hidden_state
     prefix = 1 + AutoConfig.from_pretrained(folder).num_register_tokens
     assert torch.equal(features, torch.stack(hidden_states[-3:]).mean(dim=0)[:, prefix:])
     assert folder not in model.config.vision_config.to_json_string()
@@ -978,7 +978,7 @@ def test_the_older_example_computes_what_its_backbone_does(parts, user):
     backbone = AutoModel.from_pretrained(folder)
     with torch.no_grad():
         expected = backbone(PIXELS, output_hidden_states=True).hidden_states[-2][:, 1:]
-        features = model.model.encoder.features(model.model.vision_tower, PIXELS)
+        features = model.model.encoder.encode(model.model.vision_tower, PIXELS).last_hidden_state
     assert torch.equal(features, expected)
     tower = model.model.vision_tower
     assert isinstance(tower.model, Dinov2Model) and tower.model_name_or_path == "" and tower.is_loaded
@@ -1012,7 +1012,7 @@ def test_an_older_class_chooses_by_its_config(parts, user):
             custom_vision_config={"factor": 2.0},
         )  # fmt: skip
         with torch.no_grad():
-            features = model.model.encoder.features(model.model.vision_tower, PIXELS)
+            features = model.model.encoder.encode(model.model.vision_tower, PIXELS).last_hidden_state
         assert torch.equal(features, hidden_states[-3][:, chosen] * 3)  # load_model counted the factor up
 
 

@@ -822,7 +822,8 @@ def features(name, **options):
     options |= {{"encoder_type": "older_shape", "mm_vision_tower": name}}
     model = load_pretrained_model({language!r}, device="cpu", **options).model
     with torch.no_grad():
-        return model.model.encoder.features(model.model.vision_tower, torch.ones(1, 3, 32, 32))[0, 0, :9].tolist()
+        encoded = model.model.encoder.encode(model.model.vision_tower, torch.ones(1, 3, 32, 32))
+        return encoded.last_hidden_state[0, 0, :9].tolist()
 
 
 result = {{

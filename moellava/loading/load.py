@@ -13,7 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..authoring.load_request import LoadRequest, is_user_encoder, read_request
 from ..authoring.older_names import canonical_projector, stacked_projector
-from ..authoring.plain_values import plain_value
+from ..authoring.part_fields import check_fields, plain_value
 from ..building.assembling import assemble, with_projector_provenance, with_tower_provenance
 from ..building.build import build
 from ..building.dense_to_sparse import upcycled, with_moe_changes
@@ -361,7 +361,7 @@ def _changed_projector(config: MoellavaConfig, request: LoadRequest) -> dict[str
         if all(own.get(name) == value for name, value in asked.items()):
             return None
         asked = own | asked
-    PROJECTORS.check_fields(asked["type"], [name for name in asked if name != "type"])
+    check_fields(PROJECTORS, asked["type"], [name for name in asked if name != "type"])
     return asked
 
 
