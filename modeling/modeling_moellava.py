@@ -205,10 +205,9 @@ class MoellavaPreTrainedModel(*_QUANTISED, PreTrainedModel):
         kept, the weights of another `variant` included.
 
         Raises:
-            NotADirectoryError: `save_directory` is a file.
             OSError: The folder, or the disk that it is on, cannot be written to.
-            ValueError: A part of the model's author's own is defined where it cannot travel; or the config has been
-                set to what cannot be loaded, or to what the processor does not fit.
+            ValueError: A user's part is defined where it cannot travel; or the config has been set to what cannot be
+                loaded, or to what the processor does not fit.
         """
         self.config.check()
         is_main_process = is_main_process and not (dist.is_available() and dist.is_initialized() and dist.get_rank())
@@ -642,11 +641,7 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
 
 
 def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """The cache of a pass, by whichever of its names it was given.
-
-    Raises:
-        ValueError: By both.
-    """
+    """The cache of a pass, by whichever of its names it was given; raises a ValueError for both."""
     if past_key_values is not None and cache is not None:
         raise ValueError("Give only one of past_key_values and cache: they are two names of one argument.")
     return past_key_values if cache is None else cache

@@ -103,11 +103,7 @@ def detect_encoder_type(model_type: str) -> str:
 
 
 def encoder_for(config) -> Any:
-    """Returns the `VisionEncoder` of a `MoellavaConfig`, checked.
-
-    Raises:
-        ValueError: The encoder is unknown, or cannot do what the config asks for.
-    """
+    """Returns the `VisionEncoder` of a `MoellavaConfig`; raises a ValueError for an unknown one."""
     name = config.encoder_type or detect_encoder_type(config.vision_config.model_type)
     answer = ENCODERS.answer(name)
     return answer(config, name, ENCODERS[name]) if ENCODERS.is_by_user(name) else answer(config)

@@ -93,14 +93,8 @@ class VisionEncoder:
 
     @property
     def native_image_size(self) -> int:
-        """The side in pixels of the square pictures that the tower was made for.
-
-        Raises:
-            ValueError: Its config and the model's do not tell one, or tell one that is not square.
-        """
-        size = getattr(self.vision_config, "image_size", None)
-        if size is None:
-            size = self._image_size
+        """The side in pixels of the square pictures that the tower was made for."""
+        size = getattr(self.vision_config, "image_size", None) or self._image_size
         if size is None:
             raise ValueError(f"A {self.tower_name} tower does not tell its picture size: give image_size.")
         return self._side(size, "image_size")
@@ -112,11 +106,7 @@ class VisionEncoder:
 
     @property
     def patch_size(self) -> int:
-        """The side of a patch in pixels.
-
-        Raises:
-            ValueError: Patches are not square.
-        """
+        """The side of a patch in pixels."""
         return self._side(self.vision_config.patch_size, "patch_size")
 
     def _side(self, size: int | list[int] | tuple[int, ...], name: str) -> int:
