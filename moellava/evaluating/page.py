@@ -113,6 +113,7 @@ def _thumbnail(picture: Any) -> str | None:
     except FileNotFoundError:
         return None
     small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), PIL.Image.Resampling.LANCZOS)
+    small.info.clear()  # a comment in the file would be kept
     file = io.BytesIO()
     small.save(file, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
