@@ -15,7 +15,7 @@ from ..loading import LoadedModel, load_pretrained_model
 from ..request import read_request
 from ..sources import Source
 from .answering import answer_questions
-from .questions import Unusable, read_questions
+from .questions import QuestionSet, Unusable, read_questions
 from .report import EvaluationReport, ScoredAnswer
 
 
@@ -128,7 +128,16 @@ def evaluate(
             **({"as_written": True} if as_written else {}),
         },
         seconds=seconds,
+        places=_places(questions),
     )
+
+
+def _places(questions: QuestionSet) -> list[str]:
+    """Returns the folders that pictures lie in."""
+    paths = [picture for question in questions.questions for picture in question.pictures]
+    folders = {os.path.dirname(path) for path in paths if isinstance(path, str | os.PathLike) and os.path.isabs(path)}
+    common = os.path.commonpath(folders) if folders else ""
+    return [questions.folder, *([common] if len(common) > 1 else [])]
 
 
 def _check_answers(checkpoint: str | os.PathLike, options: Mapping[str, Any]) -> None:

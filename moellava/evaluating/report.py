@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..configuration.configuration_moellava import public_name
+from ..origins import without_places
 from .questions import Question, Unusable
 from .scoring import CLOSED, Metric, mean_scores, score
 
@@ -77,6 +79,7 @@ class EvaluationReport:
         num_rows (`int`): How many rows were read.
         settings (`dict`): What else decides the answers: `max_new_tokens`, `batch_size`, `dtype`, `device`.
         seconds (`float`): How long the answers took.
+        places (`list[str]`): The folders of pictures, which are left out of paths in what is written.
         metrics (`dict[str, Metric]`): The metrics by name; those of a kind of question that is not there are left out.
     """
 
@@ -87,6 +90,7 @@ class EvaluationReport:
     num_rows: int
     settings: dict[str, Any]
     seconds: float
+    places: list[str] = field(default_factory=list)
     metrics: dict[str, Metric] = field(init=False)
 
     def __post_init__(self):
@@ -103,9 +107,9 @@ class EvaluationReport:
         return sum(answer.cut_off for answer in self.answers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns everything as plain values, for JSON."""
-        return {
-            "checkpoint": self.checkpoint,
+        """Returns everything as plain values, for JSON; of paths on this machine, their ends."""
+        fields = {
+            "checkpoint": public_name(self.checkpoint),
             "dataset": self.dataset,
             "metrics": {name: _rounded(dataclasses.asdict(metric)) for name, metric in self.metrics.items()},
             "num_rows": self.num_rows,
@@ -116,6 +120,7 @@ class EvaluationReport:
             "unusable": [dataclasses.asdict(row) for row in self.unusable],
             "rows": [answer.to_dict() for answer in self.answers],
         }
+        return without_places(fields, self.places)
 
     def for_card(self) -> list[dict[str, Any]]:
         """Returns the metrics for a model card: `dataset`, `metric` (a title) and `value`; also `low`, `high`, `n`."""

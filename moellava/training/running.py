@@ -18,10 +18,10 @@ from ..configuration import MoellavaConfig
 from ..json_files import write_json_object
 from ..loading import context_length, load_pretrained_model
 from ..lora import merge_adapter
-from ..origins import folder_name, with_training
+from ..origins import folder_name, with_training, without_places
 from ..request import read_request
 from ..sources import Source
-from ..stored_dtypes import frozen_as_loaded
+from ..stored_dtypes import frozen_as_loaded, frozen_dtypes
 from .adapters import put_adapters
 from .checkpoints import last_checkpoint
 from .data import Collator, Examples, StreamedExamples, log_overlap, log_problems, processor_and_context
@@ -144,7 +144,7 @@ def _train(plan: Recipe) -> TrainingReport:
     reports: list[StageReport] = []
     for stage in plan.stages:
         if stage.name not in opened:
-            reports.append(StageReport(**json.loads(_done(plan, stage).read_text(encoding="utf-8"))))
+            reports.append(_read_report(plan.output_dir / stage.name))
             logger.info("stage %s is complete already: %s", stage.name, reports[-1].checkpoint)
         else:
             model = _load(stage, source, stage.training_arguments(plan.output_dir))
@@ -173,6 +173,21 @@ def _logging_once() -> Iterator[None]:
 
 def _done(plan: Recipe, stage: Stage) -> Path:
     return plan.output_dir / stage.name / _STAGE_REPORT
+
+
+def _read_report(folder: Path) -> StageReport:
+    """Reads what a stage has written, whose places are told from its folder on."""
+    fields = json.loads((folder / _STAGE_REPORT).read_text(encoding="utf-8"))
+    return StageReport(**fields | {"folder": str(folder), "checkpoint": str(folder / fields["checkpoint"])})
+
+
+def _write_data_report(stage: Stage, examples: Any, folder: Path) -> None:
+    write_json_object(folder / _DATA_REPORT, without_places(examples.report.to_dict(), _places(stage)))
+
+
+def _places(stage: Stage) -> list[Any]:
+    data = [given for given in (stage.data, stage.eval_data) if isinstance(given, str | os.PathLike)]
+    return [stage.image_folder, *(os.path.dirname(path) for path in data)]
 
 
 def _is_own(source: Any) -> bool:
@@ -240,7 +255,7 @@ def _run(stage: Stage, model: Any, train_data: Any, eval_data: Any, folder: Path
     writes = PartialState().is_main_process
     folder.mkdir(parents=True, exist_ok=True)
     if writes and isinstance(train_data, Examples):
-        train_data.report.save(folder / _DATA_REPORT)
+        _write_data_report(stage, train_data, folder)
     reach: dict[str, Any] = {}
     base = model
     if stage.lora is not None:
@@ -283,7 +298,7 @@ def _run(stage: Stage, model: Any, train_data: Any, eval_data: Any, folder: Path
     )
     if isinstance(train_data, StreamedExamples):
         if writes:
-            train_data.report.save(folder / _DATA_REPORT)
+            _write_data_report(stage, train_data, folder)
         log_problems(train_data.report, f"the stage {stage.name}")
     report = StageReport(
         stage=stage.stage,
@@ -297,7 +312,8 @@ def _run(stage: Stage, model: Any, train_data: Any, eval_data: Any, folder: Path
         adapters={part: dataclasses.asdict(found) for part, found in reach.items()},
     )
     if writes:
-        write_json_object(folder / _STAGE_REPORT, dataclasses.asdict(report))
+        fields = dataclasses.asdict(report) | {"folder": ".", "checkpoint": Path(report.checkpoint).name}
+        write_json_object(folder / _STAGE_REPORT, without_places(fields, _places(stage)))
     PartialState().wait_for_everyone()  # the next stage reads what this one has made
     return report
 
@@ -349,10 +365,13 @@ def _save(trainer: MoellavaTrainer, stage: Stage, folder: Path) -> Path:
     if not PartialState().is_main_process:
         return folder / _MODEL
     processor = trainer.model.processor
-    merged = merge_adapter(trainer.accelerator.unwrap_model(trainer.model))
+    adapted = trainer.accelerator.unwrap_model(trainer.model)
+    # The base's dtypes, of which the sum has no sign any more; a dtype that was asked for is kept.
+    dtypes = {} if stage.dtype else frozen_dtypes(adapted)
+    merged = merge_adapter(adapted)
     merged.processor = processor
     # What is quantised is stored in a way of its own.
-    weights = None if getattr(merged, "hf_quantizer", None) else frozen_as_loaded(merged, merged.state_dict())
+    weights = None if getattr(merged, "hf_quantizer", None) else frozen_as_loaded(merged, merged.state_dict(), dtypes)
     merged.save_pretrained(folder / _MODEL, state_dict=weights)
     return folder / _MODEL
 

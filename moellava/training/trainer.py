@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ..configuration.configuration_moellava import public_name
+from ..json_files import read_json_object
 from ..stored_dtypes import frozen_as_loaded
 from .checkpoints import check_adapter, check_restored, restore
 from .parts import PartNames, by_part
@@ -131,6 +134,16 @@ def _kept(logits: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Te
 def _share(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
     """The share of the learnt tokens of a whole batch that a part of it has."""
     return (labels[..., 1:] != -100).sum() / num_items_in_batch
+
+
+def _without_place_of_base(adapter: Path) -> None:
+    """Leaves of the base's path, which PEFT writes into an adapter's config and card, the last part."""
+    config = adapter / "adapter_config.json"
+    base = read_json_object(config).get("base_model_name_or_path") if config.is_file() else None
+    name = public_name(base)
+    for path in (config, adapter / "README.md"):
+        if name != base and path.is_file():
+            path.write_text(path.read_text(encoding="utf-8").replace(base, name), encoding="utf-8")
 
 
 class MoellavaTrainer(Trainer):
@@ -296,6 +309,8 @@ class MoellavaTrainer(Trainer):
         if isinstance(model, PreTrainedModel) and not special:
             state_dict = frozen_as_loaded(model, model.state_dict() if state_dict is None else state_dict)
         super()._save(output_dir, state_dict=state_dict)
+        if not isinstance(model, PreTrainedModel):
+            _without_place_of_base(Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load = partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
