@@ -126,10 +126,20 @@ def evaluate(
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
             **({"as_written": True} if as_written else {}),
+            **_capacity(model.config),
         },
         seconds=seconds,
         places=_places(questions),
     )
+
+
+def _capacity(config: MoellavaConfig) -> dict[str, Any]:
+    """Says where experts take a limited number of tokens, and so drop some, and what that number is counted over."""
+    moe = config.moe_config
+    if moe is None or moe.eval_capacity_factor is None:
+        return {}
+    over = "row" if moe.eval_capacity_per_row else "batch"
+    return {"eval_capacity_factor": moe.eval_capacity_factor, "eval_capacity_over": over}
 
 
 def _places(questions: QuestionSet) -> list[str]:

@@ -77,7 +77,8 @@ class EvaluationReport:
         answers (`list[ScoredAnswer]`): Every question with its answer, in the order of the rows.
         unusable (`list[Unusable]`): Rows that could not be evaluated, with the reason; in no metric.
         num_rows (`int`): How many rows were read.
-        settings (`dict`): What else decides the answers: `max_new_tokens`, `batch_size`, `dtype`, `device`.
+        settings (`dict`): What else decides the answers: `max_new_tokens`, `batch_size`, `dtype`, `device`;
+            where the experts' capacity is limited, `eval_capacity_factor` and `eval_capacity_over` (`"row"`, `"batch"`).
         seconds (`float`): How long the answers took.
         places (`list[str]`): The folders of pictures, which are left out of paths in what is written.
         metrics (`dict[str, Metric]`): The metrics by name; those of a kind of question that is not there are left out.
@@ -138,6 +139,13 @@ class EvaluationReport:
             f"{metric.n} {metric.kind})"
             for name, metric in self.metrics.items()
         ]
+        if "eval_capacity_factor" in self.settings:
+            over = self.settings["eval_capacity_over"]
+            depends = ", so answers depend on the batch size" if over == "batch" else ""
+            lines.append(
+                f"The experts' capacity was limited (eval_capacity_factor {self.settings['eval_capacity_factor']}), "
+                f"counted per {over}{depends}."
+            )
         if self.num_cut_off:
             limit = self.settings["max_new_tokens"]
             lines.append(f"{self.num_cut_off} of {len(self.answers)} answers were cut off after {limit} tokens.")
