@@ -299,8 +299,11 @@ def channel_axis(shape: tuple[int, ...], name: str, input_data_format: str | Non
 def _read_file(path: str, name: str) -> bytes:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{name}: there is no file {path!r}.")
-    with open(path, "rb") as file:
-        return _read(file)
+    try:
+        with open(path, "rb") as file:
+            return _read(file)
+    except OSError as error:  # a disk, rights, or one of the system's own files
+        raise ValueError(f"{name} ({path!r}) cannot be read: {type(error).__name__}: {error.strerror}.") from error
 
 
 def _fetch(url: str, name: str) -> bytes:

@@ -350,6 +350,17 @@ def test_a_damaged_tokenizer(without_weights, file):
         load(without_weights["lm"], mm_vision_tower=without_weights["clip"])
 
 
+@pytest.mark.parametrize("limit", ["abc", [3], True, -5, 0])
+@pytest.mark.parametrize("part", ["lm", "model"])
+def test_a_length_that_is_none(without_weights, part, limit):
+    path = without_weights[part] / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": limit}))
+    with pytest.raises(
+        ValueError, match=r"has model_max_length .*; expected a number of tokens, or take the field out"
+    ):
+        load(without_weights[part], **({"mm_vision_tower": without_weights["clip"]} if part == "lm" else {}))
+
+
 def test_a_language_model_without_a_tokenizer(without_weights):
     for path in without_weights["lm"].glob("token*"):
         path.unlink()

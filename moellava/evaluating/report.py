@@ -78,7 +78,8 @@ class EvaluationReport:
         unusable (`list[Unusable]`): Rows that could not be evaluated, with the reason; in no metric.
         num_rows (`int`): How many rows were read.
         settings (`dict`): What else decides the answers: `max_new_tokens`, `batch_size`, `dtype`, `device`;
-            where the experts' capacity is limited, `eval_capacity_factor` and `eval_capacity_over` (`"row"`, `"batch"`).
+            of experts with a limited capacity also `eval_capacity_factor` and `eval_capacity_over`, `"row"` or
+            `"batch"`.
         seconds (`float`): How long the answers took.
         places (`list[str]`): The folders of pictures, which are left out of paths in what is written.
         metrics (`dict[str, Metric]`): The metrics by name; those of a kind of question that is not there are left out.

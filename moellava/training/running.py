@@ -18,6 +18,7 @@ from ..configuration import MoellavaConfig
 from ..json_files import write_json_object
 from ..loading import context_length, load_pretrained_model
 from ..lora import merge_adapter
+from ..modeling import MoellavaForCausalLM
 from ..origins import folder_name, with_training, without_places
 from ..request import read_request
 from ..sources import Source
@@ -266,6 +267,12 @@ def _run(stage: Stage, model: Any, train_data: Any, eval_data: Any, folder: Path
     trained = trained_parameters(model)
     for part, counts in trained.items():
         logger.info("%s: %s of %s parameters are trained", part, f"{counts['trained']:,}", f"{counts['parameters']:,}")
+    untrained = [part for part in base.config.untrained_parts or () if not trained.get(part, {}).get("trained")]
+    if untrained:
+        logger.warning(
+            "Never trained, and not trained by the stage %s either: %s. The weights are random, so answers about "
+            "images stay meaningless.", stage.name, " and ".join(untrained),
+        )  # fmt: skip
     if arguments.ddp_find_unused_parameters is None:
         arguments.ddp_find_unused_parameters = may_be_unused(model)
     callbacks = []
@@ -308,12 +315,12 @@ def _run(stage: Stage, model: Any, train_data: Any, eval_data: Any, folder: Path
         seconds=round(result.metrics["train_runtime"], 1),
         log=trainer.state.log_history,
         trained=trained,
-        data=train_data.report.to_dict(),
+        data=without_places(train_data.report.to_dict(), _places(stage)),
         adapters={part: dataclasses.asdict(found) for part, found in reach.items()},
     )
     if writes:
         fields = dataclasses.asdict(report) | {"folder": ".", "checkpoint": Path(report.checkpoint).name}
-        write_json_object(folder / _STAGE_REPORT, without_places(fields, _places(stage)))
+        write_json_object(folder / _STAGE_REPORT, fields)
     PartialState().wait_for_everyone()  # the next stage reads what this one has made
     return report
 
@@ -331,7 +338,16 @@ def _load(stage: Stage, source: Any, arguments: TrainingArguments) -> Any:
         options["image_aspect_ratio"] = stage.image_aspect_ratio
     if stage.stage == "moe" and (stage.moe is not None or not _is_sparse(source)):
         options["moe_config"] = stage.moe or {}
-    return load_pretrained_model(source, **options).model
+    library = logging.getLogger(MoellavaForCausalLM.__module__)
+    library.addFilter(_is_not_about_untrained_parts)  # `_run` says which stay so
+    try:
+        return load_pretrained_model(source, **options).model
+    finally:
+        library.removeFilter(_is_not_about_untrained_parts)
+
+
+def _is_not_about_untrained_parts(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Never trained")
 
 
 def _is_sparse(source: Any) -> bool:
