@@ -7,10 +7,13 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from parts import picture
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from moellava import load_pretrained_model
+from moellava.cli import app
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -236,3 +239,23 @@ def test_an_adapter_of_another_size_is_an_error(parts, loaded, tmp_path):
     save_file({name: tensor[:1] for name, tensor in tensors.items()}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="does not fit the model"):
         loaded(tmp_path, language)
+
+
+def test_asking_with_an_adapter_of_a_saved_model(parts, tmp_path):
+    language = parts.language_model("llama")
+    adapter_of(language, tmp_path / "lora", target_modules="all-linear")
+    whole = load_pretrained_model(language, mm_vision_tower=parts.vision_tower("clip"), device="cpu").model
+    whole.save_pretrained(tmp_path / "model")
+    picture(1).save(tmp_path / "scan.png")
+
+    def ask(*options):
+        asked = CliRunner().invoke(app, ["ask", *map(str, options), "--device", "cpu", "--max-new-tokens", "8"])
+        assert asked.exit_code == 0, asked.output
+        return asked.stdout
+
+    question = (tmp_path / "scan.png", "What is shown?")
+    adapted = ask(tmp_path / "lora", *question, "--model-base", tmp_path / "model")
+    load_pretrained_model(tmp_path / "lora", model_base=tmp_path / "model", device="cpu").model.save_pretrained(
+        tmp_path / "merged"
+    )
+    assert adapted == ask(tmp_path / "merged", *question) != ask(tmp_path / "model", *question)
