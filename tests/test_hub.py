@@ -5,12 +5,14 @@ A process costs seconds, so each of the few here does many things and prints wha
 that, and at what the server holds.
 """
 
+import io
 import json
 import shutil
 import textwrap
 import threading
 from pathlib import Path
 
+import PIL.Image
 import pytest
 from hub_server import OWNER_TOKEN, READER_TOKEN, Blob, Fault, HubServer, Repository
 from huggingface_hub import save_torch_state_dict
@@ -56,7 +58,9 @@ def checkpoint(parts, tmp_path_factory) -> Path:
     (folder / "README.md").write_text(CARD)
     (folder / "pictures").mkdir()
     for name in ("shown.png", "too.png", "other.png"):
-        picture(1).save(folder / "pictures" / name)
+        exif = PIL.Image.Exif()
+        exif[0x013B] = "PRIVATE"  # the artist
+        picture(1).save(folder / "pictures" / name, exif=exif)
     (folder / "runs" / "first").mkdir(parents=True)
     for name in (*(name for name in STRAY if "/" not in name), "runs/first/events", "runs/first/config.json"):
         (folder / name).write_text("not part of it")
@@ -216,7 +220,11 @@ def test_a_push_is_one_commit_of_the_checkpoint_and_of_nothing_else(pushed, serv
     assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= set(commit.files)
     assert {"README.md", "pictures/shown.png", "pictures/too.png", "moellava_entry.py"} <= set(commit.files)
     assert set(first["left_out"]) == {*STRAY, "runs/"}
-    for name in set(first["files"]) - {"README.md"}:
+    for name in ("pictures/shown.png", "pictures/too.png"):
+        sent = PIL.Image.open(io.BytesIO(commit.files[name].content))
+        assert not sent.getexif() and sent.tobytes() == picture(1).tobytes()
+        assert b"PRIVATE" in (checkpoint / name).read_bytes()  # nothing is changed in the folder
+    for name in set(first["files"]) - {"README.md", "pictures/shown.png", "pictures/too.png"}:
         assert commit.files[name].content == (checkpoint / name).read_bytes(), name
 
 

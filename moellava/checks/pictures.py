@@ -200,7 +200,7 @@ def _read_file(path: str, name: str) -> bytes:
         with open(path, "rb") as file:
             return _read(file)
     except OSError as error:
-        raise ValueError(f"{name} ({path!r}) cannot be read: {error}.") from error
+        raise ValueError(f"{name} ({path!r}) cannot be read: {type(error).__name__}: {error.strerror}.") from error
 
 
 def _fetch(url: str, name: str) -> bytes:

@@ -15,7 +15,7 @@ from ..converting import is_older
 from ..loading import LoadedModel, load_pretrained_model
 from ..reading.sources import Source
 from .answering import answer_questions
-from .questions import Unusable, read_questions
+from .questions import QuestionSet, Unusable, read_questions
 from .report import EvaluationReport
 from .scored import ScoredAnswer
 
@@ -127,9 +127,28 @@ def evaluate(
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
             **({"as_written": True} if as_written else {}),
+            **_capacity(model.config),
         },
         seconds=seconds,
+        places=_places(questions),
     )
+
+
+def _capacity(config: MoellavaConfig) -> dict[str, Any]:
+    """Says where experts take a limited number of tokens, and so drop some, and what that number is counted over."""
+    moe = config.moe_config
+    if moe is None or moe.eval_capacity_factor is None:
+        return {}
+    over = "row" if moe.eval_capacity_per_row else "batch"
+    return {"eval_capacity_factor": moe.eval_capacity_factor, "eval_capacity_over": over}
+
+
+def _places(questions: QuestionSet) -> list[str]:
+    """Returns the folders that pictures lie in."""
+    paths = [picture for question in questions.questions for picture in question.pictures]
+    folders = {os.path.dirname(path) for path in paths if isinstance(path, str | os.PathLike) and os.path.isabs(path)}
+    common = os.path.commonpath(folders) if folders else ""
+    return [questions.folder, *([common] if len(common) > 1 else [])]
 
 
 def _check_answers(checkpoint: str | os.PathLike, options: Mapping[str, Any]) -> None:

@@ -391,7 +391,7 @@ def _load_adapter(request: LoadRequest, placement: Any) -> Any:
     tensors = dict(read_tensors(weights))
     base = _load(dataclasses.replace(request, model_path=request.model_base, model_base=None), placement)
     processor = base.processor
-    model = put_adapter(base, adapter, tensors, request.model_options.get("offload_folder"))
+    model = put_adapter(base, adapter, tensors, request.options["merge"])
     if base.config.untrained_parts is not None:
         adapted = [name for name, _ in model.named_parameters() if "lora_" in name or "modules_to_save" in name]
         base.config.untrained_parts = [
