@@ -216,8 +216,8 @@ from moellava import (
     register_projector as part,  # renamed
     MoellavaConfig,
 )
-from moellava.modeling.projectors_moellava import MlpProjector
-import moellava.modeling.projectors_moellava as built_in
+from moellava.parts.mlp_projector_moellava import MlpProjector
+import moellava.parts.mlp_projector_moellava as built_in
 
 from . import helpers
 from .helpers import (
