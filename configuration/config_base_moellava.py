@@ -3,7 +3,6 @@
 
 import copy
 import difflib
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,57 +12,28 @@ from transformers import PreTrainedConfig
 
 # Fields without a declaration of ours that transformers and its trainers pass to a config or set on one.
 LIBRARY_FIELDS = frozenset(
-    {
-        "_attn_implementation_internal",
-        "_commit_hash",
-        "_experts_implementation_internal",
-        "_name_or_path",
-        "attn_implementation",
-        "auto_map",
-        "bos_token_id",
-        "distributed_config",
-        "eos_token_id",
-        "experts_implementation",
-        "fusion_config",
-        "model_type",
-        "name_or_path",
-        "num_labels",
-        "output_attentions",
-        "pad_token_id",
-        "quantization_config",
-        "tie_last_hidden_states",
-        "torch_dtype",
-        "transformers_weights",
+    (
+        "_attn_implementation_internal", "_commit_hash", "_experts_implementation_internal", "_name_or_path",
+        "attn_implementation", "auto_map", "bos_token_id", "distributed_config", "eos_token_id",
+        "experts_implementation", "fusion_config", "model_type", "name_or_path", "num_labels", "output_attentions",
+        "pad_token_id", "quantization_config", "tie_last_hidden_states", "torch_dtype", "transformers_weights",
         "use_cache",
-    }
-)
-
+    )
+)  # fmt: skip
 # Keys that a part's config may carry and that are data of somebody else's process: never acted on, never passed on.
 FOREIGN_KEYS = (
-    "_attn_implementation",
-    "_attn_implementation_internal",
-    "_commit_hash",
-    "_experts_implementation",
-    "_experts_implementation_internal",
-    "_name_or_path",
-    "attn_implementation",
-    "auto_map",
-    "experts_implementation",
-    "name_or_path",
-    "transformers_version",
-    "trust_remote_code",
-)
-
-# What config classes of transformers raise on fields that make no sense.
-CONFIG_ERRORS = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
+    "_attn_implementation", "_attn_implementation_internal", "_commit_hash", "_experts_implementation",
+    "_experts_implementation_internal", "_name_or_path", "attn_implementation", "auto_map", "experts_implementation",
+    "name_or_path", "transformers_version", "trust_remote_code",
+)  # fmt: skip
+# What serving engines, and TRL, ask a language model's config about its experts.
+EXPERT_COUNTS = ("num_experts", "num_experts_per_tok")
+ROUTER_LOSS = ("output_router_logits", "router_aux_loss_coef")
+# The values of fields that take one of a few words.
+CHOICES = {
+    "image_aspect_ratio": ("pad", "square"),
+    "vision_feature_select_strategy": ("default", "patch", "cls", "full"),
+}
 
 
 class WithValueErrors(type):
@@ -76,21 +46,14 @@ class WithValueErrors(type):
             raise ValueError(f"{cls.__name__}: {error.__cause__ or error}") from error
 
 
-def config_fault(error: Exception) -> str:
-    """Returns what an error of a config class says is wrong."""
-    reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-    return f"{type(reason).__name__}: {reason}"
-
-
 def split_library_fields(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits what a config is made with into the fields that every config has, and the rest.
+    """Splits what a sub-config is made with into what every config has (labels, dtype and so on), and the rest.
 
-    A sub-config is written with those (labels, dtype and so on). The foreign keys are left out.
+    The foreign keys are left out.
     """
-    library = {key: value for key, value in kwargs.items() if key in LIBRARY_FIELDS and key not in FOREIGN_KEYS}
-    return library, {
-        key: value for key, value in kwargs.items() if key not in LIBRARY_FIELDS and key not in FOREIGN_KEYS
-    }
+    kept = {key: value for key, value in kwargs.items() if key not in FOREIGN_KEYS}
+    library = {key: kept.pop(key) for key in list(kept) if key in LIBRARY_FIELDS}
+    return library, kept
 
 
 def known_names(name: object, known: Iterable[str]) -> str:
@@ -101,38 +64,11 @@ def known_names(name: object, known: Iterable[str]) -> str:
     return f"{suggestion} Known: {', '.join(known) or 'none'}."
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raises a ValueError unless a field's value is one of the words that it takes."""
-    if value not in choices:
-        raise ValueError(f"Unknown {name} {value!r}{known_names(value, choices)}")
-
-
-def plain_value(value: Any, owner: str) -> Any:
-    """Returns a field's value as it comes back from `config.json`, so that a part is built alike before and after.
-
-    A config of transformers becomes a dictionary, without the keys that name other files or processes.
-
-    Raises:
-        ValueError: `config.json` cannot hold the value.
-    """
-    if hasattr(value, "to_dict"):
-        value = value.to_dict()
-    try:
-        return _without_foreign_keys(json.loads(json.dumps(value)))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{owner} is a {type(value).__name__}, which config.json cannot hold ({error}). Expected a number, a "
-            "string, a truth value, None, or lists and dictionaries of these."
-        ) from error
-
-
-def _without_foreign_keys(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_without_foreign_keys(entry) for entry in value]
-    if not isinstance(value, dict):
-        return value
-    foreign = FOREIGN_KEYS if "model_type" in value else ()
-    return {key: _without_foreign_keys(entry) for key, entry in value.items() if key not in foreign}
+def check_choice(name: str, value: Any) -> Any:
+    """Returns a field's value if it is one of the words that it takes; raises a ValueError otherwise."""
+    if value not in CHOICES[name]:
+        raise ValueError(f"Unknown {name} {value!r}{known_names(value, CHOICES[name])}")
+    return value
 
 
 def own_config(key: str, given: dict | PreTrainedConfig | None, config_class: type) -> PreTrainedConfig:
@@ -148,14 +84,6 @@ def own_config(key: str, given: dict | PreTrainedConfig | None, config_class: ty
 
 
 __all__ = [
-    "CONFIG_ERRORS",
-    "FOREIGN_KEYS",
-    "LIBRARY_FIELDS",
-    "WithValueErrors",
-    "check_choice",
-    "config_fault",
-    "known_names",
-    "own_config",
-    "plain_value",
-    "split_library_fields",
-]
+    "CHOICES", "EXPERT_COUNTS", "FOREIGN_KEYS", "LIBRARY_FIELDS", "ROUTER_LOSS", "WithValueErrors", "check_choice",
+    "known_names", "own_config", "split_library_fields",
+]  # fmt: skip

@@ -7,52 +7,31 @@ without any other file.
 """
 
 import copy
-import math
 import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig, __version__
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import logging
 
 from .config_base_moellava import (
-    CONFIG_ERRORS,
+    CHOICES,
+    EXPERT_COUNTS,
     FOREIGN_KEYS,
-    LIBRARY_FIELDS,
+    ROUTER_LOSS,
     WithValueErrors,
     check_choice,
-    config_fault,
     own_config,
     split_library_fields,
 )
 from .tools_moellava import AUTO_MAP, tools
 
 
-logger = logging.get_logger(__name__)
-
-
-# What serving engines ask a language model's config about its experts.
-EXPERT_COUNTS = ("num_experts", "num_experts_per_tok")
-ROUTER_LOSS = ("output_router_logits", "router_aux_loss_coef")
-
-# The values of fields that take one of a few words.
-CHOICES = {
-    "image_aspect_ratio": ("pad", "square"),
-    "vision_feature_select_strategy": ("default", "patch", "cls", "full"),
-}
-
 _DEFAULT_TEXT = {"model_type": "llama", "vocab_size": 32064}
 _DEFAULT_VISION = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "projection_dim": 768,
-}
+    "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+    "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
+}  # fmt: skip
 
 
 @strict
@@ -182,15 +161,9 @@ class MoellavaConfig(PreTrainedConfig, metaclass=WithValueErrors):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        other_names = [key for key in kwargs if key not in LIBRARY_FIELDS and key not in FOREIGN_KEYS]
-        tools().take_other_names(self, {key: kwargs.pop(key) for key in other_names})
+        kwargs = tools().take_other_names(self, kwargs)
         self.text_config = part_config("text_config", self.text_config, _DEFAULT_TEXT)
         self.vision_config = part_config("vision_config", self.vision_config, _DEFAULT_VISION)
-        if not isinstance(getattr(self.text_config, "vocab_size", None), int):
-            raise ValueError(
-                f"text_config describes a {self.text_config.model_type!r} model, which has no vocabulary; expected the "
-                "config of a language model."
-            )
         self.projector_config = own_config("projector_config", self.projector_config, MoellavaProjectorConfig)
         for name in ("encoder_type", "parts", "vision_feature_select_strategy"):
             setattr(self, name, tools().canonical_value(name, getattr(self, name)))
@@ -199,33 +172,16 @@ class MoellavaConfig(PreTrainedConfig, metaclass=WithValueErrors):
 
             self.moe_config = own_config("moe_config", self.moe_config, optional("sparse").config_class)
             self.moe_config.resolve(self.text_config.num_hidden_layers)
-            self._tell_serving_engines()
+            self.moe_config.tell_serving_engines(self.text_config)
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
-        for name, choices in CHOICES.items():
-            check_choice(name, getattr(self, name), choices)
-        if self.image_size is not None and self.image_size < 1:
-            raise ValueError(
-                f"image_size is {self.image_size}; expected a number of pixels, or None for the tower's own."
-            )
+        for name in CHOICES:
+            check_choice(name, getattr(self, name))
         for key in FOREIGN_KEYS:
             if key not in ("attn_implementation", "experts_implementation", "name_or_path"):  # the caller's own word
                 kwargs.pop(key, None)
-        if not 0 < self.image_feature_scale < math.inf:
-            raise ValueError(f"image_feature_scale is {self.image_feature_scale}; expected a number above 0.")
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
         self._check_and_measure()
-
-    def _tell_serving_engines(self) -> None:
-        """Names the experts where vLLM looks for them, so that it runs and shards them by its own kernels.
-
-        It computes every expert as `down(silu(gate(x)) * up(x))`, whatever the config says, and looks at no other
-        activation. Experts of another form it runs as they are: they must not be announced.
-        """
-        text = self.text_config
-        if getattr(text, "hidden_act", None) == "silu" and not getattr(text, "mlp_bias", False):
-            for name in EXPERT_COUNTS:
-                setattr(text, name, getattr(self.moe_config, name))
 
     @classmethod
     def default_field_names(cls) -> list[str]:
@@ -242,11 +198,7 @@ class MoellavaConfig(PreTrainedConfig, metaclass=WithValueErrors):
         """
         written, names = self.to_dict(), self.default_field_names()
         again = type(self)(**{name: written[name] for name in names})
-        if self.tie_word_embeddings != again.tie_word_embeddings:
-            raise ValueError(
-                f"tie_word_embeddings is {self.tie_word_embeddings}, but text_config.tie_word_embeddings is "
-                f"{again.tie_word_embeddings}. They are one field: set both."
-            )
+        tools().check_ties(self, again)
         read = again.to_dict()
         for name in names:
             if written[name] != read[name] or isinstance(getattr(self, name), dict):
@@ -256,19 +208,8 @@ class MoellavaConfig(PreTrainedConfig, metaclass=WithValueErrors):
         """Checks that the parts fit together, and writes down what follows from them."""
         from ..parts.parts_moellava import encoder_for, projector_for  # late, as in `_projectors`
 
-        vocab_size = self.text_config.vocab_size
-        if not 0 <= self.image_token_id < vocab_size:
-            raise ValueError(
-                f"image_token_id is {self.image_token_id}, but the language model's vocabulary has {vocab_size} rows: "
-                f"expected 0 to {vocab_size - 1}. Add the token to the tokenizer and set text_config.vocab_size."
-            )
-        try:
-            encoder = encoder_for(self)
-        except (ArithmeticError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f"vision_config does not describe a {self.vision_config.model_type!r} tower that can be built "
-                f"({type(error).__name__}: {error}). Expected a config that transformers builds a vision model of."
-            ) from error
+        tools().check_config(self)
+        encoder = encoder_for(self)
         self.encoder_type = encoder.encoder_type
         projector = projector_for(self, encoder.feature_size)
         tokens = projector.num_output_tokens(encoder.num_selected_tokens)
@@ -288,16 +229,18 @@ class MoellavaConfig(PreTrainedConfig, metaclass=WithValueErrors):
     def _experts_implementation(self, value: str | dict | None):
         # transformers hands a plain name to every part, which towers and dense language models refuse. It is meant for
         # the sparse layers: ours, and those of a language model that is sparse by itself.
-        own = value.get("", getattr(self, "_experts_implementation", None)) if isinstance(value, dict) else value
-        self._experts_implementation_internal = own
+        if not isinstance(value, dict):
+            value = {"": value, "text_config": value} if self.is_natively_sparse else {"": value}
+        self._experts_implementation_internal = value.get("", getattr(self, "_experts_implementation", None))
         for key in self.sub_configs:
-            part = getattr(self, key, None)
-            if not isinstance(part, PreTrainedConfig):
-                continue
-            if isinstance(value, dict):
-                part._experts_implementation = value.get(key, getattr(part, "_experts_implementation", None))
-            elif key == "text_config" and self.moe_config is None and _is_sparse(part):
-                part._experts_implementation = value
+            if key in value and isinstance(getattr(self, key, None), PreTrainedConfig):
+                getattr(self, key)._experts_implementation = value[key]
+
+    @property
+    def is_natively_sparse(self) -> bool:
+        """Whether the language model is a mixture of experts by itself."""
+        text, names = getattr(self, "text_config", None), ("num_experts", "num_local_experts", "n_routed_experts")
+        return self.moe_config is None and any(isinstance(getattr(text, name, None), int) for name in names)
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         """The language model's config; arguments as in transformers."""
@@ -327,37 +270,9 @@ class MoellavaConfig(PreTrainedConfig, metaclass=WithValueErrors):
         return output
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        try:
-            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        except RecursionError as error:
-            raise ValueError(
-                f"The config.json of {pretrained_model_name_or_path} is nested too deeply to be read. Save or download "
-                "the model again."
-            ) from error
-
-    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """Makes a config of the fields of a file; arguments as in transformers. Fields among `kwargs` are laid over."""
-        config_dict = tools().checked_fields(config_dict)
-        given, kwargs = tools().canonical_overrides(cls, config_dict, kwargs)
-        # A file may carry what a trainer wrote on the config, or a field of a later version: kept where it can do no
-        # harm, and said. A field that a caller misspells is an error, in `__post_init__`.
-        fields = _laid_over(config_dict, given)
-        known = {*cls.__dataclass_fields__, *LIBRARY_FIELDS, *tools().other_names}
-        # What the file says of how to run the model is data; what the caller says of it is in `kwargs`.
-        strange = {key: value for key, value in fields.items() if key not in known and key not in FOREIGN_KEYS}
-        fields = {key: value for key, value in fields.items() if key in known and key not in FOREIGN_KEYS}
-        result = super().from_dict(fields, **kwargs)
-        config = result[0] if isinstance(result, tuple) else result
-        tools().check_overrides(config, config_dict, given)
-        for key, value in strange.items():
-            if hasattr(cls, key):
-                logger.warning("The config's field %r is not one of MoellavaConfig's; it is left out.", key)
-            else:
-                logger.warning("The config's field %r is not one of MoellavaConfig's; it is kept without effect.", key)
-                setattr(config, key, value)
-        return result
+        return tools().config_from_dict(super().from_dict, cls, config_dict, kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """Saves `config.json` and the code that loads it; arguments as in transformers.
@@ -376,29 +291,10 @@ class MoellavaConfig(PreTrainedConfig, metaclass=WithValueErrors):
         """Does nothing: `auto_map` holds every auto class already, and the code is written with every save."""
 
 
-def _is_sparse(text_config: PreTrainedConfig) -> bool:
-    """Whether a language model is a mixture of experts by itself."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    return any(isinstance(getattr(text_config, name, None), int) for name in names)
-
-
 def _projectors():
     from ..parts.parts_moellava import PROJECTORS  # late: it is built on PyTorch, as are the other parts
 
     return PROJECTORS
-
-
-def _laid_over(fields: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Lays fields that a caller gives over those of a file; of a part of the same kind, field by field."""
-    fields = dict(fields)
-    for name, value in given.items():
-        earlier = fields.get(name)
-        if name.endswith("_config") and isinstance(value, dict) and isinstance(earlier, dict):
-            kind = "type" if name == "projector_config" else "model_type"
-            if value.get(kind, earlier.get(kind)) == earlier.get(kind):
-                value = {**earlier, **value}
-        fields[name] = value
-    return fields
 
 
 def part_config(key: str, given: dict | PreTrainedConfig | None, default: dict[str, Any]) -> PreTrainedConfig:
@@ -425,18 +321,8 @@ def _read_part_config(key: str, given: dict | PreTrainedConfig | None, default: 
         from ..parts.parts_moellava import optional  # late, as in `_projectors`
 
         return optional("user_encoder_config")(**fields)
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise ValueError(
-            f"{key}.model_type is {model_type!r}, which transformers {__version__} does not have. Expected the type of "
-            "one of its own models; code that a part brings with it is not run."
-        )
-    try:
+    with tools().reading_part(key, model_type):
         return CONFIG_MAPPING[model_type](**fields)
-    except CONFIG_ERRORS as error:
-        raise ValueError(
-            f"{key} does not describe a {model_type!r} model ({config_fault(error)}). Expected the fields of "
-            f"transformers' {CONFIG_MAPPING[model_type].__name__}."
-        ) from error
 
 
-__all__ = ["CHOICES", "EXPERT_COUNTS", "ROUTER_LOSS", "MoellavaConfig", "MoellavaProjectorConfig", "part_config"]
+__all__ = ["MoellavaConfig", "MoellavaProjectorConfig", "part_config"]

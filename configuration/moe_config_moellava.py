@@ -6,7 +6,7 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .config_base_moellava import WithValueErrors, known_names, split_library_fields
+from .config_base_moellava import EXPERT_COUNTS, WithValueErrors, known_names, split_library_fields
 from .tools_moellava import tools
 
 
@@ -138,6 +138,16 @@ class MoellavaMoeConfig(PreTrainedConfig, metaclass=WithValueErrors):
                 f"layers is {self.layers}, but the language model has the layers 0 to {num_hidden_layers - 1}."
             )
         return sorted({index % num_hidden_layers for index in self.layers})
+
+    def tell_serving_engines(self, text_config: PreTrainedConfig) -> None:
+        """Names the experts where vLLM looks for them, so that it runs and shards them by its own kernels.
+
+        It computes every expert as `down(silu(gate(x)) * up(x))`, whatever the config says, and looks at no other
+        activation. Experts of another form it runs as they are: they must not be announced.
+        """
+        if getattr(text_config, "hidden_act", None) == "silu" and not getattr(text_config, "mlp_bias", False):
+            for name in EXPERT_COUNTS:
+                setattr(text_config, name, getattr(self, name))
 
 
 __all__ = ["MoellavaMoeConfig"]

@@ -7,8 +7,8 @@ which checks files before they are opened, knows the names of older formats, and
 """
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,32 @@ AUTO_MAP = {
 }
 
 
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
 class Tools:
-    """What a model's code leaves to the tools; each method says what happens without them."""
+    """What a model's code leaves to the tools; the comments and docstrings say what happens without them."""
 
-    # Other names that the fields of a config may have.
-    other_names: frozenset[str] = frozenset()
+    # Checks of a config and its parts, of the files of a model, of the adapters on it, of a picture's shape, of what is
+    # asked of a vision encoder, of a language model's head: none is made.
+    check_config = check_ties = check_part = check_part_config = staticmethod(_nothing)
+    check_files = check_size = check_adapters = check_picture_shape = check_encoder = check_head = staticmethod(
+        _nothing
+    )
+    # Around the making of a part's config, and of its model: nothing is said of what their classes raise.
+    reading_part = building_part = staticmethod(lambda key, part: nullcontext())
+    # How many tokens a user's projector makes of so many features: what the config says.
+    measured_output_tokens = staticmethod(_nothing)
+    # What reads a picture, what makes 8-bit RGB of one, and what reads the files of a processor: `images_moellava.py`,
+    # and transformers.
+    load_picture = to_rgb = read_processor_dict = None
+    load_tokenizer = staticmethod(AutoTokenizer.from_pretrained)
+    load_image_processor = staticmethod(AutoImageProcessor.from_pretrained)
 
-    def take_other_names(self, config: Any, given: dict[str, Any]) -> None:
-        """Takes the fields of a config that are given by names which it does not have: they are errors."""
-        for name in given:
-            raise ValueError(f"Unknown field {name!r} in {type(config).__name__}.")
+    def take_other_names(self, config: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """Takes the fields of a config that are given by names which it does not have; returns the rest: all."""
+        return given
 
     def canonical_projector(self, fields: dict[str, Any], kind: str) -> dict[str, Any]:
         """Returns a projector's fields and its `type` by their own names: as they are."""
@@ -50,72 +66,30 @@ class Tools:
         return fields
 
     def canonical_value(self, name: str, value: Any) -> Any:
-        """Returns what a field of a config stands for: its value."""
+        """Returns what a field of a config stands for, or is to be in a file: its value."""
         return value
 
-    def canonical_overrides(
-        self, config_class: type, fields: dict[str, Any], given: dict[str, Any]
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Splits what is given for a config's file into fields, which are laid over those of the file, and the rest."""
-        names = config_class.default_field_names()
-        return (
-            {name: value for name, value in given.items() if name in names},
-            {name: value for name, value in given.items() if name not in names},
-        )
-
-    def checked_fields(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """Returns the fields of a file, checked: as they are."""
-        return fields
-
-    def check_overrides(self, config: Any, fields: dict[str, Any], given: dict[str, Any]) -> None:
-        """Checks a config that was made of a file's fields and of some that are laid over them: not at all."""
-
-    def check_part(self, key: str, fields: dict[str, Any]) -> None:
-        """Checks the fields of a part, before anything is made of them: not at all."""
-
-    def check_part_config(self, key: str, config: Any) -> None:
-        """Checks the config of a part: not at all, beyond what its own class does."""
-
-    def check_files(self, name: Any, options: dict[str, Any]) -> None:
-        """Checks the files of a model before they are opened: not at all."""
-
-    def check_size(self, model: Any, state_dict: dict | None, files: list[str] | None) -> None:
-        """Checks that a model is not far larger than what it is filled from: not at all."""
-
-    def check_adapters(self, model: Any, adapters: Any) -> None:
-        """Checks adapters that PEFT has put on a model: not at all."""
-
-    def measured_output_tokens(self, projector: Any, num_tokens: int) -> int | None:
-        """Measures how many tokens a user's projector makes of `num_tokens` features: it stays what the config says."""
-        return None
-
-    def load_tokenizer(self, name: Any, **options: Any) -> Any:
-        """Loads a tokenizer, by transformers."""
-        return AutoTokenizer.from_pretrained(name, **options)
-
-    def load_image_processor(self, name: Any, **options: Any) -> Any:
-        """Loads an image processor, by transformers."""
-        return AutoImageProcessor.from_pretrained(name, **options)
-
-    def check_processor_files(self, name: Any, subfolder: str | None) -> None:
-        """Checks the files of a processor before they are opened: not at all."""
+    def config_from_dict(self, from_dict: Callable, cls: type, fields: dict[str, Any], given: dict[str, Any]) -> Any:
+        """Makes a config of the fields of a file and of what is given besides, by transformers' `from_dict`."""
+        return from_dict(fields, **given)
 
     @contextmanager
-    def saving(self, folder: Any, saved: Any) -> Iterator[Any]:
+    def saving(self, folder: Any, saved: Any, is_main_process: bool = True) -> Iterator[Any]:
         """Yields where a config, a model or a processor is written; the code that loads it follows when the block ends.
 
         Args:
             folder (`str` or `os.PathLike`): Where it is to be saved.
             saved: What is saved. A processor leaves code that is there already alone: it is the model's.
+            is_main_process (`bool`, *optional*, defaults to `True`): Whether this process writes the code.
         """
         yield folder
         entry = Path(__file__).with_name(f"{ENTRY_MODULE}.py")
-        if not (hasattr(saved, "tokenizer") and Path(folder, entry.name).exists()):
-            for file in (entry, *get_relative_import_files(entry)):
-                if Path(file).parent.resolve() != Path(folder).resolve():
-                    shutil.copyfile(file, Path(folder, Path(file).name))
+        if is_main_process and not (hasattr(saved, "tokenizer") and Path(folder, entry.name).exists()):
+            for file in map(Path, (entry, *get_relative_import_files(entry))):
+                if file.parent.resolve() != Path(folder).resolve():
+                    shutil.copyfile(file, Path(folder, file.name))
 
-    def upload(self, saved: Any, upload: Any, folder: Any, repo_id: str, timestamps: Any, **options: Any) -> Any:
+    def upload(self, saved: Any, upload: Callable, folder: Any, repo_id: str, timestamps: Any, **options: Any) -> Any:
         """Sends what was saved into a folder to the Hub, by `upload`, which is transformers'."""
         return upload(folder, repo_id, timestamps, **options)
 

@@ -6,7 +6,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .config_base_moellava import FOREIGN_KEYS, LIBRARY_FIELDS, WithValueErrors, plain_value
+from .config_base_moellava import FOREIGN_KEYS, LIBRARY_FIELDS, WithValueErrors
+from .tools_moellava import tools
 
 
 # What a field of a user's own encoder or projector cannot be called.
@@ -28,7 +29,9 @@ class MoellavaEncoderConfig(PreTrainedConfig, metaclass=WithValueErrors):
     def __post_init__(self, **kwargs):
         library = {key: value for key, value in kwargs.items() if key in RESERVED_FIELDS}
         fields = {
-            key: plain_value(value, f"vision_config.{key}") for key, value in kwargs.items() if key not in library
+            key: tools().canonical_value(f"vision_config.{key}", value)
+            for key, value in kwargs.items()
+            if key not in library
         }
         super().__post_init__(**{key: value for key, value in library.items() if key not in FOREIGN_KEYS}, **fields)
 

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from ..configuration.tools_moellava import tools
+
 
 def native_causal_lm(text_config: PreTrainedConfig) -> PreTrainedModel:
     """Builds the family's own causal language model on the meta device: its structure, without memory."""
@@ -23,18 +25,10 @@ def native_causal_lm(text_config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def build_head(text_config: PreTrainedConfig) -> nn.Linear:
-    """Returns a new output projection of the shape and with the bias that the family's own class has.
-
-    Raises:
-        ValueError: The family's output projection is no linear layer.
-    """
+    """Returns a new output projection of the shape and with the bias that the family's own class has."""
     with no_init_weights():  # of the whole model nothing but the head's shape is wanted
         own = native_causal_lm(text_config).get_output_embeddings()
-    if not isinstance(own, nn.Linear):
-        raise ValueError(
-            f"A {text_config.model_type} language model has no linear output projection (found "
-            f"{type(own).__name__}), so that it cannot be the language model here."
-        )
+    tools().check_head(text_config, own)
     return nn.Linear(own.in_features, own.out_features, bias=own.bias is not None)
 
 

@@ -15,19 +15,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
-from ..configuration.configuration_moellava import EXPERT_COUNTS, MoellavaConfig
+from ..configuration.configuration_moellava import MoellavaConfig
 from ..configuration.tools_moellava import tools
 from ..configuration.versions_moellava import CACHE
-from ..parts.library_parts_moellava import build_library_part
 from ..parts.parallel_moellava import add_plans
 from ..parts.parts_moellava import OPTIONAL, encoder_for, optional, projector_for
 from .language_moellava import apply_head, build_head
@@ -56,12 +54,8 @@ class MoellavaCausalLMOutputWithPast(CausalLMOutputWithPast):
         The next-token loss.
     logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
         The scores of every token of the vocabulary.
-    past_key_values (`Cache`, *optional*, returned with `use_cache=True`):
-        The keys and values of the language model's attention; from transformers 5.24 on, `cache`.
-    hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
-        The language model's hidden states, each of shape `(batch_size, sequence_length, hidden_size)`.
-    attentions (`tuple[torch.Tensor]`, *optional*, returned with `output_attentions=True`):
-        The language model's attention weights, each `(batch_size, num_heads, sequence_length, sequence_length)`.
+    past_key_values, hidden_states, attentions (*optional*):
+        As in `CausalLMOutputWithPast`; the first is `cache` from transformers 5.24 on.
     image_hidden_states (`torch.Tensor` of shape `(num_images * image_seq_length, hidden_size)`, *optional*):
         The projected features of all pictures, one after the other.
     aux_loss (`torch.Tensor` of shape `()`, *optional*, returned along with `router_logits`):
@@ -75,6 +69,7 @@ class MoellavaCausalLMOutputWithPast(CausalLMOutputWithPast):
     router_logits: tuple[torch.Tensor, ...] | None = None
 
 
+# What `save_pretrained` hands on to `push_to_hub`; to that alone, but for the size of shards.
 _HUB_ARGUMENTS = ("commit_message", "private", "create_pr", "revision", "commit_description", "tags", "token")
 
 
@@ -131,8 +126,8 @@ class MoellavaPreTrainedModel(PreTrainedModel):
     ):
         # Every way to switch it on comes through here.
         for module in self.modules():
-            if isinstance(module, MoellavaModel) and module.sparse_layers is not None:
-                gradient_checkpointing_func = module.sparse_layers.checkpointing(gradient_checkpointing_func)
+            if isinstance(module, MoellavaModel) and module.routing is not None:
+                gradient_checkpointing_func = module.routing.checkpointing(gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     @property
@@ -161,18 +156,13 @@ class MoellavaPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: `modules_to_quantize` names something else, is given without a way to quantise, or names a part
-                without weights of its own: a new projector, a head that is tied to the embedding. An index names files
-                elsewhere, an adapter beside the weights is none of LoRA's, or the config describes a model that is far
-                larger than the weight files.
+                without weights of its own: a new projector, a head that is tied to the embedding.
         """
-        if quantization_config is None and modules_to_quantize is not None:
-            raise ValueError(
-                f"modules_to_quantize is {modules_to_quantize!r}, but nothing says how to quantise. Give a "
-                "quantization_config, or leave it out: what a checkpoint has quantised, it tells by itself."
-            )
+        quantised = OPTIONAL.get("quantised")
+        if quantised is not None:
+            quantization_config = quantised.config_with_skips(quantization_config, modules_to_quantize)
         if quantization_config is not None:
-            config_with_skips = optional("quantised").config_with_skips
-            kwargs["quantization_config"] = config_with_skips(quantization_config, modules_to_quantize)
+            kwargs["quantization_config"] = quantization_config
         if getattr(kwargs.get("config"), "model_type", None) == cls.config_class.model_type:
             kwargs["config"].check()
         if pretrained_model_name_or_path is not None:
@@ -181,8 +171,8 @@ class MoellavaPreTrainedModel(PreTrainedModel):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
-        if quantization_config is not None:
-            OPTIONAL["quantised"].check(model)
+        if quantization_config is not None and quantised is not None:
+            quantised.check(model)
         # With an adapter, `info` is about the adapter's weights alone.
         if not model._hf_peft_config_loaded:
             model._note_untrained_parts([*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])])
@@ -219,18 +209,19 @@ class MoellavaPreTrainedModel(PreTrainedModel):
     @classmethod
     def get_init_context(cls, dtype, is_quantized, *args, **kwargs):
         contexts = super().get_init_context(dtype, is_quantized, *args, **kwargs)
-        return [*contexts, OPTIONAL["quantised"].building()] if is_quantized else contexts
+        return [*contexts, OPTIONAL["quantised"].building()] if is_quantized and "quantised" in OPTIONAL else contexts
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         tools().check_size(model, state_dict, checkpoint_files)
-        if load_config.hf_quantizer is not None:
+        if load_config.hf_quantizer is not None and "quantised" in OPTIONAL:
             state_dict, checkpoint_files = OPTIONAL["quantised"].prepare(model, state_dict, checkpoint_files)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     def dequantize(self, dtype: torch.dtype | None = None):
         """Puts full-precision weights in the place of quantised ones; arguments as in transformers."""
-        optional("quantised").unpack(self)
+        if "quantised" in OPTIONAL:
+            OPTIONAL["quantised"].unpack(self)
         return super().dequantize(dtype or self.dtype)
 
     def save_pretrained(
@@ -254,34 +245,18 @@ class MoellavaPreTrainedModel(PreTrainedModel):
                 set to what cannot be loaded, or to what the processor does not fit.
         """
         self.config.check()
-        tokens = getattr(self.processor, "num_image_tokens", self.config.image_seq_length)
-        if tokens != self.config.image_seq_length:
-            raise ValueError(
-                f"The model's processor makes {tokens} tokens of a picture, its config "
-                f"{self.config.image_seq_length}. Set model.processor.num_image_tokens too, and its picture size."
-            )
-        if not is_main_process or (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0):
-            super().save_pretrained(save_directory, is_main_process=False, state_dict=state_dict, **kwargs)
-            self._wait_for_the_save()
-            return
+        is_main_process = is_main_process and not (dist.is_available() and dist.is_initialized() and dist.get_rank())
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
         hub_kwargs = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
-        if "max_shard_size" in kwargs:
-            hub_kwargs["max_shard_size"] = kwargs["max_shard_size"]
+        hub_kwargs |= {name: kwargs[name] for name in ("max_shard_size",) if name in kwargs}
         if "quantised" in OPTIONAL:
             state_dict = OPTIONAL["quantised"].weights_to_save(self, state_dict)
-        with tools().saving(save_directory, self) as folder:
-            super().save_pretrained(folder, state_dict=state_dict, **kwargs)
-            if self.processor is not None:
+        with tools().saving(save_directory, self, is_main_process) as folder:
+            super().save_pretrained(folder, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+            if self.processor is not None and is_main_process:
                 self.processor.save_pretrained(folder)
-        self._wait_for_the_save()
-        if push_to_hub:
+        if push_to_hub and is_main_process:
             self.push_to_hub(repo_id, **hub_kwargs)
-
-    def _wait_for_the_save(self) -> None:
-        """Of a model that is divided among processes, which all save it, lets each go on when the files are there."""
-        if getattr(self.config, "distributed_config", None) is not None and in_several_processes():
-            dist.barrier()
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, files_timestamps: dict, **kwargs):
         upload = super()._upload_modified_files
@@ -324,13 +299,14 @@ class MoellavaModel(MoellavaPreTrainedModel):
         self.projector = projector_for(config, self.encoder.feature_size)
         self.vision_tower = self.encoder.build()
         self.multi_modal_projector = self.projector.build()
-        self.language_model = build_library_part("text_config", config.text_config)
-        self.sparse_layers = None
-        # CODEPATH: sparse checkpoints (MoE-LLaVA's kind) have a moe_config, dense ones (LLaVA's kind) have none.
-        if config.moe_config is not None:
-            self.sparse_layers = optional("sparse")(config)
-            self.sparse_layers.build(self.language_model)
-            self._keep_in_fp32_modules_strict = self.sparse_layers.weights_in_fp32(self)
+        with tools().building_part("text_config", config.text_config):
+            self.language_model = AutoModel.from_config(config.text_config)
+        # CODEPATH: sparse checkpoints (MoE-LLaVA's kind) have a moe_config; of dense ones (LLaVA's kind), some have a
+        # language model that is sparse by itself, as Mixtral.
+        kind = "sparse" if config.moe_config is not None else "routing" if config.is_natively_sparse else None
+        self.routing = None if kind is None else optional(kind)(config)
+        if self.routing is not None:
+            self.routing.build(self)
         add_plans(self.language_model, {})
         if isinstance(self.vision_tower, PreTrainedModel):
             add_plans(self.vision_tower, self.encoder.plans)
@@ -542,15 +518,10 @@ class MoellavaModel(MoellavaPreTrainedModel):
             "return_dict": True,
             **kwargs,
         }
-        # CODEPATH: sparse checkpoints have a moe_config; dense ones and natively sparse language models have none.
-        if self.sparse_layers is None:
-            # A language model that is sparse by itself returns its routers' logits, and takes no notice of None.
-            if output_router_logits is not None:
-                inputs["output_router_logits"] = output_router_logits
-            outputs = self.language_model(**inputs)
-            router_logits = outputs.get("router_logits")
+        if self.routing is None:
+            outputs, router_logits = self.language_model(**inputs), None
         else:
-            outputs, router_logits = self.sparse_layers.run(self.language_model, inputs, cache, output_router_logits)
+            outputs, router_logits = self.routing.run(self.language_model, inputs, cache, output_router_logits)
         return MoellavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.get("hidden_states"),
@@ -590,10 +561,8 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MoellavaModel(config)
         self.lm_head = build_head(config.text_config)
-        # CODEPATH: sparse checkpoints have a moe_config, dense ones and natively sparse language models have none.
-        if config.moe_config is not None:
-            for name in EXPERT_COUNTS:  # TRL computes the router loss by them; an engine that must not builds no head
-                setattr(config.text_config, name, getattr(config.moe_config, name))
+        if self.model.routing is not None:
+            self.model.routing.count_experts()
         # The name of the embedding differs by family, so the tie belongs to the instance.
         embedding = self.model.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embedding)
@@ -668,13 +637,14 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
         The other arguments are those of `MoellavaModel.forward`.
         """
         self._note_training("lm_head")
-        wants_router_logits = self._wants_router_logits(output_router_logits)
         cache = one_cache(past_key_values, cache)
-        sparse, mask = self.model.sparse_layers, None
-        balances = sparse is not None and sparse.balances and labels is not None
-        if sparse is not None and (balances or wants_router_logits):
-            tokens = input_ids if inputs_embeds is None else inputs_embeds
-            mask = None if tokens is None else sparse.token_mask(attention_mask, tokens, cache)
+        routing, mask, wants_router_logits, balances = self.model.routing, None, False, False
+        if routing is not None:
+            wants_router_logits = routing.wants_logits(output_router_logits)
+            balances = routing.balances and labels is not None
+            if balances or wants_router_logits:
+                tokens = input_ids if inputs_embeds is None else inputs_embeds
+                mask = None if tokens is None else routing.token_mask(attention_mask, tokens, cache)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -696,13 +666,13 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
-        elif sparse is not None and self.training and "num_items_in_batch" in kwargs and not wants_router_logits:
-            sparse.warn_of_lost_loss()
+        elif routing is not None and self.training and "num_items_in_batch" in kwargs and not wants_router_logits:
+            routing.warn_of_lost_loss()
         aux_loss = None
         if outputs.router_logits:
-            aux_loss = self._aux_loss(outputs.router_logits, attention_mask, mask)
+            aux_loss = routing.aux_loss(outputs.router_logits, mask)
             if labels is not None:
-                loss = loss + self._aux_weight(labels, **kwargs) * aux_loss.to(loss.device)
+                loss = loss + routing.aux_weight(labels, **kwargs) * aux_loss.to(loss.device)
         return MoellavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -713,37 +683,6 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits if wants_router_logits else None,
             **{CACHE: outputs.get(CACHE)},
         )
-
-    def _wants_router_logits(self, output_router_logits: bool | None) -> bool:
-        if output_router_logits is not None:
-            return output_router_logits
-        owner = self.config.text_config if self.config.moe_config is None else self.config.moe_config
-        return bool(getattr(owner, "output_router_logits", False))
-
-    def _aux_loss(
-        self,
-        router_logits: tuple[torch.Tensor, ...],
-        attention_mask: torch.Tensor | None,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The load-balancing loss: of our sparse layers, or as the language model's own family computes it."""
-        # CODEPATH: sparse checkpoints have a moe_config; without one, only a natively sparse language model gets here.
-        if self.model.sparse_layers is not None:
-            return self.model.sparse_layers.aux_loss(router_logits, mask)
-        text = self.config.text_config
-        num_experts = getattr(text, "num_local_experts", None) or text.num_experts
-        return load_balancing_loss_func(router_logits, num_experts, text.num_experts_per_tok, attention_mask)
-
-    def _aux_weight(self, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None, **kwargs):
-        """The weight of the load-balancing loss beside the next-token loss.
-
-        With gradient accumulation, the next-token loss of a part of a batch is its sum over the number of tokens of
-        the whole batch; the load-balancing loss is a mean, and gets the part's share of those tokens.
-        """
-        owner = self.config.text_config if self.config.moe_config is None else self.config.moe_config
-        if num_items_in_batch is None:
-            return owner.router_aux_loss_coef
-        return owner.router_aux_loss_coef * (labels[:, 1:] != -100).sum() / num_items_in_batch
 
 
 def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
@@ -768,9 +707,6 @@ def _floating_dtype(module: nn.Module) -> torch.dtype:
 
 
 __all__ = [
-    "MoellavaCausalLMOutputWithPast",
-    "MoellavaForCausalLM",
-    "MoellavaModel",
-    "MoellavaModelOutputWithPast",
+    "MoellavaCausalLMOutputWithPast", "MoellavaForCausalLM", "MoellavaModel", "MoellavaModelOutputWithPast",
     "MoellavaPreTrainedModel",
-]
+]  # fmt: skip

@@ -6,34 +6,29 @@ imported late, so that this stays cheap.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from .authoring.older_names import (
-    FIELD_NAMES,
     canonical_encoder_type,
     canonical_moe,
-    canonical_overrides,
     canonical_projector,
     canonical_strategy,
     given_type,
     public_name,
     take_other_names,
 )
+from .authoring.plain_values import plain_value
 from .configuration.tools_moellava import Tools, use_tools
 
 
 class InstalledTools(Tools):
     """The tools of the installed package."""
 
-    other_names = frozenset(FIELD_NAMES)
-
-    # Names and checks of a config
-
-    def take_other_names(self, config: Any, given: dict[str, Any]) -> None:
-        take_other_names(config, given)
+    def take_other_names(self, config: Any, given: dict[str, Any]) -> dict[str, Any]:
+        return take_other_names(config, given)
 
     def canonical_projector(self, fields: dict[str, Any], kind: str) -> dict[str, Any]:
         is_by_other_name = kind == "mlp" and given_type(fields) is not None
@@ -47,22 +42,39 @@ class InstalledTools(Tools):
             return canonical_encoder_type(value)
         if name == "vision_feature_select_strategy":
             return canonical_strategy(value)
-        return None if value is None else {part: public_name(origin) for part, origin in value.items()}
+        if name == "parts":
+            return None if value is None else {part: public_name(origin) for part, origin in value.items()}
+        return plain_value(value, name)
 
-    def canonical_overrides(
-        self, config_class: type, fields: dict[str, Any], given: dict[str, Any]
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        return canonical_overrides(config_class, fields, given)
+    def config_from_dict(self, from_dict: Callable, cls: type, fields: dict[str, Any], given: dict[str, Any]) -> Any:
+        from .checks.configs import config_from_dict
 
-    def checked_fields(self, fields: dict[str, Any]) -> dict[str, Any]:
-        from .checks.configs import checked_fields
+        return config_from_dict(from_dict, cls, fields, given)
 
-        return checked_fields(fields)
+    def check_config(self, config: Any) -> None:
+        from .checks.configs import check_config
 
-    def check_overrides(self, config: Any, fields: dict[str, Any], given: dict[str, Any]) -> None:
-        from .checks.configs import check_overrides
+        check_config(config)
 
-        check_overrides(config, fields, given)
+    def check_ties(self, config: Any, again: Any) -> None:
+        from .checks.configs import check_ties
+
+        check_ties(config, again)
+
+    def check_encoder(self, encoder: Any) -> None:
+        from .checks.encoders import check_encoder
+
+        check_encoder(encoder)
+
+    def check_head(self, text_config: Any, head: Any) -> None:
+        from .checks.configs import check_head
+
+        check_head(text_config, head)
+
+    def reading_part(self, key: str, model_type: Any) -> AbstractContextManager:
+        from .checks.configs import reading_part
+
+        return reading_part(key, model_type)
 
     def check_part(self, key: str, fields: dict[str, Any]) -> None:
         from .checks.configs import check_part
@@ -75,6 +87,11 @@ class InstalledTools(Tools):
         check_part_config(key, config)
 
     # A model's parts
+
+    def building_part(self, key: str, part: Any) -> AbstractContextManager:
+        from .checks.configs import building_part
+
+        return building_part(key, part)
 
     def measured_output_tokens(self, projector: Any, num_tokens: int) -> int:
         from .authoring.measuring import measured_output_tokens
@@ -114,21 +131,36 @@ class InstalledTools(Tools):
 
         return load_image_processor(name, **options)
 
-    def check_processor_files(self, name: Any, subfolder: str | None) -> None:
-        from .checks.processor_files import check_links
+    def read_processor_dict(self, name: Any, **options: Any) -> Any:
+        from .checks.processor_files import read_processor_dict
 
-        check_links(name, subfolder)
+        return read_processor_dict(name, **options)
+
+    def load_picture(self, source: Any, name: str) -> Any:
+        from .checks.pictures import load_picture
+
+        return load_picture(source, name)
+
+    def to_rgb(self, image: Any, name: str, input_data_format: Any = None) -> Any:
+        from .checks.pictures import to_rgb
+
+        return to_rgb(image, name, input_data_format)
+
+    def check_picture_shape(self, width: int, height: int, aspect_ratio: str, name: str) -> None:
+        from .checks.pictures import check_shape
+
+        check_shape(width, height, aspect_ratio, name)
 
     # Writing files
 
     @contextmanager
-    def saving(self, folder: str | os.PathLike, saved: Any) -> Iterator[Path]:
+    def saving(self, folder: str | os.PathLike, saved: Any, is_main_process: bool = True) -> Iterator[Path]:
         from .saving.checkpoint import saving
 
-        with saving(folder, saved) as staging:
+        with saving(folder, saved, is_main_process) as staging:
             yield staging
 
-    def upload(self, saved: Any, upload: Any, folder: Any, repo_id: str, timestamps: Any, **options: Any) -> Any:
+    def upload(self, saved: Any, upload: Callable, folder: Any, repo_id: str, timestamps: Any, **options: Any) -> Any:
         from .saving.checkpoint import upload as upload_checkpoint
 
         return upload_checkpoint(saved, folder, repo_id, **options)

@@ -9,9 +9,9 @@ import re
 
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
-from .library_parts_moellava import build_library_part
+from ..configuration.tools_moellava import tools
 from .measured_encoder_moellava import DrawnNumbers, MeasuredEncoder, as_tokens
 
 
@@ -58,20 +58,20 @@ class AutoEncoder(MeasuredEncoder):
         return self.num_prefix_tokens > 0 and not names.isdisjoint({"cls_token", "class_token", "class_embedding"})
 
     @property
-    def _interpolates_when_asked(self) -> bool:
+    def interpolates_when_asked(self) -> bool:
         return "interpolate_pos_encoding" in inspect.signature(type(self._meta_tower).forward).parameters
 
     @property
-    def _interpolates_by_itself(self) -> bool:
+    def interpolates_by_itself(self) -> bool:
         """Whether the tower has no absolute position embeddings, which would fix the picture size."""
         names = [name for name, _ in self._meta_tower.named_parameters()]
         return not any("position_embedding" in name or "pos_embed" in name for name in names)
 
-    def _check_image_size(self) -> None:
-        super()._check_image_size()
+    def check_image_size(self) -> None:
+        """Raises a ValueError where transformers cannot interpolate with a pair."""
         patch_size = getattr(self.vision_config, "patch_size", None)
         if self.interpolates and patch_size is not None and patch_size != self.patch_size:
-            _ = self._measured_shapes  # raises where transformers cannot interpolate with a pair
+            _ = self._measured_shapes
 
     @staticmethod
     def _as_tokens(hidden_state: torch.Tensor) -> torch.Tensor:
@@ -99,7 +99,8 @@ def _as_key(vision_config) -> str:
 def _meta_tower(model_type: str, fields: str) -> nn.Module:
     config = AutoConfig.for_model(model_type, **{k: v for k, v in json.loads(fields).items() if k != "model_type"})
     with torch.device("meta"):
-        return build_library_part("vision_config", config).eval()
+        with tools().building_part("vision_config", config):
+            return AutoModel.from_config(config).eval()
 
 
 @functools.lru_cache(maxsize=32)

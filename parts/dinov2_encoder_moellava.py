@@ -11,7 +11,7 @@ class Dinov2Encoder(VisionEncoder):
     model_types = detected_model_types = ("dinov2", "dinov2_with_registers")
     layers_name = "encoder.layer"
     # Its embeddings do so whenever the picture is of another size.
-    _interpolates_when_asked, _interpolates_by_itself = False, True
+    interpolates_when_asked, interpolates_by_itself = False, True
 
 
 __all__ = ["Dinov2Encoder"]

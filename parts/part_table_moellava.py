@@ -9,7 +9,8 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
-from ..configuration.config_base_moellava import known_names, plain_value
+from ..configuration.config_base_moellava import known_names
+from ..configuration.tools_moellava import tools
 
 
 class PartTable:
@@ -83,7 +84,7 @@ class PartTable:
         if missing:
             raise ValueError(f"The {self.slot} {name!r} needs a value for: {', '.join(missing)}.")
         owner = f"The field {{!r}} of the {self.slot} {name!r}"
-        return {field: plain_value(value, owner.format(field)) for field, value in complete.items()}
+        return {field: tools().canonical_value(owner.format(field), value) for field, value in complete.items()}
 
 
 def constructor_parameters(cls: type) -> dict[str, Any]:
@@ -95,8 +96,9 @@ def constructor_parameters(cls: type) -> dict[str, Any]:
 
 PROJECTORS = PartTable("projector", supplied=("vision_hidden_size", "text_hidden_size"))
 ENCODERS = PartTable("encoder")
-# What a checkpoint has where it needs it: "sparse" layers, "quantised" weights, the "modular_experts" of both together;
-# and "user_encoder_config", the config class of the vision encoders that users write.
+# What a checkpoint has where it needs it: "sparse" layers, the "routing" of a language model that is sparse by itself,
+# "quantised" weights, the "modular_experts" of sparse layers with such; and "user_encoder_config", the config class of
+# the vision encoders that users write.
 OPTIONAL: dict[str, type] = {}
 
 

@@ -25,6 +25,7 @@ from .pool_mlp_projector_moellava import PoolMlpProjector
 from .projector_moellava import Projector
 from .qformer_projector_moellava import QFormerProjector
 from .quantised_moellava import Quantised
+from .routing_moellava import Routing
 from .siglip_encoder_moellava import SiglipEncoder
 from .simple_projector_moellava import SimpleProjector
 from .sparse_layers_moellava import SparseLayers
@@ -43,6 +44,7 @@ PROJECTORS.enter("qformer", QFormerProjector, Projector)
 PROJECTORS.enter("simple", SimpleProjector, Projector)
 OPTIONAL["modular_experts"] = Modular
 OPTIONAL["quantised"] = Quantised
+OPTIONAL["routing"] = Routing
 OPTIONAL["sparse"] = SparseLayers
 OPTIONAL["user_encoder_config"] = MoellavaEncoderConfig
 

@@ -26,11 +26,13 @@ _PACKED_ROWS = 32
 _PACKED_COLUMNS = 64
 
 
-def with_unquantised_parts(quantization_config: object, modules_to_quantize: list[str] | None = None) -> object:
+def with_unquantised_parts(
+    quantization_config: object | None, modules_to_quantize: list[str] | None = None
+) -> object | None:
     """Returns a quantisation config that leaves the vision tower, the projector, the routers and the head alone.
 
     Args:
-        quantization_config (`QuantizationConfigMixin` or `dict`): What the user gives; its own list is added to.
+        quantization_config (`QuantizationConfigMixin` or `dict`, *optional*): What the user gives; its own list is added to.
         modules_to_quantize (`list[str]`, *optional*): Which of those parts are not to be left alone, whatever the
             config's own list says of them.
 
@@ -39,6 +41,13 @@ def with_unquantised_parts(quantization_config: object, modules_to_quantize: lis
         ValueError: `modules_to_quantize` names something else, or the config's own list something that transformers
             cannot compare names with.
     """
+    if quantization_config is None and modules_to_quantize is not None:
+        raise ValueError(
+            f"modules_to_quantize is {modules_to_quantize!r}, but nothing says how to quantise. Give a "
+            "quantization_config, or leave it out: what a checkpoint has quantised, it tells by itself."
+        )
+    if quantization_config is None:
+        return None
     if isinstance(modules_to_quantize, str):
         raise TypeError(f"modules_to_quantize is {modules_to_quantize!r}; expected a list of names.")
     chosen = set(modules_to_quantize or ())

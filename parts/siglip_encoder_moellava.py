@@ -32,11 +32,11 @@ class SiglipEncoder(VisionEncoder):
         return super().native_image_size
 
     @property
-    def _interpolates_when_asked(self) -> bool:
+    def interpolates_when_asked(self) -> bool:
         return not self._is_flexible
 
     @property
-    def _interpolates_by_itself(self) -> bool:
+    def interpolates_by_itself(self) -> bool:
         return self._is_flexible
 
     def build(self) -> nn.Module:

@@ -13,6 +13,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
+from ..configuration.config_base_moellava import EXPERT_COUNTS
 from ..configuration.moe_config_moellava import MoellavaMoeConfig
 from .moe_block_moellava import (
     ROUTER_WEIGHTS,
@@ -22,12 +23,13 @@ from .moe_block_moellava import (
     checkpoint_with_token_mask,
 )
 from .parallel_moellava import PLAN_KINDS, add_plans, general_name
+from .routing_moellava import Routing
 
 
 logger = logging.get_logger(__name__)
 
 
-class SparseLayers:
+class SparseLayers(Routing):
     """What a model with sparse layers does beside what a dense one does.
 
     Args:
@@ -36,34 +38,32 @@ class SparseLayers:
 
     config_class = MoellavaMoeConfig
 
-    def __init__(self, config):
-        self.config = config
-        self.moe = config.moe_config
-
-    def build(self, language_model: PreTrainedModel) -> None:
-        """Puts sparse layers in the place of the MLPs of a language model's body, and names how they are divided."""
-        make_sparse(language_model, self.config)
-        add_plans(language_model, sparse_plans(language_model))
-
-    def weights_in_fp32(self, model: nn.Module) -> set[str]:
-        """The ends of the names of weights that stay in fp32: rounded to 16 bits, routers choose other experts."""
+    def build(self, model: nn.Module) -> None:
+        make_sparse(model.language_model, self.config)
+        add_plans(model.language_model, sparse_plans(model.language_model))
+        # Rounded to 16 bits, routers choose other experts.
         names = [name for name, _ in model.named_parameters()]
-        return {weight for weight in ROUTER_WEIGHTS if any(name.endswith(weight) for name in names)}
+        model._keep_in_fp32_modules_strict = {
+            weight for weight in ROUTER_WEIGHTS if any(name.endswith(weight) for name in names)
+        }
+
+    def count_experts(self) -> None:
+        # TRL computes the router loss by it; an engine that must not builds no head.
+        for name in EXPERT_COUNTS:
+            setattr(self.config.text_config, name, getattr(self.fields, name))
 
     @property
     def balances(self) -> bool:
-        """Whether the load-balancing loss is part of the loss."""
-        return self.moe.router_aux_loss_coef > 0
+        return self.fields.router_aux_loss_coef > 0
 
     def run(
         self, language_model: nn.Module, inputs: dict[str, Any], cache: Cache | None, output_router_logits: bool | None
     ) -> tuple[BaseModelOutputWithPast, tuple[torch.Tensor, ...] | None]:
-        """Runs the language model; returns its output and the router logits, if wanted."""
         mask = None
-        if self.moe.capacity_factor is not None or self.moe.eval_capacity_factor is not None:
+        if self.fields.capacity_factor is not None or self.fields.eval_capacity_factor is not None:
             mask = token_mask(inputs["attention_mask"], inputs["inputs_embeds"].shape[:2], cache)
         with TokenMask(mask):
-            if not (self.moe.output_router_logits if output_router_logits is None else output_router_logits):
+            if not (self.fields.output_router_logits if output_router_logits is None else output_router_logits):
                 return language_model(**inputs), None
             with RouterLogits() as collected:
                 outputs = language_model(**inputs)
@@ -72,19 +72,15 @@ class SparseLayers:
     def token_mask(
         self, attention_mask: torch.Tensor | dict | None, tokens: torch.Tensor, cache: Cache | None
     ) -> torch.Tensor | None:
-        """Which of the tokens, `(batch_size, sequence_length, ...)`, are padding; asked before they are run."""
         return token_mask(attention_mask, tokens.shape[:2], cache)
 
     def aux_loss(self, router_logits: tuple[torch.Tensor, ...], mask: torch.Tensor | None) -> torch.Tensor:
-        """The load-balancing loss of a pass; see `load_balancing_loss`."""
         return load_balancing_loss(router_logits, mask)
 
     def checkpointing(self, function: Callable) -> Callable:
-        """Returns a gradient checkpointing function that hands on which tokens are padding."""
         return partial(checkpoint_with_token_mask, function)
 
     def warn_of_lost_loss(self) -> None:
-        """Says that the load-balancing loss takes no part in the loss that a trainer computes by itself."""
         if self.balances:
             logger.warning_once(
                 "The trainer computes the loss by itself (label_smoothing_factor, compute_loss_func), and the load-"

@@ -87,7 +87,8 @@ class UserEncoder(MeasuredEncoder):
             raise ValueError(f"The encoder {self.encoder_type!r} needs its picture size in pixels: give image_size.")
         return size
 
-    def _check_image_size(self) -> None:
+    def check_image_size(self) -> None:
+        """Raises a ValueError where the module gives nothing."""
         if not self._measured_shapes:  # the module itself decides what it takes, by running
             raise ValueError(f"The encoder {self.encoder_type!r} returns no features.")
 

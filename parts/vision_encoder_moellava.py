@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
+from ..configuration.tools_moellava import tools
 from ..configuration.versions_moellava import SELECTS_HIDDEN_STATES
-from .library_parts_moellava import build_library_part
 
 
 class LayersInUse(nn.ModuleList):
@@ -42,8 +42,8 @@ class VisionEncoder:
             `image_size` fields.
 
     Raises:
-        ValueError: A field that this tower cannot satisfy: a layer out of range, a class token where there is none, a
-            picture size that it does not take, an `encoder_type` that its config contradicts.
+        ValueError: Where moellava is installed: a field that this tower cannot satisfy, such as a layer out of range, a
+            class token where there is none, a picture size that it does not take.
     """
 
     encoder_type: str
@@ -54,8 +54,8 @@ class VisionEncoder:
     num_class_tokens = 1
     # Whether the tower takes pictures of another size: where it is asked to interpolate its position embeddings, or by
     # itself.
-    _interpolates_when_asked = True
-    _interpolates_by_itself = False
+    interpolates_when_asked = True
+    interpolates_by_itself = False
     # Where the blocks are in the tower.
     layers_name = "encoder.layers"
     # Beginnings of the names of weights that checkpoints of such towers hold and that are not built here.
@@ -64,31 +64,17 @@ class VisionEncoder:
     def __init__(self, config):
         self.vision_config = config.vision_config
         self._image_size = config.image_size
-        self._check_model_type()
         layers = config.vision_feature_layer
         layers = [layers] if isinstance(layers, int) else list(layers)
-        self.feature_layers = [self._absolute_layer(layer) for layer in layers]
+        self.feature_layers = [layer % (self.num_hidden_layers + 1) for layer in layers]
+        self.asked_layers = layers
         self.strategy = config.vision_feature_select_strategy
         self._drop_first_patch = bool(getattr(config, "drop_first_patch", False))
         self.interpolates = self.image_size != self.native_image_size
-        self._check_image_size()
-        if not layers:
-            raise ValueError(
-                "vision_feature_layer is an empty list; give one layer or several, such as -2 or [-2, -5]."
-            )
-        if self.strategy == "cls" and not self.has_class_token:
-            raise ValueError(
-                f"vision_feature_select_strategy is 'cls', but a {self.tower_name} tower has no class "
-                "token. Use 'default' for its patch tokens, or 'full'."
-            )
-        if self.num_selected_tokens < 1:
-            raise ValueError(
-                f"The {self.tower_name} tower gives no patch token for pictures of {self.image_size} "
-                "pixels. Give a larger image_size."
-            )
+        tools().check_encoder(self)
         # Decided once: `encode` runs at every forward, and measuring a tower is nothing that torch.compile can trace.
         self._first_selected = self._num_skipped_tokens
-        asks = self.interpolates and self._interpolates_when_asked
+        asks = self.interpolates and self.interpolates_when_asked
         self._tower_arguments = {"interpolate_pos_encoding": True} if asks else {}
 
     # What the tower gives
@@ -134,11 +120,8 @@ class VisionEncoder:
     def _side(self, size: int | list[int] | tuple[int, ...], name: str) -> int:
         """The side of a square that a field of the tower's config gives as a number, or as a pair of equal ones."""
         sides = {size} if isinstance(size, int) else {*size}
-        if len(sides) != 1 or min(sides) < 1:
-            raise ValueError(
-                f"vision_config.{name} of the {self.tower_name} tower is {size}; expected a number of pixels of at "
-                "least 1, or a pair of equal ones: only square pictures and patches are supported."
-            )
+        if len(sides) != 1:
+            raise ValueError(f"vision_config.{name} is {size}; only square pictures and patches are supported.")
         return sides.pop()
 
     @property
@@ -192,7 +175,8 @@ class VisionEncoder:
 
     def build(self) -> nn.Module:
         """Builds the tower, with its initial weights, and makes it end behind the last feature layer."""
-        tower = build_library_part("vision_config", self.vision_config, **self._constructor_arguments)
+        with tools().building_part("vision_config", self.vision_config):
+            tower = AutoModel.from_config(self.vision_config, **self._constructor_arguments)
         # Hidden state 0, the embeddings, is known as the input of the first layer, which has to be run for it.
         needed = max(*self.feature_layers, 1)
         if self.layers_name and needed < self.num_hidden_layers:
@@ -260,41 +244,6 @@ class VisionEncoder:
     @property
     def _constructor_arguments(self) -> dict[str, Any]:
         return {}
-
-    # Checks
-
-    def _check_model_type(self) -> None:
-        model_type = self.vision_config.model_type
-        if self.model_types and model_type not in self.model_types:
-            raise ValueError(
-                f"encoder_type is {self.encoder_type!r}, but the vision tower's config says model_type {model_type!r}; "
-                f"expected one of {', '.join(self.model_types)}. Leave encoder_type out: the config tells it."
-            )
-
-    def _absolute_layer(self, layer: int) -> int:
-        hidden_states = self.num_hidden_layers + 1
-        if not isinstance(layer, int) or isinstance(layer, bool) or not -hidden_states <= layer < hidden_states:
-            raise ValueError(
-                f"vision_feature_layer {layer!r} is out of range: the {self.tower_name} tower has "
-                f"{self.num_hidden_layers} layers, so expected an integer from {-hidden_states} to {hidden_states - 1} "
-                "(0 is the output of the embeddings)."
-            )
-        return layer % hidden_states
-
-    def _check_image_size(self) -> None:
-        if not self.interpolates:
-            return
-        if not (self._interpolates_when_asked or self._interpolates_by_itself):
-            raise ValueError(
-                f"image_size is {self.image_size}, but the {self.tower_name} tower takes pictures of "
-                f"{self.native_image_size} pixels and cannot interpolate its position embeddings. Leave image_size out."
-            )
-        patch = None if getattr(self.vision_config, "patch_size", None) is None else self.patch_size
-        if patch is not None and (self.image_size < patch or self.image_size % patch):
-            raise ValueError(
-                f"image_size is {self.image_size}, which is no multiple of the tower's patches of {patch} pixels. The "
-                f"nearest that is: {max(round(self.image_size / patch), 1) * patch}."
-            )
 
 
 @torch.compiler.assume_constant_result

@@ -12,13 +12,12 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils import logging
 
+from ..configuration.config_base_moellava import check_choice
 from ..configuration.tools_moellava import AUTO_MAP, tools
 from .images_moellava import (
-    check_shape,
     is_float_array,
     is_picture_source,
     load_picture,
-    pad_tensor_to_square,
     pad_to_square,
     scaled_to_tensor,
     to_rgb,
@@ -28,7 +27,6 @@ from .open_clip_moellava import OpenClipImageProcessor
 
 logger = logging.get_logger(__name__)
 
-IMAGE_ASPECT_RATIOS = ("pad", "square")
 _TOKENIZER_SETTINGS = (
     "clean_up_tokenization_spaces", "legacy", "model_input_names", "padding_side", "split_special_tokens",
     "truncation_side",
@@ -97,7 +95,7 @@ class MoellavaProcessor(ProcessorMixin):
                 "one picture, a number of at least 1."
             )
         self.num_image_tokens = int(num_image_tokens)
-        self.image_aspect_ratio = _checked_aspect_ratio(image_aspect_ratio)
+        self.image_aspect_ratio = check_choice("image_aspect_ratio", image_aspect_ratio)
         self.image_token = image_token
         self.image_token_id = _single_token_id(tokenizer, image_token)
         self.image_token_ids = [self.image_token_id]
@@ -158,31 +156,26 @@ class MoellavaProcessor(ProcessorMixin):
         """
         if videos is not None or audio is not None:
             raise ValueError(f"{type(self).__name__} takes `images` and `text`; video and audio are not supported.")
-        if text is None and not _flat(images):
+        if text is None and not (any(images) if _is_nested(images) else images):
             raise ValueError(f"{type(self).__name__} needs `images`, `text` or both, and got neither.")
         if text is None:
             return
         if not all(isinstance(row, str) for row in text):
             raise ValueError("`text` must be a string or a list of strings.")
         placeholders = [row.count(self.image_token) for row in text]
-        if images is None or not _is_nested(images):
-            if sum(placeholders) != len(images or []):
-                raise ValueError(
-                    f"The text has {sum(placeholders)} {self.image_token} placeholder(s), but {len(images or [])} "
-                    f"picture(s) were given. Every picture needs one {self.image_token} in the text, and the "
-                    "other way round."
-                )
-            return
-        if len(images) != len(text):
+        nested = _is_nested(images)
+        if nested and len(images) != len(text):
             raise ValueError(
                 f"`images` has {len(images)} row(s) of pictures, but `text` has {len(text)} row(s). Give one list of "
                 "pictures for each row of text, `[]` for a row without pictures."
             )
-        for row, (expected, pictures) in enumerate(zip(placeholders, images, strict=True)):
+        rows = zip(placeholders, images, strict=True) if nested else [(sum(placeholders), images or [])]
+        for row, (expected, pictures) in enumerate(rows):
             if expected != len(pictures):
                 raise ValueError(
-                    f"Row {row} of the text has {expected} {self.image_token} placeholder(s), but row {row} of "
-                    f"`images` has {len(pictures)} picture(s)."
+                    f"{f'Row {row} of the text' if nested else 'The text'} has {expected} {self.image_token} "
+                    f"placeholder(s), but {len(pictures)} picture(s) were given. Every picture needs one "
+                    f"{self.image_token} in the text, and the other way round."
                 )
 
     def replace_image_token(self, image_inputs: dict | None = None, image_idx: int = 0, **kwargs) -> str:
@@ -202,7 +195,7 @@ class MoellavaProcessor(ProcessorMixin):
 
     def _process_images(self, images, image_aspect_ratio=None, input_data_format=None, **kwargs):
         """Converts, pads and preprocesses pictures; returns the image processor's output and the replacements."""
-        aspect_ratio = _checked_aspect_ratio(image_aspect_ratio or self.image_aspect_ratio)
+        aspect_ratio = check_choice("image_aspect_ratio", image_aspect_ratio or self.image_aspect_ratio)
 
         def option(name):
             value = kwargs.get(name)
@@ -214,21 +207,19 @@ class MoellavaProcessor(ProcessorMixin):
             if is_scaled and is_float_array(picture):
                 any_tensor = True
                 picture = scaled_to_tensor(picture, name, input_data_format)
-                check_shape(picture.shape[2], picture.shape[1], aspect_ratio, name)
-                if aspect_ratio == "pad" and picture.shape[1] != picture.shape[2]:
-                    if option("do_normalize") is False:
-                        raise ValueError(
-                            f"{name} is {picture.shape[2]}x{picture.shape[1]} pixels and, with `do_rescale=False` and "
-                            "`do_normalize=False`, on a scale that is not known, so it cannot be padded with the mean "
-                            "colour. Pad it to a square first, or pass `image_aspect_ratio='square'`."
-                        )
-                    color = self._padding_color(option("image_mean"))
-                    picture = pad_tensor_to_square(picture, tuple(value / 255 for value in color))
+                height, width = picture.shape[1:]
+                if aspect_ratio == "pad" and height != width and option("do_normalize") is False:
+                    raise ValueError(
+                        f"{name} is {width}x{height} pixels and, with `do_rescale=False` and `do_normalize=False`, on "
+                        "a scale that is not known, so it cannot be padded with the mean colour. Pad it to a square "
+                        "first, or pass `image_aspect_ratio='square'`."
+                    )
             else:
-                picture = to_rgb(picture, name, input_data_format)
-                check_shape(*picture.size, aspect_ratio, name)
-                if aspect_ratio == "pad":
-                    picture = pad_to_square(picture, self._padding_color(option("image_mean")))
+                picture = (tools().to_rgb or to_rgb)(picture, name, input_data_format)
+                width, height = picture.size
+            tools().check_picture_shape(width, height, aspect_ratio, name)
+            if aspect_ratio == "pad" and height != width:
+                picture = pad_to_square(picture, self._padding_color(option("image_mean")))
             pictures.append(picture)
         if not pictures:
             return {}, []
@@ -261,13 +252,10 @@ class MoellavaProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
         """Saves the processor and the code that it needs, so that it loads where this package is not installed.
 
-        Where moellava is installed, the files appear together when all are written; what else lies there is kept.
-
         Args:
-            save_directory (`str` or `os.PathLike`): The folder; made if it is not there.
+            save_directory (`str` or `os.PathLike`): The folder; made if it is not there. What else lies in it is kept.
             push_to_hub (`bool`, *optional*, defaults to `False`): Whether to upload the processor afterwards too.
-            repo_id (`str`, *optional*): Where to upload it; the name of the folder by default.
-            kwargs (*optional*): The other arguments of `push_to_hub`.
+            kwargs (*optional*): The arguments of `push_to_hub`; `repo_id` is the name of the folder by default.
 
         Returns:
             `list[str]`: The path of `processor_config.json`.
@@ -291,26 +279,15 @@ class MoellavaProcessor(ProcessorMixin):
     def to_dict(self) -> dict[str, Any]:
         """Returns what `processor_config.json` holds: the fields, the image processor's, and its backend."""
         output = super().to_dict()
-        backend = _backend_of(self.image_processor)
+        backend = getattr(self.image_processor, "backend_name", getattr(self.image_processor, "backend", None))
         if backend is not None:
             output["image_backend"] = backend
         return output
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """Reads what the files say of a processor; arguments as in transformers.
-
-        Raises:
-            ValueError: They ask for an audio tokenizer, are links to elsewhere, or are nested too deeply to be read.
-        """
-        tools().check_processor_files(pretrained_model_name_or_path, kwargs.get("subfolder"))
-        try:
-            return _ProcessorFiles.get_processor_dict(pretrained_model_name_or_path, **kwargs)
-        except RecursionError as error:
-            raise ValueError(
-                f"A file of the processor of {pretrained_model_name_or_path} is nested too deeply to be read. Save or "
-                "download it again."
-            ) from error
+        read = tools().read_processor_dict or super().get_processor_dict
+        return read(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
@@ -337,39 +314,7 @@ class MoellavaProcessor(ProcessorMixin):
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoProcessor"):
-        """Does nothing: `AutoProcessor` calls it on classes that come out of a checkpoint.
-
-        It would make transformers copy this class's source file on the next save, and that copier cannot follow the
-        imports between the folders of this package. [`save_pretrained`] writes the code and the `auto_map` itself.
-        """
-
-
-class _ProcessorFiles(ProcessorMixin):
-    """Reads the files of a processor. While it does so, transformers would load an audio tokenizer, by a class that
-    they name and from a folder or repository that they name: nothing is opened because of what a file says."""
-
-    @staticmethod
-    def get_possibly_dynamic_module(module_name: str):
-        raise ValueError(
-            f"A file of the processor asks for an audio tokenizer, {module_name!r}, from elsewhere. A MoELLaVA model "
-            "has none: take 'audio_tokenizer' out of processor_config.json, and audio_tokenizer_config.json away."
-        )
-
-
-def _backend_of(image_processor: Any) -> str | None:
-    """The name by which `from_pretrained` finds the same way of preparing pictures again."""
-    if isinstance(image_processor, OpenClipImageProcessor):
-        return image_processor.backend_name
-    return getattr(image_processor, "backend", None)
-
-
-def _checked_aspect_ratio(image_aspect_ratio: str) -> str:
-    if image_aspect_ratio not in IMAGE_ASPECT_RATIOS:
-        raise ValueError(
-            f"`image_aspect_ratio` is {image_aspect_ratio!r}; expected one of "
-            f"{', '.join(repr(known) for known in IMAGE_ASPECT_RATIOS)}."
-        )
-    return image_aspect_ratio
+        """Does nothing: `auto_map` holds every auto class already, and the code is written with every save."""
 
 
 def _single_token_id(tokenizer, token: str) -> int:
@@ -384,55 +329,48 @@ def _single_token_id(tokenizer, token: str) -> int:
     return ids[0]
 
 
-def _is_nested(images: list) -> bool:
-    return len(images) > 0 and isinstance(images[0], list)
+def _is_nested(images: list | None) -> bool:
+    return bool(images) and isinstance(images[0], list)
 
 
-def _flat(images: list | None) -> list:
-    if images is None or not _is_nested(images):
-        return images or []
-    return [picture for row in images for picture in row]
-
-
-def _named(images: list):
-    """Yields every picture with what error messages call it."""
-    if _is_nested(images):
-        for row, pictures in enumerate(images):
-            for index, picture in enumerate(pictures):
-                yield f"Picture {index} of row {row}", picture
-    else:
-        for index, picture in enumerate(images):
-            yield f"Picture {index}", picture
+def _named(images: list) -> list[tuple[str, Any]]:
+    """Returns every picture with what error messages call it."""
+    if not _is_nested(images):
+        return [(f"Picture {index}", picture) for index, picture in enumerate(images)]
+    return [
+        (f"Picture {index} of row {row}", picture)
+        for row, pictures in enumerate(images)
+        for index, picture in enumerate(pictures)
+    ]
 
 
 def _lay_out(images: Any) -> list | None:
     if images is None:
         return None
-    if not isinstance(images, list | tuple):
-        images = [images]
+    images = images if isinstance(images, list | tuple) else [images]
     nested = [isinstance(entry, list | tuple) for entry in images]
-    if any(nested) and not all(nested):
+    if len(set(nested)) > 1:
         raise ValueError(
             f"`images` mixes pictures and lists: entry {nested.index(not nested[0])} is "
             f"{'a list' if not nested[0] else 'no list'}, unlike entry 0. Give a list of pictures, or a list with one "
             "list for each row of text (`[]` for a row without pictures)."
         )
-    if nested and all(nested):
-        opened: list[list] = [[] for _ in images]
-        for row, entries in enumerate(images):
-            for index, entry in enumerate(entries):
-                opened[row] += _open(entry, f"Picture {index} of row {row}")
-        return opened
-    return [picture for index, entry in enumerate(images) for picture in _open(entry, f"Picture {index}")]
+    if not any(nested):
+        return [picture for name, entry in _named(images) for picture in _open(entry, name)]
+    rows: list[list] = [[] for _ in images]
+    for row, entries in enumerate(images):
+        for index, entry in enumerate(entries):
+            rows[row] += _open(entry, f"Picture {index} of row {row}")
+    return rows
 
 
 def _open(entry: Any, name: str) -> list:
     """Opens a file, and takes a 4-D array apart."""
     if is_picture_source(entry):
-        return [load_picture(entry, name)]
+        return [(tools().load_picture or load_picture)(entry, name)]
     if isinstance(entry, np.ndarray | torch.Tensor) and entry.ndim == 4:
         return list(entry)
     return [entry]
 
 
-__all__ = ["IMAGE_ASPECT_RATIOS", "MoellavaImagesKwargs", "MoellavaProcessor", "MoellavaProcessorKwargs"]
+__all__ = ["MoellavaImagesKwargs", "MoellavaProcessor", "MoellavaProcessorKwargs"]

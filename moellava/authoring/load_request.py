@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from ..configuration.config_base_moellava import check_choice, known_names
-from ..configuration.configuration_moellava import CHOICES
+from ..configuration.config_base_moellava import CHOICES, check_choice, known_names
 from ..parts.parts_moellava import ENCODERS, PROJECTORS
 from .older_names import (
     FIELD_NAMES,
@@ -174,9 +173,9 @@ def _checked_model_fields(fields: dict[str, Any]) -> dict[str, Any]:
         fields["encoder_type"] = canonical_encoder_type(fields["encoder_type"])
     if "vision_feature_select_strategy" in fields:
         fields["vision_feature_select_strategy"] = canonical_strategy(fields["vision_feature_select_strategy"])
-    for name, choices in CHOICES.items():
+    for name in CHOICES:
         if name in fields:
-            check_choice(name, fields[name], choices)
+            check_choice(name, fields[name])
     if isinstance(fields.get("vision_feature_layer"), tuple):
         fields["vision_feature_layer"] = list(fields["vision_feature_layer"])
     return fields

@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..configuration.config_base_moellava import known_names
+from ..configuration.config_base_moellava import FOREIGN_KEYS, LIBRARY_FIELDS, known_names
 from ..configuration.configuration_moellava import MoellavaConfig, MoellavaProjectorConfig
 from ..parts.part_table_moellava import PartTable
 
@@ -305,12 +305,14 @@ def translate_fields(
     return sections
 
 
-def take_other_names(config: MoellavaConfig, given: Mapping[str, Any]) -> None:
-    """Moves the fields that a config is given by another name to where they belong.
+def take_other_names(config: MoellavaConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Moves the fields that a config is given by another name to where they belong; returns the library's own.
 
     Raises:
         ValueError: An unknown name, or two names of one field with different values.
     """
+    library = {name: value for name, value in given.items() if name in LIBRARY_FIELDS or name in FOREIGN_KEYS}
+    given = {name: value for name, value in given.items() if name not in library}
     for name in given:
         if name not in FIELD_NAMES:
             fields = {*config.default_field_names(), *FIELD_NAMES}
@@ -333,6 +335,7 @@ def take_other_names(config: MoellavaConfig, given: Mapping[str, Any]) -> None:
     actual = vision.get("hidden_size") if isinstance(vision, dict) else getattr(vision, "hidden_size", None)
     if claimed is not None and actual is not None and claimed != actual:
         logger.warning("mm_hidden_size is given as %s, but the vision tower is %s wide.", claimed, actual)
+    return library
 
 
 def canonical_overrides(

@@ -5,15 +5,29 @@ It is found before a class of transformers sees the config. Some of these fetch 
 many layers as they are told.
 """
 
+import math
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, __version__
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
+
+from ..authoring.older_names import FIELD_NAMES, canonical_overrides
+from ..configuration.config_base_moellava import FOREIGN_KEYS, LIBRARY_FIELDS
+from ..configuration.configuration_moellava import MoellavaConfig
 
 
 logger = logging.get_logger(__name__)
+
+# What config classes of transformers raise on fields that make no sense.
+CONFIG_ERRORS = (
+    ArithmeticError, AttributeError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError,
+)  # fmt: skip
 
 # Of a part: what there has to be at least one of.
 _AT_LEAST_ONE = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads")
@@ -140,7 +154,112 @@ def _check_rotary_channels(key: str, config: PreTrainedConfig) -> None:
         )
 
 
-def checked_fields(fields: dict[str, Any]) -> dict[str, Any]:
+def config_from_dict(
+    from_dict: Callable, config_class: type[MoellavaConfig], fields: dict[str, Any], given: dict[str, Any]
+) -> Any:
+    """Makes a config of the fields of a file, checked, with those that a caller gives laid over them.
+
+    Args:
+        from_dict (`Callable`): Makes the config, by transformers.
+        config_class (`type`): The class of the config.
+        fields (`dict`): The fields of the file.
+        given (`dict`): What the caller gives: fields by whatever names, and the arguments of `from_dict`.
+
+    Raises:
+        ValueError: See `check_part`, `canonical_overrides` and `MoellavaConfig`.
+    """
+    fields = _checked_fields(fields)
+    given, arguments = canonical_overrides(config_class, fields, given)
+    laid_over = _laid_over(fields, given)
+    known = {*config_class.__dataclass_fields__, *LIBRARY_FIELDS, *FIELD_NAMES}
+    # What the file says of how to run the model is data; what the caller says of it is in `arguments`. A file may carry
+    # what a trainer wrote on the config, or a field of a later version: kept where it can do no harm, and said. A field
+    # that a caller misspells is an error.
+    strange = {key: value for key, value in laid_over.items() if key not in known and key not in FOREIGN_KEYS}
+    laid_over = {key: value for key, value in laid_over.items() if key in known and key not in FOREIGN_KEYS}
+    result = from_dict(laid_over, **arguments)
+    config = result[0] if isinstance(result, tuple) else result
+    _check_overrides(config, fields, given)
+    for key, value in strange.items():
+        if hasattr(config_class, key):
+            logger.warning("The config's field %r is not one of MoellavaConfig's; it is left out.", key)
+        else:
+            logger.warning("The config's field %r is not one of MoellavaConfig's; it is kept without effect.", key)
+            setattr(config, key, value)
+    return result
+
+
+def _laid_over(fields: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Lays fields that a caller gives over those of a file; of a part of the same kind, field by field."""
+    fields = dict(fields)
+    for name, value in given.items():
+        earlier = fields.get(name)
+        if name.endswith("_config") and isinstance(value, dict) and isinstance(earlier, dict):
+            kind = "type" if name == "projector_config" else "model_type"
+            if value.get(kind, earlier.get(kind)) == earlier.get(kind):
+                value = {**earlier, **value}
+        fields[name] = value
+    return fields
+
+
+def check_config(config: MoellavaConfig) -> None:
+    """Checks that the fields of a config make sense, and fit together.
+
+    Raises:
+        ValueError: They do not.
+    """
+    vocab_size = getattr(config.text_config, "vocab_size", None)
+    if not isinstance(vocab_size, int):
+        raise ValueError(
+            f"text_config describes a {config.text_config.model_type!r} model, which has no vocabulary; expected the "
+            "config of a language model."
+        )
+    if not 0 <= config.image_token_id < vocab_size:
+        raise ValueError(
+            f"image_token_id is {config.image_token_id}, but the language model's vocabulary has {vocab_size} rows: "
+            f"expected 0 to {vocab_size - 1}. Add the token to the tokenizer and set text_config.vocab_size."
+        )
+    if config.image_size is not None and config.image_size < 1:
+        raise ValueError(
+            f"image_size is {config.image_size}; expected a number of pixels, or None for the tower's own."
+        )
+    if not 0 < config.image_feature_scale < math.inf:
+        raise ValueError(f"image_feature_scale is {config.image_feature_scale}; expected a number above 0.")
+
+
+def check_ties(config: MoellavaConfig, again: MoellavaConfig) -> None:
+    """Raises a ValueError where a config ties the embeddings and its text config does not, or the other way round."""
+    if config.tie_word_embeddings != again.tie_word_embeddings:
+        raise ValueError(
+            f"tie_word_embeddings is {config.tie_word_embeddings}, but text_config.tie_word_embeddings is "
+            f"{again.tie_word_embeddings}. They are one field: set both."
+        )
+
+
+@contextmanager
+def reading_part(key: str, model_type: Any) -> Iterator[None]:
+    """Says what is wrong with a part whose config transformers cannot make, as a ValueError."""
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{key}.model_type is {model_type!r}, which transformers {__version__} does not have. Expected the type of "
+            "one of its own models; code that a part brings with it is not run."
+        )
+    try:
+        yield
+    except CONFIG_ERRORS as error:
+        raise ValueError(
+            f"{key} does not describe a {model_type!r} model ({config_fault(error)}). Expected the fields of "
+            f"transformers' {CONFIG_MAPPING[model_type].__name__}."
+        ) from error
+
+
+def config_fault(error: Exception) -> str:
+    """Returns what an error of a config class says is wrong."""
+    reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+    return f"{type(reason).__name__}: {reason}"
+
+
+def _checked_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields of a model's config file, checked, and completed where an earlier version wrote them.
 
     Raises:
@@ -169,7 +288,7 @@ def checked_fields(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def check_overrides(config: PreTrainedConfig, fields: dict[str, Any], given: dict[str, Any]) -> None:
+def _check_overrides(config: PreTrainedConfig, fields: dict[str, Any], given: dict[str, Any]) -> None:
     """Checks a config that was made of a file's fields and of some that a caller has laid over them.
 
     Raises:
@@ -191,4 +310,32 @@ def check_overrides(config: PreTrainedConfig, fields: dict[str, Any], given: dic
             )  # fmt: skip
 
 
-__all__ = ["check_dtype", "check_overrides", "check_part", "check_part_config", "checked_fields"]
+@contextmanager
+def building_part(key: str, config: PreTrainedConfig) -> Iterator[None]:
+    """Says what is wrong with a part whose config passes its own checks, and of which no model can be built."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{key} does not describe a {config.model_type!r} model ({type(error).__name__}: {error}). Expected the "
+            f"fields of transformers' {type(config).__name__}."
+        ) from error
+
+
+def check_head(text_config: PreTrainedConfig, head: Any) -> None:
+    """Raises a ValueError where the output projection of a language model's family is no linear layer."""
+    if not isinstance(head, torch.nn.Linear):
+        raise ValueError(
+            f"A {text_config.model_type} language model has no linear output projection (found "
+            f"{type(head).__name__}), so that it cannot be the language model here."
+        )
+
+
+__all__ = [
+    "check_head",
+    "building_part",
+    "CONFIG_ERRORS", "check_config", "check_dtype", "check_part", "check_part_config", "check_ties", "config_fault",
+    "config_from_dict", "reading_part",
+]  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING, IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
+from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from transformers.utils import cached_file, resolve_revision
 
@@ -125,6 +126,33 @@ def load_image_processor(name: str | os.PathLike, **options: Any) -> Any:
     return AutoImageProcessor.from_pretrained(name, **options)
 
 
+def read_processor_dict(name: str | os.PathLike, **options: Any) -> Any:
+    """Reads what the files say of a processor; arguments as for `ProcessorMixin.get_processor_dict`.
+
+    Raises:
+        ValueError: They ask for an audio tokenizer, are links to elsewhere, or are nested too deeply to be read.
+    """
+    check_links(name, options.get("subfolder"))
+    try:
+        return _ProcessorFiles.get_processor_dict(name, **options)
+    except RecursionError as error:
+        raise ValueError(
+            f"A file of the processor of {name} is nested too deeply to be read. Save or download it again."
+        ) from error
+
+
+class _ProcessorFiles(ProcessorMixin):
+    """Reads the files of a processor. While it does so, transformers would load an audio tokenizer, by a class that
+    they name and from a folder or repository that they name: nothing is opened because of what a file says."""
+
+    @staticmethod
+    def get_possibly_dynamic_module(module_name: str):
+        raise ValueError(
+            f"A file of the processor asks for an audio tokenizer, {module_name!r}, from elsewhere. A MoELLaVA model "
+            "has none: take 'audio_tokenizer' out of processor_config.json, and audio_tokenizer_config.json away."
+        )
+
+
 def check_links(folder: str | os.PathLike, subfolder: str | None = None) -> None:
     """Checks that the texts of a processor lie in its folder; a link may lead into the Hub's cache.
 
@@ -221,4 +249,4 @@ def _check_image_processor_class(source: str | os.PathLike, options: Mapping[str
             )
 
 
-__all__ = ["RefusedFileError", "check_links", "load_image_processor", "load_tokenizer"]
+__all__ = ["RefusedFileError", "check_links", "load_image_processor", "load_tokenizer", "read_processor_dict"]

@@ -47,7 +47,7 @@ def open_pictures(names: Iterable[str]) -> list[Any]:
         OSError: There is no such file, or it cannot be fetched.
         ValueError: It is no picture.
     """
-    from ..processing.images_moellava import load_picture
+    from ..checks.pictures import load_picture
 
     pictures = []
     for name in names:

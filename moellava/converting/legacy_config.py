@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from ..authoring.older_names import canonical_projector
-from ..configuration.config_base_moellava import CONFIG_ERRORS, config_fault
+from ..checks.configs import CONFIG_ERRORS, config_fault
 from ..reading.language_model import minicpm_as_granite
 
 

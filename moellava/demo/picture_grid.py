@@ -10,7 +10,7 @@ matplotlib.use("Agg")  # draws into a file, with or without a screen
 
 from matplotlib import pyplot
 
-from ..processing.images_moellava import load_picture
+from ..checks.pictures import load_picture
 
 
 COLUMNS = 6

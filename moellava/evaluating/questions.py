@@ -31,8 +31,8 @@ from ..chatting.conversations import (
 )
 from ..chatting.dataset_pictures import undecoded
 from ..chatting.prompting import user_turn, with_pictures
+from ..checks.pictures import check_shape, decode_picture, to_rgb
 from ..formatting import encodable
-from ..processing.images_moellava import check_shape, decode_picture, to_rgb
 from ..reading.json_files import read_json_rows
 from .choices import read_choices, right_choice
 from .scoring import CLOSED, OPEN, words

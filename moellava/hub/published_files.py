@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.parse import unquote
 
-from ..processing.images_moellava import load_picture
+from ..checks.pictures import load_picture
 from ..reading.sources import CONFIG_NAME
 
 

@@ -13,12 +13,12 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..authoring.load_request import LoadRequest, is_user_encoder, read_request
 from ..authoring.older_names import canonical_projector, stacked_projector
+from ..authoring.plain_values import plain_value
 from ..building.assembling import assemble, with_projector_provenance, with_tower_provenance
 from ..building.build import build
 from ..building.dense_to_sparse import upcycled, with_moe_changes
 from ..checks.weight_files import check_adapter
 from ..configuration import MoellavaConfig
-from ..configuration.config_base_moellava import plain_value
 from ..converting.legacy_adapters import ADAPTER_FILES
 from ..converting.legacy_checkpoint import load_older
 from ..converting.legacy_config import is_older

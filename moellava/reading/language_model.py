@@ -19,9 +19,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..chatting.chat_templates import IMAGE_TOKEN
-from ..checks.configs import check_part
+from ..checks.configs import CONFIG_ERRORS, check_part, config_fault
 from ..checks.processor_files import RefusedFileError, load_tokenizer
-from ..configuration.config_base_moellava import CONFIG_ERRORS, config_fault
 from ..modeling.language_moellava import native_causal_lm
 from .native_head import check_head
 from .sources import Source

@@ -10,8 +10,8 @@ import transformers
 from huggingface_hub import snapshot_download
 
 from ..authoring.measuring import known_arguments
+from ..authoring.plain_values import plain_value
 from ..authoring.registry import is_legacy_encoder
-from ..configuration.config_base_moellava import plain_value
 from ..parts.legacy_encoder_moellava import legacy_settings, make_legacy_encoder
 from ..parts.parts_moellava import ENCODERS
 from ..parts.user_encoder_moellava import as_hidden_states

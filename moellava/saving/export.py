@@ -150,6 +150,7 @@ def _table_source(config: MoellavaConfig, classes: Mapping[tuple[str, str], type
     needed = {
         "modular_experts": is_quantised and is_sparse,
         "quantised": is_quantised,
+        "routing": config.is_natively_sparse,
         "sparse": is_sparse,
         "user_encoder_config": config.vision_config.model_type == "moellava_encoder",
     }

@@ -9,9 +9,9 @@ from typing import Any
 
 from ..chatting.conversations import RowError, located, read_conversation
 from ..chatting.dataset_pictures import undecoded
+from ..checks.pictures import check_shape, decode_picture, to_rgb
 from ..configuration.config_base_moellava import known_names
 from ..formatting import encodable
-from ..processing.images_moellava import check_shape, decode_picture, to_rgb
 from ..reading.json_files import read_json_rows
 
 

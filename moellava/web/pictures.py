@@ -7,7 +7,7 @@ from pathlib import Path
 
 import PIL.Image
 
-from ..processing.images_moellava import load_picture, range_doubt, to_rgb
+from ..checks.pictures import load_picture, range_doubt, to_rgb
 
 
 def open_picture(path: str) -> PIL.Image.Image:
