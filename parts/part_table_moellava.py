@@ -45,7 +45,8 @@ class PartTable:
             raise ValueError(
                 f"Unknown {self.slot} {name!r}{known_names(name, self._classes)} One of your own is made known by "
                 f"importing the file that registers it with @register_{self.slot}(...); of a checkpoint that carries "
-                "the file, also by load_pretrained_model(..., trust_remote_code=True), where you trust its author."
+                "the file, also by load_pretrained_model(..., trust_remote_code=True), where you trust its author. "
+                "Without moellava, a checkpoint knows its own parts alone: install it for the others."
             )
         return self._classes[name]
 

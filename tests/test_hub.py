@@ -605,7 +605,7 @@ def test_a_model_pushes_itself_its_processor_and_its_own_parts_in_one_commit(mod
     assert (commit.summary, commit.description) == ("My own", "In one")
     assert repository.commits[commit.parent].summary == "initial commit"
     names = {"model.safetensors", "processor_config.json", "tokenizer.json", "chat_template.jinja", "README.md"}
-    assert names | {"moellava_entry.py", "hub_moellava.py", "custom_gated_projector.py"} <= set(commit.files)
+    assert names | {"moellava_entry.py", "moellava_custom.py", "custom_gated_projector.py"} <= set(commit.files)
     assert b"- own" in commit.files["README.md"].content
 
 
@@ -616,8 +616,10 @@ def test_a_model_that_is_pushed_again_commits_nothing_and_says_so(model_pushed, 
 
 def test_a_processor_pushed_alone_keeps_the_parts_of_the_model(model_pushed, server):
     assert b"GatedProjector" in server.files("me/own")["moellava_custom.py"].content
-    assert b"CUSTOM_PARTS = []" in server.files("me/processor")["moellava_custom.py"].content
-    assert "processor_config.json" in server.files("me/processor") and weights(server, "me/processor") == set()
+    alone = set(server.files("me/processor"))
+    assert {"processor_config.json", "moellava_entry.py", "processing_moellava.py"} <= alone
+    assert alone.isdisjoint({"moellava_custom.py", "modeling_moellava.py", "parts_moellava.py"})
+    assert weights(server, "me/processor") == set()
 
 
 def test_a_model_in_shards_leaves_no_single_file_beside_them(model_pushed, server):
