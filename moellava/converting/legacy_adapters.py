@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..reading.sources import Source, read_tensors
+from ..tree import PEFT_PREFIX
 from .legacy_config import OlderCheckpointError, OlderModel, read_older_config
 from .legacy_weights import our_names
 
@@ -70,7 +71,7 @@ def attach_adapter(model: Any, adapter: Adapter, merge: bool) -> Any:
     config.inference_mode = merge
     processor = model.processor
     adapted = PeftModel(model, config)
-    set_peft_model_state_dict(adapted, {f"base_model.model.{name}": tensor for name, tensor in tensors.items()})
+    set_peft_model_state_dict(adapted, {f"{PEFT_PREFIX}{name}": tensor for name, tensor in tensors.items()})
     adapted = adapted.merge_and_unload() if merge else adapted
     adapted.processor = processor
     return adapted.eval()
