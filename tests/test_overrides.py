@@ -9,7 +9,6 @@ import json
 
 import pytest
 import torch
-from parts import picture, run_python
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -20,6 +19,7 @@ from transformers import (
 )
 
 from moellava import MoellavaConfig, MoellavaForCausalLM, load_pretrained_model
+from parts import picture, run_python
 
 
 @pytest.fixture(scope="module")

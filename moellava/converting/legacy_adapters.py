@@ -9,6 +9,7 @@ import torch
 
 from ..loading.lora import with_adapter
 from ..reading.sources import Source, read_tensors
+from ..tree import PEFT_PREFIX
 from .legacy_config import OlderCheckpointError, OlderModel, read_older_config
 from .legacy_weights import our_names
 
@@ -68,7 +69,7 @@ def attach_adapter(model: Any, adapter: Adapter, merge: bool) -> Any:
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     config.inference_mode = merge
     processor = model.processor
-    adapted, _ = with_adapter(model, config, {f"base_model.model.{name}": tensor for name, tensor in tensors.items()})
+    adapted, _ = with_adapter(model, config, {f"{PEFT_PREFIX}{name}": tensor for name, tensor in tensors.items()})
     adapted = adapted.merge_and_unload() if merge else adapted
     adapted.processor = processor
     return adapted.eval()

@@ -4,7 +4,7 @@
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..configuration import MoellavaConfig
 from ..converting import is_older
 from ..loading import LoadedModel, load_pretrained_model
 from ..reading.sources import Source
-from .answering import answer_questions
+from .answering import Answer, answer_questions
 from .questions import QuestionSet, Unusable, read_questions
 from .report import EvaluationReport
 from .scored import ScoredAnswer
@@ -98,23 +98,7 @@ def evaluate(
     started = time.perf_counter()
     answers = answer_questions(model, loaded.context_len, questions.questions, batch_size, max_new_tokens)
     seconds = time.perf_counter() - started
-    scored, unusable = [], list(questions.unusable)
-    for question, answer in zip(questions.questions, answers, strict=True):
-        if isinstance(answer, str):
-            unusable.append(Unusable(question.row, answer))
-        else:
-            scored.append(ScoredAnswer(question, answer.text, answer.cut_off))
-    unusable.sort(key=lambda fault: fault.row)
-    if unusable:
-        logger.warning(
-            "%d of %d rows of %s could not be evaluated and are left out: the report tells why.",
-            len({fault.row for fault in unusable}), questions.num_rows, questions.name,
-        )  # fmt: skip
-    if not scored:
-        raise ValueError(
-            f"No row of {questions.name} can be evaluated ({questions.num_rows} read): row {unusable[0].row} "
-            f"{unusable[0].reason}."
-        )
+    scored, unusable = _scored(questions, answers)
     return EvaluationReport(
         checkpoint=model.name_or_path or type(model).__name__ if is_loaded else os.fspath(checkpoint),
         dataset=questions.name,
@@ -149,6 +133,28 @@ def _places(questions: QuestionSet) -> list[str]:
     folders = {os.path.dirname(path) for path in paths if isinstance(path, str | os.PathLike) and os.path.isabs(path)}
     common = os.path.commonpath(folders) if folders else ""
     return [questions.folder, *([common] if len(common) > 1 else [])]
+
+
+def _scored(questions: QuestionSet, answers: Sequence[Answer | str]) -> tuple[list[ScoredAnswer], list[Unusable]]:
+    """Returns the answers with their scores, and the rows that could not be evaluated, of which is warned."""
+    scored, unusable = [], list(questions.unusable)
+    for question, answer in zip(questions.questions, answers, strict=True):
+        if isinstance(answer, str):
+            unusable.append(Unusable(question.row, answer))
+        else:
+            scored.append(ScoredAnswer(question, answer.text, answer.cut_off))
+    unusable.sort(key=lambda fault: fault.row)
+    if unusable:
+        logger.warning(
+            "%d of %d rows of %s could not be evaluated and are left out: the report tells why.",
+            len({fault.row for fault in unusable}), questions.num_rows, questions.name,
+        )  # fmt: skip
+    if not scored:
+        raise ValueError(
+            f"No row of {questions.name} can be evaluated ({questions.num_rows} read): row {unusable[0].row} "
+            f"{unusable[0].reason}."
+        )
+    return scored, unusable
 
 
 def _check_answers(checkpoint: str | os.PathLike, options: Mapping[str, Any]) -> None:

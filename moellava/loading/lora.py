@@ -17,11 +17,11 @@ from torch import nn
 from ..modeling.language_moellava import native_causal_lm
 from ..reading.language_model import module_name
 from ..reading.sources import Source
+from ..tree import BODY_PREFIX, HEAD, PEFT_PREFIX
 
 
 logger = logging.getLogger(__name__)
 
-_PEFT_PREFIX = "base_model.model."
 # What PEFT puts behind a layer's name, and beside its weight.
 _OF_LAYER = re.compile(
     r"\.(?:lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|base_layer|modules_to_save|token_adapter"
@@ -29,7 +29,6 @@ _OF_LAYER = re.compile(
 )
 # What PEFT raises of a config or of weights that are not the model's.
 _MISFITS = (AttributeError, KeyError, RuntimeError, TypeError, ValueError, re.error)
-_BODY, _HEAD = "model.language_model.", "lm_head"
 
 
 def put_adapter(base: Any, source: Source, tensors: dict[str, torch.Tensor], merges: bool = False) -> Any:
@@ -62,14 +61,14 @@ def put_adapter(base: Any, source: Source, tensors: dict[str, torch.Tensor], mer
         )
     modules = dict(base.named_modules())
     renames = _language_model_names(base)
-    layers = {name: _OF_LAYER.sub("", name.removeprefix(_PEFT_PREFIX)) for name in tensors}
+    layers = {name: _OF_LAYER.sub("", name.removeprefix(PEFT_PREFIX)) for name in tensors}
     mapping: dict[str, str] = {}
     asked: set[str] = set()
-    if not any(_is_place(layer, modules) for layer in layers.values() if layer.partition(".")[0] != _HEAD):
+    if not any(_is_place(layer, modules) for layer in layers.values() if layer.partition(".")[0] != HEAD):
         mapping = renames
         asked = _layers_asked_for(base, config, source)
         _aim_at_language_model(config, {name: _renamed(layer, renames) for name, layer in layers.items()}, modules)
-    placed = {_PEFT_PREFIX + _renamed(name.removeprefix(_PEFT_PREFIX), mapping): tensors[name] for name in tensors}
+    placed = {PEFT_PREFIX + _renamed(name.removeprefix(PEFT_PREFIX), mapping): tensors[name] for name in tensors}
     lost = [name for name, layer in layers.items() if not _is_place(_renamed(layer, mapping), modules)]
     if lost:
         raise ValueError(_lost(source, lost))
@@ -81,7 +80,7 @@ def put_adapter(base: Any, source: Source, tensors: dict[str, torch.Tensor], mer
     if unexpected:
         raise ValueError(_lost(source, unexpected))
     _part_ends(base)
-    bare = {_OF_LAYER.sub("", name.removeprefix(_PEFT_PREFIX)) for name in missing if ".lora_" in name}
+    bare = {_OF_LAYER.sub("", name.removeprefix(PEFT_PREFIX)) for name in missing if ".lora_" in name}
     bare |= asked - set(layers.values())
     if bare:
         logger.warning(
@@ -214,8 +213,8 @@ def _language_model_names(base: Any) -> dict[str, str]:
     own = native_causal_lm(base.config.text_config)
     head = module_name(own, own.get_output_embeddings())
     return {
-        rf"^{re.escape(own.base_model_prefix)}\.(?!language_model\.)": _BODY,
-        rf"^{re.escape(head)}(?=\.|$)": _HEAD,
+        rf"^{re.escape(own.base_model_prefix)}\.(?!language_model\.)": BODY_PREFIX,
+        rf"^{re.escape(head)}(?=\.|$)": HEAD,
     }
 
 
@@ -271,7 +270,7 @@ def _with_rows_of_new_tokens(tensors: dict[str, torch.Tensor], base: Any) -> dic
     rows = base.config.text_config.vocab_size
     padded = {}
     for name, tensor in tensors.items():
-        layer = _OF_LAYER.sub("", name.removeprefix(_PEFT_PREFIX))
+        layer = _OF_LAYER.sub("", name.removeprefix(PEFT_PREFIX))
         own = whole.get(f"{layer}.weight")
         if own is not None and not name.endswith("trainable_tokens_delta"):
             by_columns = ".lora_embedding_A" in name

@@ -258,22 +258,10 @@ def _run(stage: Stage, model: Any, train_data: Any, eval_data: Any, folder: Path
     folder.mkdir(parents=True, exist_ok=True)
     if writes and isinstance(train_data, Examples):
         _write_data_report(stage, train_data, folder)
-    reach: dict[str, Any] = {}
     base = model
-    if stage.lora is not None:
-        routers = stage.lora.router if stage.lora.router is not None else stage.stage == "moe"
-        model, reach = put_adapters(model, stage.lora, routers, stage.load_4bit or stage.load_8bit)
-    else:
-        set_trained(model, stage.stage, stage.freeze, stage.unfreeze)
+    model, reach = _with_trained_parts(stage, base)
     trained = trained_parameters(model)
-    for part, counts in trained.items():
-        logger.info("%s: %s of %s parameters are trained", part, f"{counts['trained']:,}", f"{counts['parameters']:,}")
-    untrained = [part for part in base.config.untrained_parts or () if not trained.get(part, {}).get("trained")]
-    if untrained:
-        logger.warning(
-            "Never trained, and not trained by the stage %s either: %s. The weights are random, so answers about "
-            "images stay meaningless.", stage.name, " and ".join(untrained),
-        )  # fmt: skip
+    _warn_of_untrained_parts(stage, base, trained)
     if arguments.ddp_find_unused_parameters is None:
         arguments.ddp_find_unused_parameters = may_be_unused(model)
     callbacks = []
@@ -324,6 +312,28 @@ def _run(stage: Stage, model: Any, train_data: Any, eval_data: Any, folder: Path
         write_json_object(folder / _STAGE_REPORT, fields)
     PartialState().wait_for_everyone()  # the next stage reads what this one has made
     return report
+
+
+def _warn_of_untrained_parts(stage: Stage, model: Any, trained: dict[str, Any]) -> None:
+    untrained = [part for part in model.config.untrained_parts or () if not trained.get(part, {}).get("trained")]
+    if untrained:
+        logger.warning(
+            "Never trained, and not trained by the stage %s either: %s. The weights are random, so answers about "
+            "images stay meaningless.", stage.name, " and ".join(untrained),
+        )  # fmt: skip
+
+
+def _with_trained_parts(stage: Stage, model: Any) -> tuple[Any, dict[str, Any]]:
+    """Returns the model with the adapters of the stage, and what these reach; or with what is trained switched on."""
+    reach: dict[str, Any] = {}
+    if stage.lora is not None:
+        routers = stage.lora.router if stage.lora.router is not None else stage.stage == "moe"
+        model, reach = put_adapters(model, stage.lora, routers, stage.load_4bit or stage.load_8bit)
+    else:
+        set_trained(model, stage.stage, stage.freeze, stage.unfreeze)
+    for part, counts in trained_parameters(model).items():
+        logger.info("%s: %s of %s parameters are trained", part, f"{counts['trained']:,}", f"{counts['parameters']:,}")
+    return model, reach
 
 
 def _load(stage: Stage, source: Any, arguments: TrainingArguments) -> Any:
