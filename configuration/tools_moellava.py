@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
 
@@ -50,8 +49,18 @@ class Tools:
     # What reads a picture, what makes 8-bit RGB of one, and what reads the files of a processor: `images_moellava.py`,
     # and transformers.
     load_picture = to_rgb = read_processor_dict = None
-    load_tokenizer = staticmethod(AutoTokenizer.from_pretrained)
-    load_image_processor = staticmethod(AutoImageProcessor.from_pretrained)
+
+    def load_tokenizer(self, name: Any, **options: Any) -> Any:
+        """Loads a tokenizer, by transformers."""
+        from transformers import AutoTokenizer  # late, as below: it is built on the table of configs, which has ours
+
+        return AutoTokenizer.from_pretrained(name, **options)
+
+    def load_image_processor(self, name: Any, **options: Any) -> Any:
+        """Loads an image processor, by transformers."""
+        from transformers import AutoImageProcessor
+
+        return AutoImageProcessor.from_pretrained(name, **options)
 
     def take_other_names(self, config: Any, given: dict[str, Any]) -> dict[str, Any]:
         """Takes the fields of a config that are given by names which it does not have; returns the rest: all."""
