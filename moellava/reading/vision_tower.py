@@ -83,7 +83,7 @@ def _is_text_model(config: PreTrainedConfig) -> bool:
 
 
 def _open_clip_tower(source: Source, encoder_type: str | None) -> VisionPart:
-    from .open_clip_source import read_open_clip
+    from .open_clip import read_open_clip
 
     if encoder_type not in (None, "biomedclip", "clip"):
         raise ValueError(
