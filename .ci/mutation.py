@@ -49,7 +49,7 @@ class Target(NamedTuple):
 
 TARGETS = {
     "routing": Target(
-        "modeling/sparse_moellava.py",
+        "parts/moe_block_moellava.py",
         ("Router.forward", "SparseMoeBlock.forward", "SparseMoeBlock.route", "SparseMoeBlock._within_capacity")
         + ("_as_ratio", "load_balancing_loss"),
         "tests/test_sparse.py -k 'block_equals or capacity_equals or rounded_up or first_choices or dropped or jitter "
