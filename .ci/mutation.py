@@ -58,8 +58,7 @@ TARGETS = {
     "balancing": Target(
         "parts/sparse_layers_moellava.py",
         ("load_balancing_loss", "token_mask"),
-        "tests/test_sparse.py "
-        "-k 'loss_formula or loss_is_one or evens_the_load or alone or which_tokens_of_a_pass'",
+        "tests/test_sparse.py -k 'loss_formula or loss_is_one or evens_the_load or alone or which_tokens_of_a_pass'",
     ),
     "image_mask": Target(
         "modeling/modeling_moellava.py",
