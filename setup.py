@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Installs the folders of this repository as one package, `moellava`.
 
-The folders that travel inside a checkpoint (`configuration/`, `modeling/`, `processing/`) lie beside the tools
-(`moellava/`), and become its sub-packages here. Tool settings are in `pyproject.toml`, exact versions in
+The folders whose files travel inside a checkpoint (`configuration/`, `modeling/`, `parts/`, `processing/`) lie beside
+the tools (`moellava/`), and become its sub-packages here. Tool settings are in `pyproject.toml`, exact versions in
 `constraints.txt`.
 """
 

@@ -2,7 +2,7 @@
 """Runs transformers-mlinter on the files that travel inside a checkpoint.
 
 mlinter tells by a file's name which of its rules apply (`modeling_*.py`, `configuration_*.py`, ...), and looks for a
-model's config in the same folder. Ours lie in several folders, under names such as `projectors_moellava.py`: its
+model's config in the same folder. Ours lie in several folders, under names such as `mlp_projector_moellava.py`: its
 command line would pass over most of them and say OK. So they are laid out flat first, as in a checkpoint, each under
 the prefix of the folder it comes from, and what is found is reported at its place in this repository.
 

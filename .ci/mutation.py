@@ -49,17 +49,21 @@ class Target(NamedTuple):
 
 TARGETS = {
     "routing": Target(
-        "modeling/sparse_moellava.py",
+        "parts/moe_block_moellava.py",
         ("Router.forward", "SparseMoeBlock.forward", "SparseMoeBlock.route", "SparseMoeBlock._within_capacity")
-        + ("_as_ratio", "load_balancing_loss"),
+        + ("_as_ratio",),
         "tests/test_sparse.py -k 'block_equals or capacity_equals or rounded_up or first_choices or dropped or jitter "
-        "or second or deterministic or loss_formula or loss_is_one or evens_the_load or alone'",
+        "or second or deterministic'",
+    ),
+    "balancing": Target(
+        "parts/sparse_layers_moellava.py",
+        ("load_balancing_loss", "token_mask"),
+        "tests/test_sparse.py -k 'loss_formula or loss_is_one or evens_the_load or alone or which_tokens_of_a_pass'",
     ),
     "image_mask": Target(
         "modeling/modeling_moellava.py",
-        ("MoellavaModel.get_placeholder_mask", "token_mask"),
-        "tests/test_sparse.py tests/test_generation.py tests/test_errors.py "
-        "-k 'which_tokens_of_a_pass or from_embeddings or features_and_tokens_that_differ'",
+        ("MoellavaModel.get_placeholder_mask",),
+        "tests/test_generation.py tests/test_errors.py -k 'from_embeddings or features_and_tokens_that_differ'",
     ),
     "label_mask": Target(
         "moellava/training/encoding.py",

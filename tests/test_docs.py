@@ -294,7 +294,7 @@ def test_links_lead_somewhere(document):
 @pytest.mark.parametrize("document", [*DOCUMENTS, *OTHERS])
 def test_files_that_are_named_exist(document):
     text = (ROOT / document).read_text(encoding="utf-8")
-    rooms = "benchmarks|configuration|docs|examples|hub_cards|modeling|moellava|processing|tests"
+    rooms = "benchmarks|configuration|docs|examples|hub_cards|modeling|moellava|parts|processing|tests"
     for name in re.findall(rf"`((?:{rooms})/[\w/]+\.\w+)`", text):
         assert (ROOT / name).is_file(), f"{document} names {name}"
 

@@ -17,18 +17,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 
+from moellava.checks import pictures as checked_pictures
+from moellava.checks.pictures import decode_picture, load_picture, to_rgb
+from moellava.configuration.tools_moellava import tools
 from moellava.evaluating import questions
+from moellava.installed import InstalledTools
 from moellava.processing import images_moellava
-from moellava.processing.images_moellava import (
-    decode_picture,
-    load_picture,
-    pad_tensor_to_square,
-    pad_to_square,
-    scaled_to_tensor,
-    to_rgb,
-)
+from moellava.processing.images_moellava import pad_to_square, scaled_to_tensor
 from moellava.training import rows
 from moellava.web import pictures as page_pictures
 
@@ -316,15 +313,37 @@ def test_url_gives_what_the_file_gives(served, monkeypatch):
         assert (pixels(to_rgb(f"{address}/{name}")) == pixels(to_rgb(folder / name))).all()
 
 
+@pytest.mark.parametrize("values", [DEEP, RGB, GREY, np.dstack([RGB, ALPHA])])
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
+def test_a_checkpoints_own_code_reads_files_alike(tmp_path, values, image_format):
+    """Where the package is not installed, `images_moellava` alone opens them: 16 bits, transparency and all."""
+    path = tmp_path / "picture"
+    Image.fromarray(values).save(path, image_format)
+    for picture in (path, str(path), Image.open(path), values):
+        assert (pixels(images_moellava.to_rgb(picture)) == pixels(to_rgb(picture))).all()
+    path.write_bytes(EPS)
+    with pytest.raises(UnidentifiedImageError):
+        images_moellava.to_rgb(path)
+
+
+def test_a_checkpoints_own_code_reads_addresses_by_transformers(served, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    folder, address = served
+    Image.fromarray(RGB).save(folder / "picture.png")
+    text = base64.b64encode((folder / "picture.png").read_bytes()).decode()
+    for source in (f"{address}/picture.png", text, f"data:image/png;base64,{text}"):
+        assert (pixels(images_moellava.to_rgb(source)) == RGB).all()
+
+
 def test_url_errors(served, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     folder, address = served
     (folder / "page.html").write_text("<html>no picture</html>")
-    with pytest.raises(ValueError, match=r"Picture 1 \('http.*/gone.png'\) cannot be fetched: HTTPError.*404"):
+    with pytest.raises(ValueError, match=r"Picture 1 \('http.*/gone.png'\) cannot be fetched: HTTPStatusError.*404"):
         load_picture(f"{address}/gone.png", "Picture 1")
     with pytest.raises(ValueError, match=r"Picture 1 \('http.*/page.html'\) cannot be decoded: UnidentifiedImageError"):
         load_picture(f"{address}/page.html", "Picture 1")
-    with pytest.raises(ValueError, match="cannot be fetched: URLError"):
+    with pytest.raises(ValueError, match="cannot be fetched: ConnectError"):
         load_picture("http://127.0.0.1:1/refused.png")
 
 
@@ -400,7 +419,7 @@ def test_unreadable_file_says_so(tmp_path):
     path = tmp_path / "secret.png"
     Image.new("L", (5, 5)).save(path)
     path.chmod(0)
-    with pytest.raises(PermissionError, match="secret.png"):
+    with pytest.raises(ValueError, match=r"secret.png'\) cannot be read: .*Permission denied"):
         to_rgb(path)
 
 
@@ -506,7 +525,7 @@ def test_pad_to_square(size, corner):
     assert (result == expected).all()
     # The same on a tensor.
     tensor = torch.tensor(values / 255, dtype=torch.float32).permute(2, 0, 1)
-    padded = pad_tensor_to_square(tensor, (122 / 255, 116 / 255, 104 / 255))
+    padded = pad_to_square(tensor, (122, 116, 104))
     torch.testing.assert_close(padded.permute(1, 2, 0) * 255, torch.tensor(expected, dtype=torch.float32))
 
 
@@ -525,7 +544,7 @@ def test_scaled_values_are_laid_out_and_not_changed():
 
 
 ROOT = Path(__file__).parent.parent
-# What opens a picture without `decode_picture`: by the call, or by the import.
+# What opens a picture: by the call, or by the import.
 OPENERS = re.compile(
     r"\bImage\.open\(|\bload_images?\(|\bfetch_images\(|\bimread\(|\bdecode_image\(|\bread_image\(|"
     r"\b(?:import|from) (?:cv2|imageio|torchvision\.io|skimage)"
@@ -540,15 +559,19 @@ def test_a_file_that_the_system_does_not_let_read():
 
 
 def test_one_function_opens_pictures():
-    """Nothing else in the package lets Pillow, or another library, open one; templates of pages among it."""
+    """Nothing but `decode_picture` lets Pillow, or another library, open one, templates of pages among it; and the
+    travelling file's `load_picture`, in whose place the installed package puts its own."""
     found = []
-    for room in ("configuration", "hub_cards", "modeling", "moellava", "processing"):
+    for room in ("configuration", "hub_cards", "modeling", "moellava", "parts", "processing"):
         for path in [*(ROOT / room).rglob("*.py"), *(ROOT / room).rglob("*.jinja")]:
             text = path.read_text(encoding="utf-8")
             if path.suffix == ".py":  # without comments
                 text = ast.unparse(ast.parse(text))
             found += [(path.name, match) for match in OPENERS.findall(text)]
-    assert found == [("images_moellava.py", "Image.open(")]
+    travelling = [("images_moellava.py", "load_image("), ("images_moellava.py", "Image.open(")]
+    assert sorted(found) == sorted([("pictures.py", "Image.open("), *travelling])
+    for name in ("load_picture", "to_rgb"):
+        assert getattr(tools(), name).__module__ == InstalledTools.__module__
 
 
 EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
@@ -671,7 +694,7 @@ def test_unusual_errors_of_a_decoder(monkeypatch, error):
 
 def test_what_takes_too_many_bytes(served, monkeypatch):
     folder, address = served
-    monkeypatch.setattr(images_moellava, "_MOST_BYTES", 1)
+    monkeypatch.setattr(checked_pictures, "_MOST_BYTES", 1)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # Pillow opens twice as many
     path = folder / "large.png"
     Image.new("RGB", (50, 50)).save(path)
@@ -696,8 +719,8 @@ def test_what_takes_too_many_bytes(served, monkeypatch):
 def warned(monkeypatch):
     """The warnings that were logged."""
     texts = []
-    monkeypatch.setattr(images_moellava, "_said", set())
-    monkeypatch.setattr(images_moellava.logger, "warning", texts.append)
+    monkeypatch.setattr(checked_pictures, "_said", set())
+    monkeypatch.setattr(checked_pictures.logger, "warning", texts.append)
     return texts
 
 

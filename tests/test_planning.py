@@ -61,7 +61,8 @@ def allocated(profiled):
 def measured(model, config, rows, length, checkpoints, mixed):
     """Takes a real step, and returns the bytes of what it needs."""
     if checkpoints:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained)

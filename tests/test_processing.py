@@ -26,8 +26,8 @@ from transformers import (
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from moellava.chatting.chat_templates import VICUNA_CHAT_TEMPLATE, VICUNA_SYSTEM_TEXT, multimodal_chat_template
-from moellava.processing import processing_moellava
 from moellava.processing.processing_moellava import MoellavaProcessor
+from moellava.saving import checkpoint
 
 
 SIZE = 28
@@ -919,7 +919,7 @@ def test_interrupted_save_leaves_the_earlier_checkpoint(tmp_path, processor, mon
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(processing_moellava, "export_code", fail)
+    monkeypatch.setattr(checkpoint, "export_code", fail)
     with pytest.raises(OSError, match="disk full"):
         make_processor(num_image_tokens=77).save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -22,7 +22,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 from moellava import MoellavaConfig, MoellavaForCausalLM, MoellavaProcessor
 from moellava.authoring.load_request import read_request
 from moellava.authoring.older_names import FIELD_NAMES, MOE_FIELD_NAMES
-from moellava.processing.images_moellava import to_rgb
+from moellava.checks.pictures import to_rgb
 from parts import picture
 
 

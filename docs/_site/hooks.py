@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # What the site has of the repository's root, each under its own name, the README as the home page.
 ROOT_PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE")
 # The folders that setup.py makes sub-packages of `moellava`.
-SUB_PACKAGES = ("configuration", "hub_cards", "modeling", "processing")
+SUB_PACKAGES = ("configuration", "hub_cards", "modeling", "parts", "processing")
 
 _LINK = re.compile(r"(?<=\]\()(?!https?://|mailto:|#)([^)\s#]+)")
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)

@@ -159,7 +159,9 @@ def rehearse(config: MoellavaConfig, stage: Stage, batch: Batch, checkpoints: bo
     if body._can_set_attn_implementation() and body.config._attn_implementation == "sdpa":
         body.set_attn_implementation(_ATTENTION)
     if checkpoints:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Before transformers 5.23, it has the older name alone.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     with FakeTensorMode():
         _make_fake(trained)
         ledger, gradients = _pass_through(trained, _inputs(model, batch), mixed)
