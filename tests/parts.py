@@ -81,6 +81,16 @@ def perturb_(model: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
     return model
 
 
+def checkpoint_activations(model: torch.nn.Module, enable: bool = True, **kwargs) -> None:
+    """Lets a model compute its activations anew in the backward pass, or no longer, by the name that this transformers
+    does not warn of; `kwargs` are those of `torch.utils.checkpoint`."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if enable:
+        getattr(model, f"{name}_checkpointing_enable")(kwargs or None)
+    else:
+        getattr(model, f"{name}_checkpointing_disable")()
+
+
 @torch.no_grad()
 def never_stops_(model: torch.nn.Module, end_token_id: int) -> torch.nn.Module:
     """Makes the end token's logit nearly zero, in place, so that no random model ends an answer by chance."""

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from parts import MAIN_FAMILIES, picture, pictures, run_python
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from moellava import load_pretrained_model
+from parts import MAIN_FAMILIES, checkpoint_activations, picture, pictures, run_python
 
 
 PROJECTORS = {
@@ -115,13 +115,13 @@ def test_gradient_checkpointing_changes_no_gradient(assemble, family, tower, pro
     expected = gradients(model, batch)
     assert runs.count("norm") == 1
 
-    model.gradient_checkpointing_enable()
+    checkpoint_activations(model)
     assert model.is_gradient_checkpointing
     runs.clear()
     assert_same_gradients(gradients(model, batch), expected)
     assert runs.count("norm") == 2  # once more in the backward pass
 
-    model.gradient_checkpointing_disable()
+    checkpoint_activations(model, enable=False)
     assert not model.is_gradient_checkpointing
     runs.clear()
     assert_same_gradients(gradients(model, batch), expected)
@@ -141,7 +141,7 @@ def test_gradient_checkpointing_with_all_but_the_projector_frozen(assemble, kwar
     expected = gradients(model, batch)
     assert len(expected) == 4 and all(gradient.abs().max() > 0 for gradient in expected.values())
 
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    checkpoint_activations(model, **(kwargs or {}))
     assert_same_gradients(gradients(model, batch), expected)
     model.enable_input_require_grads()
     assert_same_gradients(gradients(model, batch), expected)
@@ -595,7 +595,7 @@ def test_lora_with_gradient_checkpointing(folder):
 
     expected = adapter_gradients()
     assert any("vision_tower" in name for name in expected) and any("language_model" in name for name in expected)
-    model.gradient_checkpointing_enable()
+    checkpoint_activations(model)
     model.enable_input_require_grads()
     assert_same_gradients(adapter_gradients(), expected)
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from moellava import MoellavaForCausalLM, MoellavaModel, load_pretrained_model, upcycle
 from moellava.parts.moe_block_moellava import SparseMoeBlock
-from parts import MAIN_FAMILIES, pictures, run_python
+from parts import MAIN_FAMILIES, checkpoint_activations, pictures, run_python
 
 
 FORMS = {
@@ -564,7 +564,7 @@ def test_gradient_checkpointing(sparse_of, family, form, fields):
     results = []
     for enable in (False, True):
         if enable:
-            model.gradient_checkpointing_enable()
+            checkpoint_activations(model)
             assert model.is_gradient_checkpointing
         model.zero_grad()
         torch.manual_seed(0)
@@ -577,7 +577,7 @@ def test_gradient_checkpointing(sparse_of, family, form, fields):
         assert (results[1][1][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
     if form != "meta expert":
         assert all(block.gate.weight.grad.abs().max() > 1e-4 for block in blocks_of(model))
-    model.gradient_checkpointing_disable()
+    checkpoint_activations(model, enable=False)
     assert not model.is_gradient_checkpointing
 
 
@@ -593,7 +593,7 @@ def test_gradient_checkpointing_of_two_passes_with_capacity(sparse_of):
     results = []
     for enable in (False, True):
         if enable:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(model, use_reentrant=False)
         model.zero_grad()
         sum(model(**row, labels=row["input_ids"]).loss for row in rows).backward()
         results.append(gradients_of(model))
@@ -605,7 +605,7 @@ def test_reentrant_checkpointing(sparse_of):
     """It loses the gradient of the load-balancing loss, which is said, and serves where there is no such loss."""
     model = sparse_of().train()
     inputs = prepared(model.processor)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    checkpoint_activations(model, use_reentrant=True)
     with pytest.raises(ValueError, match="reentrant gradient checkpointing is on. Use gradient_checkpointing_kwargs="):
         model(**inputs, labels=labels_of(inputs))
     with torch.no_grad():  # where nothing is to be trained, nothing is lost
@@ -616,7 +616,7 @@ def test_reentrant_checkpointing(sparse_of):
     quiet(**inputs, labels=labels_of(inputs)).loss.backward()
     expected = gradients_of(quiet)
     quiet.zero_grad()
-    quiet.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    checkpoint_activations(quiet, use_reentrant=True)
     quiet.enable_input_require_grads()
     quiet(**inputs, labels=labels_of(inputs)).loss.backward()
     for block in blocks_of(quiet):

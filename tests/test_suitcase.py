@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from moellava import MoellavaConfig, MoellavaForCausalLM, MoellavaProcessor, load_pretrained_model, upcycle
 from moellava.parts.parts_moellava import ENCODERS, PROJECTORS
 from moellava.saving.export import code_of, code_of_processor, travelling_files
-from parts import pictures, run_python
+from parts import checkpoint_activations, pictures, run_python
 
 
 KEPT = sorted(path for path in (CHECKPOINTS / "0.1.0").iterdir() if path.is_dir())
@@ -555,7 +555,7 @@ def test_a_model_pickles(models, question, tmp_path, name, made):
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
         model.zero_grad()
     elif made == "in training":
-        model.gradient_checkpointing_enable()
+        checkpoint_activations(model)
         model.train()
     stream = io.BytesIO()
     torch.save(model, stream)
