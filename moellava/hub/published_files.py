@@ -61,7 +61,7 @@ def published_files(folder: Path, include: Iterable[str] = ()) -> set[str]:
         asked |= found
     check_links(folder, files | licences | pictures | asked)
     files |= {name for name in licences if _is_licence(folder / name)}
-    files |= {name for name in pictures if _is_picture(folder / name)}
+    files |= {name for name in pictures if is_picture(folder / name)}
     return files | asked
 
 
@@ -107,7 +107,8 @@ def shown_in_card(folder: Path) -> set[str]:
     return {Path(os.path.normpath(name)).as_posix() for name in shown | set(map(unquote, shown))}
 
 
-def _is_picture(path: Path) -> bool:
+def is_picture(path: Path) -> bool:
+    """Whether a file is a picture that can be decoded."""
     try:
         load_picture(path)
     except ValueError:
@@ -123,4 +124,4 @@ def _is_licence(path: Path) -> bool:
     return _LICENCE_WORDS.search(text) is not None and "PRIVATE KEY" not in text
 
 
-__all__ = ["CARD_NAME", "PROCESSOR_NAME", "check_links", "left_out", "published_files", "shown_in_card"]
+__all__ = ["CARD_NAME", "PROCESSOR_NAME", "check_links", "is_picture", "left_out", "published_files", "shown_in_card"]

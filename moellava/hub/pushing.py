@@ -21,7 +21,15 @@ from ..inspecting import inspect_checkpoint
 from ..reading.sources import CONFIG_NAME, Source
 from ..saving.commit import commit_checkpoint
 from .card_pictures import without_metadata
-from .published_files import CARD_NAME, PROCESSOR_NAME, check_links, left_out, published_files, shown_in_card
+from .published_files import (
+    CARD_NAME,
+    PROCESSOR_NAME,
+    check_links,
+    is_picture,
+    left_out,
+    published_files,
+    shown_in_card,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -248,7 +256,7 @@ def _stage(source: Source, files: list[str], staging: Path, max_shard_size: int 
     for name in linked:
         (staging / name).parent.mkdir(parents=True, exist_ok=True)
         path = Path(source.name, name).resolve()
-        if name in pictures:
+        if name in pictures and is_picture(path):  # else asked for by `include`, whatever a card shows
             (staging / name).write_bytes(without_metadata(path.read_bytes(), name))
         else:
             (staging / name).symlink_to(path)
