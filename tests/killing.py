@@ -160,7 +160,6 @@ def pushes_of_a_model(sources: list[str], repository: str) -> Save:
 
 KINDS = {
     "save": saves_with_the_package,
-    "remote code": saves_of_remote_code,
     "processor": saves_of_a_processor,
     "convert": conversions,
     "push": pushes,
@@ -177,6 +176,27 @@ def main(kind: str, sources: list[str], place: str, kills: int, seed: int = 0) -
 
     logging.disable_progress_bar()
     print(json.dumps(kill(KINDS[kind](sources, place), state, kills, seed)))
+
+
+def kill_without_the_package(sources: list[str], place: str, kills: int) -> None:
+    """Kills saves of a model that runs by its checkpoint's code. They are transformers' own, which promise nothing of
+    an interrupted one; the next that comes to its end has written a whole checkpoint, and the user's file is there."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    state, save = _folder_state(Path(place)), saves_of_remote_code(sources, place)
+    in_child(lambda: save(0))
+    whole, random_number = state(), random.Random(0)
+    start = time.monotonic()
+    in_child(lambda: save(1))
+    seconds = time.monotonic() - start
+    killed = sum(
+        not in_child(lambda number=number: save(number % 2), kill_after=random_number.uniform(0, seconds))
+        for number in range(kills)
+    )
+    in_child(lambda: save(0))
+    found = state()
+    print(json.dumps({"killed": killed, "lost": sorted(name for name in whole if found.get(name) != whole[name])}))
 
 
 def _folder_state(folder: Path) -> Callable[[], State]:
