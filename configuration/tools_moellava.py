@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
 
@@ -47,11 +46,9 @@ class Tools:
     reading_part = building_part = staticmethod(lambda key, part: nullcontext())
     # How many tokens a user's projector makes of so many features: what the config says.
     measured_output_tokens = staticmethod(_nothing)
-    # What reads a picture, what makes 8-bit RGB of one, and what reads the files of a processor: `images_moellava.py`,
-    # and transformers.
-    load_picture = to_rgb = read_processor_dict = None
-    load_tokenizer = staticmethod(AutoTokenizer.from_pretrained)
-    load_image_processor = staticmethod(AutoImageProcessor.from_pretrained)
+    # What reads a picture, what makes 8-bit RGB of one, and what reads the files of a processor and its parts:
+    # `images_moellava.py`, and transformers.
+    load_picture = to_rgb = read_processor_dict = load_tokenizer = load_image_processor = None
 
     def take_other_names(self, config: Any, given: dict[str, Any]) -> dict[str, Any]:
         """Takes the fields of a config that are given by names which it does not have; returns the rest: all."""
