@@ -46,21 +46,9 @@ class Tools:
     reading_part = building_part = staticmethod(lambda key, part: nullcontext())
     # How many tokens a user's projector makes of so many features: what the config says.
     measured_output_tokens = staticmethod(_nothing)
-    # What reads a picture, what makes 8-bit RGB of one, and what reads the files of a processor: `images_moellava.py`,
-    # and transformers.
-    load_picture = to_rgb = read_processor_dict = None
-
-    def load_tokenizer(self, name: Any, **options: Any) -> Any:
-        """Loads a tokenizer, by transformers."""
-        from transformers import AutoTokenizer  # late, as below: it is built on the table of configs, which has ours
-
-        return AutoTokenizer.from_pretrained(name, **options)
-
-    def load_image_processor(self, name: Any, **options: Any) -> Any:
-        """Loads an image processor, by transformers."""
-        from transformers import AutoImageProcessor
-
-        return AutoImageProcessor.from_pretrained(name, **options)
+    # What reads a picture, what makes 8-bit RGB of one, and what reads the files of a processor and its parts:
+    # `images_moellava.py`, and transformers.
+    load_picture = to_rgb = read_processor_dict = load_tokenizer = load_image_processor = None
 
     def take_other_names(self, config: Any, given: dict[str, Any]) -> dict[str, Any]:
         """Takes the fields of a config that are given by names which it does not have; returns the rest: all."""

@@ -102,7 +102,7 @@ class InstalledTools(Tools):
         return measured_output_tokens(projector, num_tokens)
 
     def check_adapters(self, model: Any, adapters: Any) -> None:
-        from .loading.bare_experts import warn_of_experts_without_adapters
+        from .building.bare_experts import warn_of_experts_without_adapters
 
         warn_of_experts_without_adapters(model, adapters)
 

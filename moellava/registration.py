@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes transformers know the model's classes as soon as the package is imported.
 
-`configuration/`, `modeling/` and `processing/` each register their classes when they are imported, and the config
-imports `modeling/` when the first one is made. What is left is to import `configuration/` and `processing/` once
-transformers' tables exist. Those tables come with PyTorch, which takes seconds to load; so this is done right after
-transformers has imported them by itself, and `import moellava` stays cheap. With the config comes what the package adds
-to a model's own code (`installed.py`), so that no config is made without it.
+The tables of the Auto classes come with PyTorch, which takes seconds to load; so our classes enter themselves right
+after transformers has imported a table by itself, and `import moellava` stays cheap. What the package adds to a model's
+own code comes first (`installed.py`), so that no config is made without it.
 """
 
 import importlib
@@ -16,7 +14,8 @@ import sys
 
 # transformers' module that holds a table -> our modules that enter themselves into it
 _ENTERED_IN = {
-    "transformers.models.auto.configuration_auto": ("moellava.configuration", "moellava.installed"),
+    "transformers.models.auto.configuration_auto": ("moellava.installed", "moellava.configuration"),
+    "transformers.models.auto.modeling_auto": ("moellava.modeling",),
     "transformers.models.auto.processing_auto": ("moellava.processing",),
 }
 

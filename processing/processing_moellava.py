@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BatchFeature, PreTrainedConfig
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedConfig
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import TextInput
@@ -301,11 +301,13 @@ class MoellavaProcessor(ProcessorMixin):
         saved = None if "backend" in kwargs else (processor_dict or {}).get("image_backend")
         is_open_clip = saved == OpenClipImageProcessor.backend_name
         backend = kwargs.pop("backend", None if is_open_clip else saved)
-        image_processor = tools().load_image_processor(pretrained_model_name_or_path, backend=backend, **kwargs)
+        load = tools().load_image_processor or AutoImageProcessor.from_pretrained
+        image_processor = load(pretrained_model_name_or_path, backend=backend, **kwargs)
         if is_open_clip:
             image_processor = OpenClipImageProcessor.from_dict(image_processor.to_dict())
         # A config of ours says nothing of the tokenizer, so none is loaded for it.
-        tokenizer = tools().load_tokenizer(pretrained_model_name_or_path, config=PreTrainedConfig(), **kwargs)
+        load = tools().load_tokenizer or AutoTokenizer.from_pretrained
+        tokenizer = load(pretrained_model_name_or_path, config=PreTrainedConfig(), **kwargs)
         if "padding_side" not in tokenizer.init_kwargs:
             tokenizer.padding_side = "left"
         return [image_processor, tokenizer]

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from moellava import load_pretrained_model, train
 from moellava.cli import app
-from moellava.hub import _stage, checkpoint_files
+from moellava.hub.pushing import _stage, checkpoint_files
 from moellava.reading.sources import Source
 
 

@@ -17,9 +17,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from ..configuration.config_base_moellava import FOREIGN_KEYS, LIBRARY_FIELDS, known_names
-from ..configuration.configuration_moellava import MoellavaConfig, MoellavaProjectorConfig
-from ..parts.part_table_moellava import PartTable
 
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ _CHEAP = "cheap_"
 _TYPES_WITH_NARROW_FORM = ("older_qformer", "simple")
 
 
-def _projectors() -> PartTable:
+def _projectors() -> Any:
     from ..parts.parts_moellava import PROJECTORS  # late: it is built on PyTorch, and this file is read with AutoConfig
 
     return PROJECTORS
@@ -305,7 +305,7 @@ def translate_fields(
     return sections
 
 
-def take_other_names(config: MoellavaConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+def take_other_names(config: PreTrainedConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     """Moves the fields that a config is given by another name to where they belong; returns the library's own.
 
     Raises:
@@ -328,7 +328,7 @@ def take_other_names(config: MoellavaConfig, given: Mapping[str, Any]) -> dict[s
         config.parts = {**(config.parts or {}), **sections["source"]}
     if "projector" in sections:
         lower = config.projector_config
-        lower = {"type": lower.type, **lower.fields} if isinstance(lower, MoellavaProjectorConfig) else lower
+        lower = {"type": lower.type, **lower.fields} if hasattr(lower, "fields") else lower
         config.projector_config = stacked_projector(lower, sections["projector"])
     claimed = sections.get("check", {}).get("mm_hidden_size")
     vision = config.vision_config

@@ -7,10 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..configuration.config_base_moellava import FOREIGN_KEYS, known_names
-from ..parts.part_table_moellava import PartTable
 
 
-def check_fields(table: PartTable, name: str, given: Iterable[str]) -> None:
+def check_fields(table: Any, name: str, given: Iterable[str]) -> None:
     """Raises a ValueError that names the first field which a part does not have, and the nearest that it has."""
     known = table.fields(name)
     for field in given:
@@ -18,7 +17,7 @@ def check_fields(table: PartTable, name: str, given: Iterable[str]) -> None:
             raise ValueError(f"The {table.slot} {name!r} has no field {field!r}{known_names(field, known)}")
 
 
-def checked_part_fields(table: PartTable, name: str, fields: dict[str, Any]) -> dict[str, Any]:
+def checked_part_fields(table: Any, name: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Returns all fields of a part as a file holds them.
 
     Raises:

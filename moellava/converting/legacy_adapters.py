@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..loading.lora import with_adapter
+from ..building.lora import with_adapter
 from ..reading.sources import Source, read_tensors
 from ..tree import PEFT_PREFIX
 from .legacy_config import OlderCheckpointError, OlderModel, read_older_config

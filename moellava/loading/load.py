@@ -16,6 +16,7 @@ from ..authoring.part_fields import check_fields, plain_value
 from ..building.assembling import assemble, with_projector_provenance, with_tower_provenance
 from ..building.build import build
 from ..building.dense_to_sparse import upcycled, with_moe_changes
+from ..building.lora import merge_adapter, put_adapter
 from ..checks.weight_files import check_adapter
 from ..configuration import MoellavaConfig
 from ..converting.legacy_adapters import ADAPTER_FILES
@@ -31,7 +32,6 @@ from ..reading.sources import CONFIG_NAME, Source, are_same_weights, read_tensor
 from ..reading.vision_tower import read_vision_part, report_claims
 from ..tree import PROJECTOR_PREFIX, TOWER_PREFIX, is_new_weight, part_weights, with_part
 from .load_log import log_coverage, log_parts, logs_shown
-from .lora import merge_adapter, put_adapter
 from .placement import placement_of, quantization_of
 from .remote_code import load_by_remote_code, unregistered_part
 

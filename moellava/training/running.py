@@ -15,9 +15,9 @@ from accelerate import PartialState
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from ..authoring.load_request import read_request
+from ..building.lora import merge_adapter
 from ..configuration import MoellavaConfig
 from ..loading import load_pretrained_model
-from ..loading.lora import merge_adapter
 from ..modeling import MoellavaForCausalLM
 from ..reading.json_files import write_json_object
 from ..reading.language_model import context_length
