@@ -81,9 +81,3 @@ def own_config(key: str, given: dict | PreTrainedConfig | None, config_class: ty
             )
         return copy.deepcopy(given)
     return config_class(**{name: value for name, value in (given or {}).items() if name != "model_type"})
-
-
-__all__ = [
-    "CHOICES", "EXPERT_COUNTS", "FOREIGN_KEYS", "LIBRARY_FIELDS", "ROUTER_LOSS", "WithValueErrors", "check_choice",
-    "known_names", "own_config", "split_library_fields",
-]  # fmt: skip

@@ -221,11 +221,7 @@ class MoellavaConfig(PreTrainedConfig, metaclass=WithValueErrors):
         """The width of the language model's input embeddings, which is not that of its layers in OPT-350M."""
         return getattr(self.text_config, "word_embed_proj_dim", None) or self.text_config.hidden_size
 
-    @property
-    def _experts_implementation(self) -> str | None:
-        return self._experts_implementation_internal
-
-    @_experts_implementation.setter
+    @PreTrainedConfig._experts_implementation.setter
     def _experts_implementation(self, value: str | dict | None):
         # transformers hands a plain name to every part, which towers and dense language models refuse. It is meant for
         # the sparse layers: ours, and those of a language model that is sparse by itself.
@@ -275,11 +271,7 @@ class MoellavaConfig(PreTrainedConfig, metaclass=WithValueErrors):
         return tools().config_from_dict(super().from_dict, cls, config_dict, kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """Saves `config.json` and the code that loads it; arguments as in transformers.
-
-        Raises:
-            ValueError: A field has been set to what cannot be loaded; nothing has been written.
-        """
+        """Saves `config.json` and the code that loads it; arguments as in transformers."""
         self.check()
         with tools().saving(save_directory, self) as folder:
             super().save_pretrained(folder, push_to_hub=False)

@@ -148,6 +148,3 @@ class MoellavaMoeConfig(PreTrainedConfig, metaclass=WithValueErrors):
         if getattr(text_config, "hidden_act", None) == "silu" and not getattr(text_config, "mlp_bias", False):
             for name in EXPERT_COUNTS:
                 setattr(text_config, name, getattr(self, name))
-
-
-__all__ = ["MoellavaMoeConfig"]

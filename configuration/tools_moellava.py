@@ -61,6 +61,10 @@ class Tools:
         """Returns a projector's fields and its `type` by their own names: as they are."""
         return {**fields, "type": kind}
 
+    def checked_part_fields(self, table: Any, name: str, fields: dict[str, Any]) -> dict[str, Any]:
+        """Returns the fields of a part, checked: as they are."""
+        return fields
+
     def canonical_moe(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Returns the fields of sparse layers by their own names: as they are."""
         return fields
@@ -106,6 +110,3 @@ def use_tools(new: Tools) -> None:
     """Puts others in their place."""
     global _tools
     _tools = new
-
-
-__all__ = ["AUTO_MAP", "ENTRY_MODULE", "Tools", "tools", "use_tools"]

@@ -43,6 +43,3 @@ class MoellavaEncoderConfig(PreTrainedConfig, metaclass=WithValueErrors):
             for name, value in vars(self).items()
             if name not in RESERVED_FIELDS and not name.startswith("_")
         }
-
-
-__all__ = ["MoellavaEncoderConfig", "RESERVED_FIELDS"]

@@ -12,5 +12,3 @@ SELECTS_HIDDEN_STATES = Version("5.23") <= TRANSFORMERS
 
 # The name of the cache of keys and values, as argument of a language model and in its output.
 CACHE = "cache" if Version("5.24") <= TRANSFORMERS else "past_key_values"
-
-__all__ = ["CACHE", "SELECTS_HIDDEN_STATES", "TRANSFORMERS"]

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The language model's head: text parity with the family's own `ForCausalLM` class.
 
-A family's causal language model is its body, an output projection, and little arithmetic of its own around it. The body
-is the family's `AutoModel`; the projection gets the shape that the family's class gives it; of the arithmetic, the
-three forms that families of transformers use are applied where the config asks for them. A family with other arithmetic
-is refused while a model is assembled.
+A causal language model is its body, an output projection, and little arithmetic of its own around it. The body is the
+family's `AutoModel`; the projection gets the shape that the family's class gives it; of the arithmetic, the three forms
+that families use are applied. A family with another is refused while a model is assembled.
 """
 
 import copy
@@ -54,6 +53,3 @@ def apply_head(head: nn.Module, hidden_states: torch.Tensor, text_config: PreTra
     if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
         logits = torch.tanh(logits / cap) * cap
     return logits
-
-
-__all__ = ["apply_head", "build_head", "native_causal_lm"]

@@ -73,7 +73,11 @@ class MoellavaCausalLMOutputWithPast(CausalLMOutputWithPast):
 _HUB_ARGUMENTS = ("commit_message", "private", "create_pr", "revision", "commit_description", "tags", "token")
 
 
-class MoellavaPreTrainedModel(PreTrainedModel):
+# Support for quantised weights, where a checkpoint has it.
+_QUANTISED = [OPTIONAL["quantised"]] if "quantised" in OPTIONAL else []
+
+
+class MoellavaPreTrainedModel(*_QUANTISED, PreTrainedModel):
     """What the two models share: initialisation of the parts, and saving."""
 
     config: MoellavaConfig
@@ -101,7 +105,8 @@ class MoellavaPreTrainedModel(PreTrainedModel):
     def initialize_weights(self):
         for module in self.modules():
             if isinstance(module, MoellavaModel):
-                module.initialize_user_parts()
+                module.encoder.initialize(module.vision_tower)
+                module.projector.initialize(module.multi_modal_projector)
         # The tower and the language model are transformers' own. From here, transformers takes them for custom code,
         # of which it leaves out modules without parameters of their own: CLIP's and SigLIP's attention draws its
         # projections as a whole.
@@ -136,33 +141,8 @@ class MoellavaPreTrainedModel(PreTrainedModel):
         return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike | None,
-        *model_args,
-        quantization_config: object | None = None,
-        modules_to_quantize: list[str] | None = None,
-        **kwargs,
-    ):
-        r"""
-        Loads a checkpoint; arguments as in transformers, but for those named here.
-
-        Args:
-            quantization_config (`QuantizationConfigMixin` or `dict`, *optional*):
-                How to quantise. The vision tower, the projector, the routers and the head stay in full precision beside
-                what the config names itself; the experts are quantised like every other linear layer.
-            modules_to_quantize (`list[str]`, *optional*):
-                Which of those are quantised as well: `"vision_tower"`, `"multi_modal_projector"`, `"lm_head"`.
-
-        Raises:
-            ValueError: `modules_to_quantize` names something else, is given without a way to quantise, or names a part
-                without weights of its own: a new projector, a head that is tied to the embedding.
-        """
-        quantised = OPTIONAL.get("quantised")
-        if quantised is not None:
-            quantization_config = quantised.config_with_skips(quantization_config, modules_to_quantize)
-        if quantization_config is not None:
-            kwargs["quantization_config"] = quantization_config
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs):
+        """Loads a checkpoint; arguments as in transformers."""
         if getattr(kwargs.get("config"), "model_type", None) == cls.config_class.model_type:
             kwargs["config"].check()
         if pretrained_model_name_or_path is not None:
@@ -171,8 +151,6 @@ class MoellavaPreTrainedModel(PreTrainedModel):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
-        if quantization_config is not None and quantised is not None:
-            quantised.check(model)
         # With an adapter, `info` is about the adapter's weights alone.
         if not model._hf_peft_config_loaded:
             model._note_untrained_parts([*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])])
@@ -206,23 +184,11 @@ class MoellavaPreTrainedModel(PreTrainedModel):
         if not trained.isdisjoint(untrained):
             self.config.untrained_parts = [part for part in untrained if part not in trained]
 
-    @classmethod
-    def get_init_context(cls, dtype, is_quantized, *args, **kwargs):
-        contexts = super().get_init_context(dtype, is_quantized, *args, **kwargs)
-        return [*contexts, OPTIONAL["quantised"].building()] if is_quantized and "quantised" in OPTIONAL else contexts
-
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         tools().check_size(model, state_dict, checkpoint_files)
-        if load_config.hf_quantizer is not None and "quantised" in OPTIONAL:
-            state_dict, checkpoint_files = OPTIONAL["quantised"].prepare(model, state_dict, checkpoint_files)
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
-
-    def dequantize(self, dtype: torch.dtype | None = None):
-        """Puts full-precision weights in the place of quantised ones; arguments as in transformers."""
-        if "quantised" in OPTIONAL:
-            OPTIONAL["quantised"].unpack(self)
-        return super().dequantize(dtype or self.dtype)
+        load = super()._load_pretrained_model
+        return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     def save_pretrained(
         self,
@@ -239,18 +205,15 @@ class MoellavaPreTrainedModel(PreTrainedModel):
         kept, the weights of another `variant` included.
 
         Raises:
-            NotADirectoryError: `save_directory` is a file.
             OSError: The folder, or the disk that it is on, cannot be written to.
-            ValueError: A part of the model's author's own is defined where it cannot travel; or the config has been
-                set to what cannot be loaded, or to what the processor does not fit.
+            ValueError: A user's part is defined where it cannot travel; or the config has been set to what cannot be
+                loaded, or to what the processor does not fit.
         """
         self.config.check()
         is_main_process = is_main_process and not (dist.is_available() and dist.is_initialized() and dist.get_rank())
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
         hub_kwargs = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
         hub_kwargs |= {name: kwargs[name] for name in ("max_shard_size",) if name in kwargs}
-        if "quantised" in OPTIONAL:
-            state_dict = OPTIONAL["quantised"].weights_to_save(self, state_dict)
         with tools().saving(save_directory, self, is_main_process) as folder:
             super().save_pretrained(folder, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
             if self.processor is not None and is_main_process:
@@ -324,11 +287,6 @@ class MoellavaModel(MoellavaPreTrainedModel):
         """Lets the projector compute its attention as the config says of it."""
         self.projector.follow_attention(self.multi_modal_projector, self.config.projector_config._attn_implementation)
 
-    def initialize_user_parts(self) -> None:
-        """Gives what was not loaded of a user's own encoder or projector the values that its constructor gives."""
-        self.encoder.initialize(self.vision_tower)
-        self.projector.initialize(self.multi_modal_projector)
-
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
@@ -371,16 +329,13 @@ class MoellavaModel(MoellavaPreTrainedModel):
         Raises:
             ValueError: Another feature layer or strategy than the config's, or pictures of another size.
         """
-        features = {
-            "vision_feature_layer": vision_feature_layer,
-            "vision_feature_select_strategy": vision_feature_select_strategy,
-        }
-        for name, asked in features.items():
+        asked = (vision_feature_layer, vision_feature_select_strategy)
+        for name, value in zip(("vision_feature_layer", "vision_feature_select_strategy"), asked, strict=True):
             own = getattr(self.config, name)
-            if asked not in (None, own):
+            if value not in (None, own):
                 raise ValueError(
-                    f"{name} is {asked!r}, but the model is made for {own!r}: its tower ends there, and its projector "
-                    f"was trained on it. Load it for another by from_pretrained(..., {name}={asked!r})."
+                    f"{name} is {value!r}, but the model is made for {own!r}: its tower ends there, and its projector "
+                    f"was trained on it. Load it for another by from_pretrained(..., {name}={value!r})."
                 )
         side = self.image_size
         if pixel_values.shape[-2:] != (side, side):
@@ -686,11 +641,7 @@ class MoellavaForCausalLM(MoellavaPreTrainedModel, GenerationMixin):
 
 
 def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """The cache of a pass, by whichever of its names it was given.
-
-    Raises:
-        ValueError: By both.
-    """
+    """The cache of a pass, by whichever of its names it was given; raises a ValueError for both."""
     if past_key_values is not None and cache is not None:
         raise ValueError("Give only one of past_key_values and cache: they are two names of one argument.")
     return past_key_values if cache is None else cache

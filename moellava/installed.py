@@ -20,7 +20,7 @@ from .authoring.older_names import (
     public_name,
     take_other_names,
 )
-from .authoring.plain_values import plain_value
+from .authoring.part_fields import checked_part_fields, plain_value
 from .configuration.tools_moellava import Tools, use_tools
 
 
@@ -34,6 +34,9 @@ class InstalledTools(Tools):
         is_by_other_name = kind == "mlp" and given_type(fields) is not None
         return canonical_projector(fields if is_by_other_name else {**fields, "type": kind})
 
+    def checked_part_fields(self, table: Any, name: str, fields: dict[str, Any]) -> dict[str, Any]:
+        return checked_part_fields(table, name, fields)
+
     def canonical_moe(self, fields: dict[str, Any]) -> dict[str, Any]:
         return canonical_moe(fields)
 
@@ -42,9 +45,9 @@ class InstalledTools(Tools):
             return canonical_encoder_type(value)
         if name == "vision_feature_select_strategy":
             return canonical_strategy(value)
-        if name == "parts":
-            return None if value is None else {part: public_name(origin) for part, origin in value.items()}
-        return plain_value(value, name)
+        if name == "parts" and value is not None:
+            return {part: public_name(origin) for part, origin in value.items()}
+        return value if name == "parts" else plain_value(value, name)
 
     def config_from_dict(self, from_dict: Callable, cls: type, fields: dict[str, Any], given: dict[str, Any]) -> Any:
         from .checks.configs import config_from_dict
@@ -99,7 +102,7 @@ class InstalledTools(Tools):
         return measured_output_tokens(projector, num_tokens)
 
     def check_adapters(self, model: Any, adapters: Any) -> None:
-        from .bare_experts import warn_of_experts_without_adapters
+        from .loading.bare_experts import warn_of_experts_without_adapters
 
         warn_of_experts_without_adapters(model, adapters)
 

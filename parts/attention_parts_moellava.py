@@ -72,6 +72,3 @@ class QFormerModule(nn.Module):
             query_length=query_embeds.shape[1],
         )
         return encoder_outputs.last_hidden_state
-
-
-__all__ = ["LEARNED_TOKENS_STD", "QFormerModule", "check_positive_number", "resolve_num_attention_heads"]

@@ -135,6 +135,3 @@ def _measured_shapes(model_type: str, fields: str, image_size: int) -> list[tupl
             "Expected a tower that returns features of shape (pictures, tokens, width)."
         )
     return shapes
-
-
-__all__ = ["AutoEncoder"]

@@ -9,6 +9,3 @@ class BiomedClipEncoder(VitEncoder):
 
     encoder_type = "biomedclip"
     detected_model_types = ()  # its config is a ViT's: known from the checkpoint that it is assembled from
-
-
-__all__ = ["BiomedClipEncoder"]

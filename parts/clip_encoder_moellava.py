@@ -9,6 +9,3 @@ class ClipEncoder(VisionEncoder):
 
     encoder_type = "clip"
     model_types = detected_model_types = ("clip_vision_model",)
-
-
-__all__ = ["ClipEncoder"]

@@ -12,6 +12,3 @@ class Dinov2Encoder(VisionEncoder):
     layers_name = "encoder.layer"
     # Its embeddings do so whenever the picture is of another size.
     interpolates_when_asked, interpolates_by_itself = False, True
-
-
-__all__ = ["Dinov2Encoder"]

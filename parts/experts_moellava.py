@@ -265,6 +265,3 @@ EXPERTS = {(cls.gated, cls.biased): cls for cls in (GatedExperts, BiasedGatedExp
 def initializer_range(config) -> float:
     """The standard deviation that the language model's family draws new weights with."""
     return getattr(config.text_config, "initializer_range", None) or 0.02
-
-
-__all__ = ["EXPERTS", "initializer_range", "one_after_the_other"]

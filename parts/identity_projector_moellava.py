@@ -38,6 +38,3 @@ class IdentityProjector(nn.Module):
         """`(batch, tokens, vision_hidden_size)` to the same tensor."""
         check_image_features("identity", image_features, self.vision_hidden_size)
         return image_features
-
-
-__all__ = ["IdentityProjector"]

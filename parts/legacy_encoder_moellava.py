@@ -128,6 +128,3 @@ def _as_module_class(module_class: type) -> type[nn.Module]:
     members = {"forward": forward, "load_model": load_model, "to": nn.Module.to}
     members |= {"__module__": module_class.__module__, "__doc__": module_class.__doc__}
     return type(module_class.__name__, bases, members)
-
-
-__all__ = ["LegacyEncoder", "legacy_settings", "make_legacy_encoder"]

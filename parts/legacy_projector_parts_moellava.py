@@ -82,15 +82,3 @@ def to_grid(tokens: torch.Tensor, side: int) -> torch.Tensor:
 def to_tokens(grid: torch.Tensor) -> torch.Tensor:
     """`(batch, channels, side, side)` to `(batch, side * side, channels)`, row by row."""
     return grid.flatten(2).transpose(1, 2)
-
-
-__all__ = [
-    "NUM_ATTENTION_HEADS",
-    "block_sizes",
-    "check_not_negative_int",
-    "grid_side",
-    "rounded_root",
-    "to_grid",
-    "to_tokens",
-    "two_linear_layers",
-]

@@ -35,6 +35,3 @@ class LinearProjector(nn.Module):
         """`(batch, tokens, vision_hidden_size)` to `(batch, tokens, text_hidden_size)`."""
         check_image_features("linear", image_features, self.vision_hidden_size)
         return self.linear(image_features)
-
-
-__all__ = ["LinearProjector"]

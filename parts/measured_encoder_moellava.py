@@ -74,6 +74,3 @@ class DrawnNumbers(TorchDispatchMode):
                 f"{part} draws random numbers when it is asked ({', '.join(sorted(self.names))}), so that it answers "
                 "differently each time. Expected a part that gives the same features for the same picture."
             )
-
-
-__all__ = ["DrawnNumbers", "MeasuredEncoder", "as_tokens"]

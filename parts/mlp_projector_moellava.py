@@ -80,6 +80,3 @@ class MlpProjector(nn.Module):
         for index in range(2, self.num_hidden_layers + 1):
             hidden_states = getattr(self, f"linear_{index}")(self.act(hidden_states))
         return hidden_states
-
-
-__all__ = ["MlpProjector"]

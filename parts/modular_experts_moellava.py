@@ -108,13 +108,3 @@ class Modular:
     apart = staticmethod(experts_apart)
     together = staticmethod(experts_together)
     are_in = ModularExperts.are_in
-
-
-__all__ = [
-    "ExpertMlp",
-    "Modular",
-    "ModularExperts",
-    "experts_apart",
-    "experts_together",
-    "modular_experts",
-]

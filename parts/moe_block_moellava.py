@@ -325,15 +325,3 @@ def checkpoint_with_token_mask(checkpoint: Callable, function: Callable, *args) 
             return function(*args)
 
     return checkpoint(with_token_mask, *args)
-
-
-__all__ = [
-    "EXPERTS_BUILDER",
-    "DenseForm",
-    "ROUTER_WEIGHTS",
-    "Router",
-    "RouterLogits",
-    "SparseMoeBlock",
-    "TokenMask",
-    "checkpoint_with_token_mask",
-]

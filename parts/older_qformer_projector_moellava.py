@@ -88,6 +88,3 @@ class OlderQFormerProjector(nn.Module):
         check_image_features("older_qformer", image_features, self.vision_hidden_size)
         query_embeds = self.query_tokens.expand(image_features.shape[0], -1, -1)
         return self.proj_out(self.qformer(query_embeds, self.proj_in(image_features)))
-
-
-__all__ = ["OlderQFormerProjector"]

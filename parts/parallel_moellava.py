@@ -34,6 +34,3 @@ def add_plans(part: PreTrainedModel, plans: Mapping[str, Mapping[str, str]]) -> 
 def general_name(name: str) -> str:
     """Returns a name with `*` in the place of numbers."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
-
-
-__all__ = ["PLAN_KINDS", "add_plans", "general_name"]

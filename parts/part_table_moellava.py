@@ -6,7 +6,6 @@ built-in parts, in a checkpoint with its own.
 """
 
 import inspect
-from collections.abc import Iterable
 from typing import Any
 
 from ..configuration.config_base_moellava import known_names
@@ -46,7 +45,8 @@ class PartTable:
             raise ValueError(
                 f"Unknown {self.slot} {name!r}{known_names(name, self._classes)} One of your own is made known by "
                 f"importing the file that registers it with @register_{self.slot}(...); of a checkpoint that carries "
-                "the file, also by load_pretrained_model(..., trust_remote_code=True), where you trust its author."
+                "the file, also by load_pretrained_model(..., trust_remote_code=True), where you trust its author. "
+                "Without moellava, a checkpoint knows its own parts alone: install it for the others."
             )
         return self._classes[name]
 
@@ -63,27 +63,14 @@ class PartTable:
         supplied = getattr(self._answers.get(name), "supplied", lambda parameters: self.supplied)(parameters)
         return {field: default for field, default in parameters.items() if field not in supplied}
 
-    def check_fields(self, name: str, given: Iterable[str]) -> None:
-        """Raises a ValueError that names the first field which the part does not have, and the nearest that it has."""
-        known = self.fields(name)
-        for field in given:
-            if field not in known:
-                raise ValueError(f"The {self.slot} {name!r} has no field {field!r}{known_names(field, known)}")
-
     def complete_fields(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
         """Returns every field of a part: the given values, and the defaults of the class for the rest.
 
         Raises:
-            ValueError: A field that the part does not have, a field without default that is not given, or a value that
-                `config.json` cannot hold.
+            ValueError: Where moellava is installed: a field that the part does not have, one without default that is
+                not given, or a value that `config.json` cannot hold.
         """
-        self.check_fields(name, given)
-        complete = {**self.fields(name), **given}
-        missing = [field for field, value in complete.items() if value is inspect.Parameter.empty]
-        if missing:
-            raise ValueError(f"The {self.slot} {name!r} needs a value for: {', '.join(missing)}.")
-        owner = f"The field {{!r}} of the {self.slot} {name!r}"
-        return {field: tools().canonical_value(owner.format(field), value) for field, value in complete.items()}
+        return tools().checked_part_fields(self, name, {**self.fields(name), **given})
 
 
 def constructor_parameters(cls: type) -> dict[str, Any]:
@@ -102,16 +89,9 @@ OPTIONAL: dict[str, type] = {}
 
 
 def optional(name: str) -> type:
-    """Returns an entry of `OPTIONAL`.
-
-    Raises:
-        ValueError: A checkpoint does without it, so that its code is not there.
-    """
+    """Returns an entry of `OPTIONAL`, or raises a ValueError where a checkpoint does without it."""
     if name not in OPTIONAL:
-        raise ValueError(
-            f"This checkpoint carries no code for {name!r}, which none of its parts needs. Install moellava to change "
-            "its parts: pip install moellava."
-        )
+        raise ValueError(f"This checkpoint carries no code for {name!r}. To change its parts: pip install moellava.")
     return OPTIONAL[name]
 
 
@@ -124,11 +104,7 @@ def detect_encoder_type(model_type: str) -> str:
 
 
 def encoder_for(config) -> Any:
-    """Returns the `VisionEncoder` of a `MoellavaConfig`, checked.
-
-    Raises:
-        ValueError: The encoder is unknown, or cannot do what the config asks for.
-    """
+    """Returns the `VisionEncoder` of a `MoellavaConfig`; raises a ValueError for an unknown one."""
     name = config.encoder_type or detect_encoder_type(config.vision_config.model_type)
     answer = ENCODERS.answer(name)
     return answer(config, name, ENCODERS[name]) if ENCODERS.is_by_user(name) else answer(config)
@@ -138,16 +114,3 @@ def projector_for(config, vision_hidden_size: int) -> Any:
     """Returns the `Projector` of a `MoellavaConfig` for image features of some width."""
     name, fields = config.projector_config.type, config.projector_config.fields
     return PROJECTORS.answer(name)(PROJECTORS[name], fields, (vision_hidden_size, config.text_embedding_size))
-
-
-__all__ = [
-    "ENCODERS",
-    "OPTIONAL",
-    "PROJECTORS",
-    "PartTable",
-    "constructor_parameters",
-    "detect_encoder_type",
-    "encoder_for",
-    "optional",
-    "projector_for",
-]

@@ -137,6 +137,3 @@ class PerceiverProjector(nn.Module):
             # No mask: every latent sees every image token and every latent.
             latents = layer(latents, context)
         return self.output_projection(self.norm(latents))
-
-
-__all__ = ["PerceiverProjector"]

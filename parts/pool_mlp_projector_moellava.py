@@ -55,6 +55,3 @@ class PoolMlpProjector(nn.Module):
         check_image_features("pool_mlp", image_features, self.vision_hidden_size)
         side = grid_side("pool_mlp", image_features.shape[1])
         return self.block(to_tokens(F.avg_pool2d(to_grid(image_features, side), kernel_size=2)))
-
-
-__all__ = ["PoolMlpProjector"]

@@ -44,6 +44,3 @@ def check_image_features(projector: str, image_features: torch.Tensor, vision_hi
             f"The projector '{projector}' takes image features of shape (batch, tokens, {vision_hidden_size}), got "
             f"{tuple(image_features.shape)}. Check that vision_hidden_size is the width of the selected features."
         )
-
-
-__all__ = ["build_activation", "check_bool", "check_image_features", "check_positive_int"]

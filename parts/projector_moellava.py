@@ -4,11 +4,8 @@
 Every projector is an `nn.Module` built as `Projector(vision_hidden_size, text_hidden_size, **fields)`. It takes image
 features of shape `(batch, tokens, vision_hidden_size)` and returns `(batch, out_tokens, text_hidden_size)`; its class
 tells `out_tokens` for a given `tokens` by `num_output_tokens`. The fields, all of them with defaults, are the keyword
-arguments of `__init__`, and what a config's `projector_config` may say beside `type`.
-
-Linear layers and norms are initialised by the model that holds the projector, as those of its other parts. A parameter
-that lies directly in a projector (learned queries, latents) is drawn by the projector's `initialize_parameters`, which
-leaves loaded weights as they are.
+arguments of `__init__`, and what a config's `projector_config` may say beside `type`. A parameter that
+lies directly in a projector (learned queries, latents) is drawn by its `initialize_parameters`, unless it was loaded.
 """
 
 from typing import Any
@@ -53,6 +50,3 @@ class Projector:
         config = getattr(module, "attention_config", None)
         if config is not None:
             config._attn_implementation = "eager" if asked == "eager" else "sdpa"
-
-
-__all__ = ["Projector"]

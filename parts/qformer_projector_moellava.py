@@ -123,6 +123,3 @@ class QFormerProjector(nn.Module):
         check_image_features("qformer", image_features, self.vision_hidden_size)
         query_embeds = self.query_tokens.expand(image_features.shape[0], -1, -1)
         return self.language_projection(self.qformer(query_embeds, image_features))
-
-
-__all__ = ["QFormerProjector"]

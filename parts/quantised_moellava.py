@@ -2,11 +2,12 @@
 """Models whose weights are quantised: which parts stay in full precision, and bitsandbytes' 4-bit layers on CPUs."""
 
 import copy
+import os
 import re
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import logging
 
@@ -26,13 +27,11 @@ _PACKED_ROWS = 32
 _PACKED_COLUMNS = 64
 
 
-def with_unquantised_parts(
-    quantization_config: object | None, modules_to_quantize: list[str] | None = None
-) -> object | None:
+def with_unquantised_parts(quantization_config: object, modules_to_quantize: list[str] | None = None) -> object:
     """Returns a quantisation config that leaves the vision tower, the projector, the routers and the head alone.
 
     Args:
-        quantization_config (`QuantizationConfigMixin` or `dict`, *optional*): What the user gives; its own list is added to.
+        quantization_config (`QuantizationConfigMixin` or `dict`): What the user gives; its own list is added to.
         modules_to_quantize (`list[str]`, *optional*): Which of those parts are not to be left alone, whatever the
             config's own list says of them.
 
@@ -41,13 +40,11 @@ def with_unquantised_parts(
         ValueError: `modules_to_quantize` names something else, or the config's own list something that transformers
             cannot compare names with.
     """
-    if quantization_config is None and modules_to_quantize is not None:
+    if quantization_config is None:
         raise ValueError(
             f"modules_to_quantize is {modules_to_quantize!r}, but nothing says how to quantise. Give a "
             "quantization_config, or leave it out: what a checkpoint has quantised, it tells by itself."
         )
-    if quantization_config is None:
-        return None
     if isinstance(modules_to_quantize, str):
         raise TypeError(f"modules_to_quantize is {modules_to_quantize!r}; expected a list of names.")
     chosen = set(modules_to_quantize or ())
@@ -197,67 +194,74 @@ def _codes(values: torch.Tensor, offset: torch.Tensor, statistics) -> torch.Tens
 
 
 class Quantised:
-    """What is done with quantised weights beside what transformers does."""
+    """What a model does with quantised weights beside what transformers does; a base of its class."""
 
-    config_with_skips = staticmethod(with_unquantised_parts)
-    check = staticmethod(check_quantized)
-
-    @staticmethod
-    def building() -> AbstractContextManager:
-        """Within it, models are built that are to be quantised."""
-        modular = OPTIONAL.get("modular_experts")
-        return nullcontext() if modular is None else modular.building()
-
-    @staticmethod
-    def prepare(model: nn.Module, state_dict: dict | None, files: list[str] | None) -> tuple[dict | None, list | None]:
-        """Mends the layers of a model that is about to be filled; returns the weights as it takes them, or the files.
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args,
+        quantization_config: object | None = None,
+        modules_to_quantize: list[str] | None = None,
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        r"""
+        Loads a checkpoint; arguments as in transformers, but for those named here.
 
         Args:
-            model (`nn.Module`): The model.
-            state_dict (`dict`, *optional*): Its weights.
-            files (`list[str]`, *optional*): The files of its weights, where those are not given.
+            quantization_config (`QuantizationConfigMixin` or `dict`, *optional*):
+                How to quantise. The vision tower, the projector, the routers and the head stay in full precision beside
+                what the config names itself; the experts are quantised like every other linear layer.
+            modules_to_quantize (`list[str]`, *optional*):
+                Which of those are quantised as well: `"vision_tower"`, `"multi_modal_projector"`, `"lm_head"`.
+
+        Raises:
+            ValueError: `modules_to_quantize` names something else, is given without a way to quantise, or names a part
+                without weights of its own: a new projector, a head that is tied to the embedding.
         """
+        if quantization_config is not None or modules_to_quantize is not None:
+            kwargs["quantization_config"] = with_unquantised_parts(quantization_config, modules_to_quantize)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        if quantization_config is not None:
+            check_quantized(model)
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def get_init_context(cls, dtype, is_quantized, *args, **kwargs):
+        contexts = super().get_init_context(dtype, is_quantized, *args, **kwargs)
+        modular = OPTIONAL.get("modular_experts")
+        return [*contexts, modular.building()] if is_quantized and modular is not None else contexts
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         modular = OPTIONAL.get("modular_experts")
         if modular is not None and modular.are_in(model):
             if state_dict is None:
                 state_dict = {}
-                for file in files:
+                for file in checkpoint_files:
                     state_dict |= load_state_dict(file)  # memory-mapped
-                files = None
+                checkpoint_files = None
             state_dict = modular.apart(state_dict)
         mend_4bit_layers(model)
-        return state_dict, files
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
-    @staticmethod
-    def unpack(model: nn.Module) -> None:
-        """Puts 4-bit weights back into the order that they are saved in."""
-        for module in model.modules():
+    def dequantize(self, dtype: torch.dtype | None = None):
+        """Puts full-precision weights in the place of quantised ones; arguments as in transformers."""
+        for module in self.modules():
             unpack_4bit_layer(module)
+        return super().dequantize(dtype or self.dtype)
 
-    @staticmethod
-    def weights_to_save(model: nn.Module, state_dict: dict | None) -> dict | None:
-        """Returns the weights that a model is saved with, or `None` for its own, and mends what reads them again."""
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, state_dict: dict | None = None, **kwargs):
+        """Saves a model; arguments as in transformers."""
         modular = OPTIONAL.get("modular_experts")
-        if getattr(model, "hf_quantizer", None):
-            if getattr(model, "_weight_conversions", None):
+        if getattr(self, "hf_quantizer", None):
+            if getattr(self, "_weight_conversions", None):
                 # Packed weights are saved as they are; what reads them while loading has no way back.
-                model._weight_conversions = [
-                    kept for kept in model._weight_conversions if not reads_packed_weights(kept)
-                ]
-        elif modular is not None and modular.are_in(model):
+                self._weight_conversions = [kept for kept in self._weight_conversions if not reads_packed_weights(kept)]
+        elif modular is not None and modular.are_in(self):
             # It was quantised and is no more: its experts go back to the form that such a model is loaded in.
-            state_dict = modular.together(model.state_dict() if state_dict is None else state_dict)
-        return state_dict
-
-
-__all__ = [
-    "Quantised",
-    "SKIP_LISTS",
-    "UNQUANTISED",
-    "check_quantized",
-    "default_skips",
-    "mend_4bit_layers",
-    "reads_packed_weights",
-    "unpack_4bit_layer",
-    "with_unquantised_parts",
-]
+            state_dict = modular.together(self.state_dict() if state_dict is None else state_dict)
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)

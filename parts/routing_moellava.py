@@ -73,6 +73,3 @@ class Routing:
 
     def warn_of_lost_loss(self) -> None:
         """Says that the load-balancing loss takes no part in the loss that a trainer computes by itself."""
-
-
-__all__ = ["Routing"]

@@ -60,6 +60,3 @@ class SiglipEncoder(VisionEncoder):
             return_dict=True,
             **asked,
         )
-
-
-__all__ = ["SiglipEncoder"]

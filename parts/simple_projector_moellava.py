@@ -190,6 +190,3 @@ class SimpleProjector(nn.Module):
         for _ in range(self.num_blocks_out):
             tokens = self.block_out(tokens)
         return self.proj_out(tokens)
-
-
-__all__ = ["SimpleProjector"]

@@ -218,6 +218,3 @@ def sparse_plans(language_model: PreTrainedModel) -> dict[str, dict[str, str]]:
                 for child in ("mlp", "meta_expert"):
                     plans["_tp_plan"][f"{place}.{child}{rule.removeprefix(place)}"] = style
     return plans
-
-
-__all__ = ["SparseLayers", "dense_mlps", "load_balancing_loss", "make_sparse", "sparse_plans", "token_mask"]

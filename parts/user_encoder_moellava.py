@@ -167,6 +167,3 @@ def as_hidden_states(output: Any) -> tuple[torch.Tensor, ...]:
         raise TypeError(f"it returns a {type(output).__name__}")
     # One set of features stands for both of the layers that are asked for by default, -1 and -2.
     return tuple(output) * 2 if len(output) == 1 else tuple(output)
-
-
-__all__ = ["UserEncoder", "as_hidden_states", "run_part"]

@@ -79,10 +79,3 @@ def initialize_part(part: nn.Module, make: Callable[[], nn.Module]) -> None:
     device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
     for name, attribute in attributes:
         setattr(modules[name], attribute, getattr(made.get_submodule(name), attribute).to(device))
-
-
-__all__ = [
-    "RUN_ERRORS",
-    "build_part",
-    "initialize_part",
-]

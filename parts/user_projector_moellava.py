@@ -25,6 +25,3 @@ class UserProjector(Projector):
 
     def follow_attention(self, module: nn.Module, asked: str | None) -> None:
         pass  # that is its author's
-
-
-__all__ = ["UserProjector"]

@@ -58,6 +58,8 @@ class VisionEncoder:
     interpolates_by_itself = False
     # Where the blocks are in the tower.
     layers_name = "encoder.layers"
+    # What the constructor of the tower's class is given.
+    constructor_arguments: Mapping[str, Any] = {}
     # Beginnings of the names of weights that checkpoints of such towers hold and that are not built here.
     unused_weights: tuple[str, ...] = ()
 
@@ -91,14 +93,8 @@ class VisionEncoder:
 
     @property
     def native_image_size(self) -> int:
-        """The side in pixels of the square pictures that the tower was made for.
-
-        Raises:
-            ValueError: Its config and the model's do not tell one, or tell one that is not square.
-        """
-        size = getattr(self.vision_config, "image_size", None)
-        if size is None:
-            size = self._image_size
+        """The side in pixels of the square pictures that the tower was made for."""
+        size = getattr(self.vision_config, "image_size", None) or self._image_size
         if size is None:
             raise ValueError(f"A {self.tower_name} tower does not tell its picture size: give image_size.")
         return self._side(size, "image_size")
@@ -110,11 +106,7 @@ class VisionEncoder:
 
     @property
     def patch_size(self) -> int:
-        """The side of a patch in pixels.
-
-        Raises:
-            ValueError: Patches are not square.
-        """
+        """The side of a patch in pixels."""
         return self._side(self.vision_config.patch_size, "patch_size")
 
     def _side(self, size: int | list[int] | tuple[int, ...], name: str) -> int:
@@ -163,10 +155,7 @@ class VisionEncoder:
 
     @property
     def plans(self) -> Mapping[str, Mapping[str, str]]:
-        """How processes divide the tower, by kind of plan and names within it; without, each holds it whole.
-
-        Its attention, of whatever number of heads, each of them holds whole.
-        """
+        """How processes divide the tower, by kind of plan and names within it. Attention each of them holds whole."""
         block = f"{self.layers_name}.*"
         return {
             "_tp_plan": {f"{block}.mlp.fc1": "colwise", f"{block}.mlp.fc2": "rowwise"},
@@ -176,7 +165,7 @@ class VisionEncoder:
     def build(self) -> nn.Module:
         """Builds the tower, with its initial weights, and makes it end behind the last feature layer."""
         with tools().building_part("vision_config", self.vision_config):
-            tower = AutoModel.from_config(self.vision_config, **self._constructor_arguments)
+            tower = AutoModel.from_config(self.vision_config, **self.constructor_arguments)
         # Hidden state 0, the embeddings, is known as the input of the first layer, which has to be run for it.
         needed = max(*self.feature_layers, 1)
         if self.layers_name and needed < self.num_hidden_layers:
@@ -185,10 +174,6 @@ class VisionEncoder:
 
     def initialize(self, tower: nn.Module) -> None:
         """Gives what was not loaded of a tower its values, where transformers does not: a user's own."""
-
-    def features(self, tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Runs the tower on pictures, for its features alone; see `encode`."""
-        return self.encode(tower, pixel_values).last_hidden_state
 
     def encode(
         self,
@@ -216,9 +201,9 @@ class VisionEncoder:
             output_hidden_states = getattr(self.vision_config, "output_hidden_states", False)
         asked = {} if output_attentions is None else {"output_attentions": output_attentions}
         _install_capturing_hooks(tower)
-        outputs = self._run(
-            tower, pixel_values, output_hidden_states=True if output_hidden_states else self._kept_layers, **asked
-        )
+        # Of the hidden states, those of the feature layers alone are kept alive, where transformers can choose.
+        kept = True if output_hidden_states or not SELECTS_HIDDEN_STATES else self.feature_layers
+        outputs = self._run(tower, pixel_values, output_hidden_states=kept, **asked)
         selected = [self._select(self._as_tokens(outputs.hidden_states[layer])) for layer in self.feature_layers]
         return BaseModelOutput(
             last_hidden_state=selected[0] if len(selected) == 1 else torch.cat(selected, dim=-1),
@@ -229,21 +214,12 @@ class VisionEncoder:
     def _run(self, tower: nn.Module, pixel_values: torch.Tensor, **asked: bool | list[int]) -> ModelOutput:
         return tower(pixel_values, return_dict=True, **asked, **self._tower_arguments)
 
-    @property
-    def _kept_layers(self) -> list[int] | bool:
-        """Which hidden states the tower keeps alive: the feature layers', where transformers can choose."""
-        return self.feature_layers if SELECTS_HIDDEN_STATES else True
-
     @staticmethod
     def _as_tokens(hidden_state: torch.Tensor) -> torch.Tensor:
         return hidden_state  # (num_images, tokens, hidden_size)
 
     def _select(self, tokens: torch.Tensor) -> torch.Tensor:  # (num_images, tokens, hidden_size)
         return tokens[:, :1] if self.strategy == "cls" else tokens[:, self._first_selected :]
-
-    @property
-    def _constructor_arguments(self) -> dict[str, Any]:
-        return {}
 
 
 @torch.compiler.assume_constant_result
@@ -253,6 +229,3 @@ def _install_capturing_hooks(tower: nn.Module) -> bool:
         if isinstance(module, PreTrainedModel):
             maybe_install_capturing_hooks(module)
     return True
-
-
-__all__ = ["VisionEncoder"]

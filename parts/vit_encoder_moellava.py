@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vision transformer."""
 
-from typing import Any
-
 from .vision_encoder_moellava import VisionEncoder
 
 
@@ -13,10 +11,4 @@ class VitEncoder(VisionEncoder):
     model_types = detected_model_types = ("vit",)
     layers_name = "layers"
     unused_weights = ("pooler.",)
-
-    @property
-    def _constructor_arguments(self) -> dict[str, Any]:
-        return {"add_pooling_layer": False}
-
-
-__all__ = ["VitEncoder"]
+    constructor_arguments = {"add_pooling_layer": False}

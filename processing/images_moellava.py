@@ -266,9 +266,3 @@ def _array_to_rgb(values: np.ndarray, name: str, input_data_format: str | None) 
     if values.shape[2] == 4:
         return _over_white(PIL.Image.fromarray(values)).convert("RGB")
     return PIL.Image.fromarray(np.ascontiguousarray(np.broadcast_to(values, (*values.shape[:2], 3))))
-
-
-__all__ = [
-    "PICTURE_FORMATS", "OutOfRangeError", "channel_axis", "file_bits", "is_float_array", "is_picture_source",
-    "load_picture", "pad_to_square", "picture_formats", "scaled_to_tensor", "to_rgb",
-]  # fmt: skip

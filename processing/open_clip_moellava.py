@@ -2,29 +2,17 @@
 """open_clip's preparation of pictures, equal to it bit for bit."""
 
 import numpy as np
-from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
+from transformers import CLIPImageProcessorPil
+from transformers.image_utils import SizeDict
 
 
-class OpenClipImageProcessor(PilBackend):
+class OpenClipImageProcessor(CLIPImageProcessorPil):
     """CLIP's image processor as open_clip has it, on Pillow.
 
     It differs from `CLIPImageProcessorPil` in the crop of a picture that is half a pixel off centre: open_clip rounds
     it to even, as torchvision does, transformers down. On disk it is a `CLIPImageProcessor`, which any transformers
     loads; `MoellavaProcessor` makes this one of it again.
     """
-
-    resample = PILImageResampling.BICUBIC
-    image_mean = OPENAI_CLIP_MEAN
-    image_std = OPENAI_CLIP_STD
-    size = {"shortest_edge": 224}
-    default_to_square = False
-    crop_size = {"height": 224, "width": 224}
-    do_resize = True
-    do_center_crop = True
-    do_rescale = True
-    do_normalize = True
-    do_convert_rgb = True
 
     # What a saved processor calls this way of preparing pictures.
     backend_name = "open_clip"
@@ -39,6 +27,3 @@ class OpenClipImageProcessor(PilBackend):
 
     def to_dict(self) -> dict:
         return super().to_dict() | {"image_processor_type": "CLIPImageProcessor"}
-
-
-__all__ = ["OpenClipImageProcessor"]

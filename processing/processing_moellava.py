@@ -236,9 +236,7 @@ class MoellavaProcessor(ProcessorMixin):
             image_mean = 0.0
         means = [image_mean] * 3 if isinstance(image_mean, int | float) else list(image_mean)
         if len(means) != 3:
-            raise ValueError(
-                f"`image_mean` is {image_mean!r}; expected one number, or one for each of red, green, blue."
-            )
+            raise ValueError(f"`image_mean` is {image_mean!r}; expected a number, or one for each of red, green, blue.")
         # Cut off, not rounded: so were the pictures that LLaVA's models were trained on.
         return tuple(int(255 * mean) for mean in means)
 

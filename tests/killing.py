@@ -208,7 +208,7 @@ _AFTER = {"notes.txt": _OLD["notes.txt"]} | _NEW
 def kill_at_every_step(folder: Path, replace: Callable[[], object], end: Callable[[State], str]) -> None:
     """Kills the replacement of a checkpoint at its first rename or deletion, its second and so on; prints how often
     which one was left; `end` looks at what is neither, and says what that is."""
-    import moellava.configuration.staging_moellava  # noqa: F401  once; the first import renames files of its own
+    import moellava.saving.staging  # noqa: F401  once; the first import renames files of its own
 
     counts: Counter = Counter()
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from parts import picture
 from safetensors.torch import load_file, save_file
 from transformers import MambaConfig, RecurrentGemmaConfig
 
 from moellava import load_pretrained_model
+from parts import picture
 
 
 PROMPT = "USER: <image>\nWhat is shown in this picture? ASSISTANT:"
@@ -348,6 +348,17 @@ def test_a_damaged_tokenizer(without_weights, file):
         ValueError, match="The tokenizer of .*bare/lm cannot be loaded .*Expected tokenizer.json and tok"
     ):
         load(without_weights["lm"], mm_vision_tower=without_weights["clip"])
+
+
+@pytest.mark.parametrize("limit", ["abc", [3], True, -5, 0])
+@pytest.mark.parametrize("part", ["lm", "model"])
+def test_a_length_that_is_none(without_weights, part, limit):
+    path = without_weights[part] / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": limit}))
+    with pytest.raises(
+        ValueError, match=r"has model_max_length .*; expected a number of tokens, or take the field out"
+    ):
+        load(without_weights[part], **({"mm_vision_tower": without_weights["clip"]} if part == "lm" else {}))
 
 
 def test_a_language_model_without_a_tokenizer(without_weights):

@@ -641,6 +641,20 @@ def test_a_checkpoint_by_name(loaded, folder, rows, report, tmp_path):
     assert again.settings == {"max_new_tokens": TOKENS, "batch_size": 8, "dtype": "float32", "device": "cpu"}
 
 
+@pytest.mark.parametrize(("per_row", "over"), [(True, "row"), (False, "batch")])
+def test_a_limited_capacity_is_reported(parts, folder, rows, tmp_path, per_row, over):
+    moe = {"num_experts": 2, "num_experts_per_tok": 1, "layers": [1], "eval_capacity_factor": 1.5}
+    tower, language = parts.vision_tower("clip"), parts.language_model("llama")
+    moe["eval_capacity_per_row"] = per_row
+    sparse = load_pretrained_model(language, mm_vision_tower=tower, moe_config=moe, device="cpu")
+    made = evaluate(sparse, rows[:1], image_folder=folder, max_new_tokens=2)
+    assert made.to_dict()["settings"]["eval_capacity_factor"] == 1.5
+    assert made.settings["eval_capacity_over"] == over
+    assert f"(eval_capacity_factor 1.5), counted per {over}" in " ".join(made.lines())
+    assert f"eval_capacity_over {over}" in made.save_html(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert ("answers depend on the batch size" in " ".join(made.lines())) is not per_row
+
+
 def test_what_cannot_be_evaluated(parts, loaded, rows, folder):
     with pytest.raises(ValueError, match="batch_size is 0; expected a number of at least 1"):
         evaluate(loaded, rows, image_folder=folder, batch_size=0)
@@ -669,7 +683,7 @@ def test_report_as_plain_values(report, folder, said):
     assert (told["num_rows"], told["num_questions"], told["num_cut_off"]) == (7, 4, 4)
     assert [fault["row"] for fault in told["unusable"]] == [5, 6, 7]
     assert told["rows"][0] == {
-        "row": 1, "id": None, "question": QUESTIONS[0], "pictures": [str(folder / "1.png")],
+        "row": 1, "id": None, "question": QUESTIONS[0], "pictures": ["1.png"],
         "expected": said[QUESTIONS[0]], "answer": said[QUESTIONS[0]], "kind": "open", "cut_off": True,
         "scores": {"exact_match": 1, "f1": 1, "recall": 1, "published_recall": 1},
     }  # fmt: skip

@@ -41,6 +41,7 @@ from parts import picture, run_python
 
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "extending.md"
+TABLES = {"ENCODERS": ENCODERS, "PROJECTORS": PROJECTORS}
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,8 @@ def registries(monkeypatch: pytest.MonkeyPatch):
     """Every test has the registries to itself."""
     for registry in (ENCODERS, PROJECTORS):
         registry.names()  # the built-in parts are there
-        monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+        for entries in ("_classes", "_answers"):
+            monkeypatch.setattr(registry, entries, dict(getattr(registry, entries)))
 
 
 @pytest.fixture
@@ -214,8 +216,8 @@ from moellava import (
     register_projector as part,  # renamed
     MoellavaConfig,
 )
-from moellava.modeling.projectors_moellava import MlpProjector
-import moellava.modeling.projectors_moellava as built_in
+from moellava.parts.mlp_projector_moellava import MlpProjector
+import moellava.parts.mlp_projector_moellava as built_in
 
 from . import helpers
 from .helpers import (
@@ -372,8 +374,7 @@ def test_checkpoints_load_without_files_and_without_the_package(parts, user, tmp
         model.processor.save_pretrained(tmp_path / name)
     code = sorted(path.name for path in (tmp_path / "both").glob("custom_*.py"))
     assert code == [
-        "custom_code_moellava.py", "custom_helpers.py", "custom_kit.py", "custom_more.py", "custom_projector.py",
-        "custom_projector_2.py",
+        "custom_helpers.py", "custom_kit.py", "custom_more.py", "custom_projector.py", "custom_projector_2.py",
     ]  # fmt: skip
     shutil.rmtree(tmp_path / "user")
     picture(0).save(tmp_path / "scan.png")
@@ -412,7 +413,7 @@ for path in sorted(root.glob("*.pt")):
     )
     from_hub += 'print(len(list(Path("saved").glob("custom_*.py"))))\n'
     code = loads.format(root=str(tmp_path), suffix="") + from_hub
-    assert run_python(code, env={"HF_HUB_CACHE": str(tmp_path / "hub")}) == names + "6\n"
+    assert run_python(code, env={"HF_HUB_CACHE": str(tmp_path / "hub")}) == names + "5\n"
     for name in models:
         first, second = ({path.name for path in (tmp_path / f"{name}{end}").iterdir()} for end in ("", ".again"))
         assert first - {"README.md"} == second  # the card is the package's to write
@@ -499,7 +500,8 @@ def test_a_part_in_the_place_of_a_built_in_one_is_not_confused_with_it(parts, us
 
 
 def sources_of(*parts_of_model: type) -> dict[str, str]:
-    return user_sources(parts_of_model, travelling_files())
+    entered = {(table, name): registry[name] for table, registry in TABLES.items() for name in registry.names()}
+    return user_sources({place: cls for place, cls in entered.items() if cls in parts_of_model}, travelling_files())
 
 
 @pytest.mark.parametrize(
@@ -588,8 +590,7 @@ def test_an_own_part_is_registered_even_without_a_decorator(user):
     register_projector("by_call")(module.GatedProjector)
     sources = sources_of(module.GatedProjector)
     assert registered_in(sources["moellava_custom.py"]) == [("PROJECTORS", "by_call")]
-    assert registered_in(sources_of(PROJECTORS["mlp"])["moellava_custom.py"]) == []
-    assert list(sources_of(PROJECTORS["mlp"])) == ["moellava_custom.py"]
+    assert sorted(sources) == ["custom_mine.py", "moellava_api.py", "moellava_custom.py"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -810,7 +811,7 @@ def test_new_weights_are_what_the_constructor_makes_them(parts, tmp_path, monkey
     with torch.no_grad():
         model.model.multi_modal_projector.queries.fill_(1.5)
         model.model.multi_modal_projector.counter.fill_(8)
-    monkeypatch.setattr("moellava.configuration.configuration_moellava.export_code", lambda *args, **kwargs: [])
+    monkeypatch.setattr("moellava.saving.checkpoint.export_code", lambda *args, **kwargs: [])
     model.save_pretrained(tmp_path)
     loaded = MoellavaForCausalLM.from_pretrained(tmp_path)
     assert values(loaded.model.multi_modal_projector) == [0.5, 3.0, 1.5, 23.5, 8, 2.0]
@@ -848,7 +849,7 @@ def test_layers_and_tokens_are_chosen_as_of_any_tower():
         config = small_config(encoder_type="layers", vision_config=MoellavaEncoderConfig(), **settings)
         model = MoellavaForCausalLM(config)
         nn.init.constant_(model.model.vision_tower.embed.weight, 0.01)
-        features = model.model.encoder.features(model.model.vision_tower, PIXELS)
+        features = model.model.encoder.encode(model.model.vision_tower, PIXELS).last_hidden_state
         assert features.shape[1:] == (model.model.encoder.num_selected_tokens, model.model.encoder.feature_size)
         assert config.image_seq_length == features.shape[1]
         with torch.no_grad():
@@ -938,7 +939,7 @@ def test_an_encoder_around_a_backbone_computes_what_the_backbone_does(parts, use
     model = assemble(parts, None, custom_vision_config=vision)
     with torch.no_grad():
         hidden_states = AutoModel.from_pretrained(folder)(PIXELS, output_hidden_states=True).hidden_states
-        features = model.model.encoder.features(model.model.vision_tower, PIXELS)
+        features = model.model.encoder.encode(model.model.vision_tower, PIXELS).last_hidden_state
     prefix = 1 + AutoConfig.from_pretrained(folder).num_register_tokens
     assert torch.equal(features, torch.stack(hidden_states[-3:]).mean(dim=0)[:, prefix:])
     assert folder not in model.config.vision_config.to_json_string()
@@ -978,7 +979,7 @@ def test_the_older_example_computes_what_its_backbone_does(parts, user):
     backbone = AutoModel.from_pretrained(folder)
     with torch.no_grad():
         expected = backbone(PIXELS, output_hidden_states=True).hidden_states[-2][:, 1:]
-        features = model.model.encoder.features(model.model.vision_tower, PIXELS)
+        features = model.model.encoder.encode(model.model.vision_tower, PIXELS).last_hidden_state
     assert torch.equal(features, expected)
     tower = model.model.vision_tower
     assert isinstance(tower.model, Dinov2Model) and tower.model_name_or_path == "" and tower.is_loaded
@@ -1012,7 +1013,7 @@ def test_an_older_class_chooses_by_its_config(parts, user):
             custom_vision_config={"factor": 2.0},
         )  # fmt: skip
         with torch.no_grad():
-            features = model.model.encoder.features(model.model.vision_tower, PIXELS)
+            features = model.model.encoder.encode(model.model.vision_tower, PIXELS).last_hidden_state
         assert torch.equal(features, hidden_states[-3][:, chosen] * 3)  # load_model counted the factor up
 
 

@@ -187,7 +187,7 @@ DISKS = """
 import json, os, resource, shutil, subprocess
 from pathlib import Path
 from moellava import load_pretrained_model
-from moellava.configuration.staging_moellava import staged_folder
+from moellava.saving.staging import staged_folder
 
 model = load_pretrained_model({checkpoint!r}, device="cpu").model
 root = Path({root!r})

@@ -5,12 +5,14 @@ A process costs seconds, so each of the few here does many things and prints wha
 that, and at what the server holds.
 """
 
+import io
 import json
 import shutil
 import textwrap
 import threading
 from pathlib import Path
 
+import PIL.Image
 import pytest
 from hub_server import OWNER_TOKEN, READER_TOKEN, Blob, Fault, HubServer, Repository
 from huggingface_hub import save_torch_state_dict
@@ -56,7 +58,9 @@ def checkpoint(parts, tmp_path_factory) -> Path:
     (folder / "README.md").write_text(CARD)
     (folder / "pictures").mkdir()
     for name in ("shown.png", "too.png", "other.png"):
-        picture(1).save(folder / "pictures" / name)
+        exif = PIL.Image.Exif()
+        exif[0x013B] = "PRIVATE"  # the artist
+        picture(1).save(folder / "pictures" / name, exif=exif)
     (folder / "runs" / "first").mkdir(parents=True)
     for name in (*(name for name in STRAY if "/" not in name), "runs/first/events", "runs/first/config.json"):
         (folder / name).write_text("not part of it")
@@ -216,7 +220,11 @@ def test_a_push_is_one_commit_of_the_checkpoint_and_of_nothing_else(pushed, serv
     assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= set(commit.files)
     assert {"README.md", "pictures/shown.png", "pictures/too.png", "moellava_entry.py"} <= set(commit.files)
     assert set(first["left_out"]) == {*STRAY, "runs/"}
-    for name in set(first["files"]) - {"README.md"}:
+    for name in ("pictures/shown.png", "pictures/too.png"):
+        sent = PIL.Image.open(io.BytesIO(commit.files[name].content))
+        assert not sent.getexif() and sent.tobytes() == picture(1).tobytes()
+        assert b"PRIVATE" in (checkpoint / name).read_bytes()  # nothing is changed in the folder
+    for name in set(first["files"]) - {"README.md", "pictures/shown.png", "pictures/too.png"}:
         assert commit.files[name].content == (checkpoint / name).read_bytes(), name
 
 
@@ -597,7 +605,7 @@ def test_a_model_pushes_itself_its_processor_and_its_own_parts_in_one_commit(mod
     assert (commit.summary, commit.description) == ("My own", "In one")
     assert repository.commits[commit.parent].summary == "initial commit"
     names = {"model.safetensors", "processor_config.json", "tokenizer.json", "chat_template.jinja", "README.md"}
-    assert names | {"moellava_entry.py", "hub_moellava.py", "custom_gated_projector.py"} <= set(commit.files)
+    assert names | {"moellava_entry.py", "moellava_custom.py", "custom_gated_projector.py"} <= set(commit.files)
     assert b"- own" in commit.files["README.md"].content
 
 
@@ -608,8 +616,10 @@ def test_a_model_that_is_pushed_again_commits_nothing_and_says_so(model_pushed, 
 
 def test_a_processor_pushed_alone_keeps_the_parts_of_the_model(model_pushed, server):
     assert b"GatedProjector" in server.files("me/own")["moellava_custom.py"].content
-    assert b"CUSTOM_PARTS = []" in server.files("me/processor")["moellava_custom.py"].content
-    assert "processor_config.json" in server.files("me/processor") and weights(server, "me/processor") == set()
+    alone = set(server.files("me/processor"))
+    assert {"processor_config.json", "moellava_entry.py", "processing_moellava.py"} <= alone
+    assert alone.isdisjoint({"moellava_custom.py", "modeling_moellava.py", "parts_moellava.py"})
+    assert weights(server, "me/processor") == set()
 
 
 def test_a_model_in_shards_leaves_no_single_file_beside_them(model_pushed, server):
@@ -822,7 +832,8 @@ def features(name, **options):
     options |= {{"encoder_type": "older_shape", "mm_vision_tower": name}}
     model = load_pretrained_model({language!r}, device="cpu", **options).model
     with torch.no_grad():
-        return model.model.encoder.features(model.model.vision_tower, torch.ones(1, 3, 32, 32))[0, 0, :9].tolist()
+        encoded = model.model.encoder.encode(model.model.vision_tower, torch.ones(1, 3, 32, 32))
+        return encoded.last_hidden_state[0, 0, :9].tolist()
 
 
 result = {{

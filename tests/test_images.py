@@ -551,6 +551,13 @@ OPENERS = re.compile(
 )
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file of Linux")
+def test_a_file_that_the_system_does_not_let_read():
+    for source in ("/proc/self/mem", Path("/proc/self/mem")):
+        with pytest.raises(ValueError, match=r"The picture \('/proc/self/mem'\) cannot be read: OSError: Input/output"):
+            load_picture(source)
+
+
 def test_one_function_opens_pictures():
     """Nothing but `decode_picture` lets Pillow, or another library, open one, templates of pages among it; and the
     travelling file's `load_picture`, in whose place the installed package puts its own."""

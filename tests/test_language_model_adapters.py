@@ -2,14 +2,18 @@
 """LoRA adapters of a language model alone, put onto the model that was assembled of it."""
 
 import json
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from moellava import load_pretrained_model
+from moellava.cli import app
+from parts import picture
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -115,23 +119,49 @@ def test_a_head_that_is_the_embedding(parts, loaded, tmp_path, form):
     assert merged.config.tie_word_embeddings == (form in ("neither", "both saved as one"))
 
 
-@pytest.mark.filterwarnings("ignore:for base_model.*copying from a non-meta parameter:UserWarning")  # PEFT's
-@pytest.mark.parametrize("merge", [True, False])
-def test_onto_a_model_with_offloaded_weights(parts, tmp_path, merge, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # PEFT writes under the current folder what it takes for a place in the root
-    language = parts.language_model("llama")
-    expected = adapter_of(language, tmp_path / "lora", target_modules="all-linear")
+def offloading(parts, language, folder):
+    """Returns what puts the language model's layers off to disk, and its embedding and its head too."""
     whole = load_pretrained_model(language, mm_vision_tower=parts.vision_tower("clip"), device="cpu").model
-    places = {name: "cpu" for name, _ in whole.model.named_children()}
-    del places["language_model"]
-    places = {f"model.{name}": place for name, place in places.items()} | {"lm_head": "cpu"}
-    for name, _ in whole.model.language_model.named_children():
-        places[f"model.language_model.{name}"] = "disk" if name == "layers" else "cpu"
-    model = load_pretrained_model(
-        tmp_path / "lora", model_base=language, mm_vision_tower=parts.vision_tower("clip"), merge=merge,
-        device_map=places, offload_folder=str(tmp_path / "offloaded"),
-    ).model  # fmt: skip
-    check(model, expected)
+    places = {f"model.{name}": "cpu" for name, _ in whole.model.named_children() if name != "language_model"}
+    places |= {f"model.language_model.{name}": "disk" for name, _ in whole.model.language_model.named_children()}
+    return {"device_map": {**places, "lm_head": "disk"}, "offload_folder": str(folder)}
+
+
+def files(*folders):
+    return {path: path.read_bytes() for folder in folders for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+@pytest.mark.parametrize(
+    ("form", "merge"),
+    [("all-linear", True), ("all-linear", False), ("dora", True)]
+    + [(form, False) for form in ("head saved", "embedding saved", "head", "embedding")],
+)
+def test_onto_a_model_with_offloaded_weights(parts, tmp_path, monkeypatch, form, merge):
+    (tmp_path / "here").mkdir()
+    language, tower = parts.language_model("llama"), parts.vision_tower("clip")
+    expected = adapter_of(language, tmp_path / "lora", **FORMS[form])
+    options = offloading(parts, language, tmp_path / "offloaded")
+    load_pretrained_model(language, mm_vision_tower=tower, device="cpu").model.save_pretrained(
+        tmp_path / "here" / "whole"
+    )
+    monkeypatch.chdir(tmp_path / "here")
+    before = files(".", language)
+    # Relative: PEFT's own loader would write over the base's files.
+    check(load_pretrained_model(tmp_path / "lora", model_base="whole", merge=merge, **options).model, expected)
+    if form == "all-linear":
+        options |= {"mm_vision_tower": tower, "model_base": language}
+        check(load_pretrained_model(tmp_path / "lora", merge=merge, **options).model, expected)
+    assert files(".", language) == before
+
+
+@pytest.mark.parametrize(("form", "what"), [("dora", "uses DoRA"), ("new rows", "trains single tokens")])
+def test_what_needs_the_bases_weights_is_not_put_onto_offloaded_ones(parts, tmp_path, form, what):
+    language = parts.language_model("llama")
+    adapter_of(language, tmp_path / "lora", **FORMS[form])
+    options = offloading(parts, language, tmp_path / "offloaded") | {"mm_vision_tower": parts.vision_tower("clip")}
+    with pytest.raises(ValueError, match=f"{what}, which needs the base's weights in memory"):
+        load_pretrained_model(tmp_path / "lora", model_base=language, merge=False, **options)
 
 
 def test_onto_experts_of_the_language_model(parts, loaded, tmp_path):
@@ -209,3 +239,23 @@ def test_an_adapter_of_another_size_is_an_error(parts, loaded, tmp_path):
     save_file({name: tensor[:1] for name, tensor in tensors.items()}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="does not fit the model"):
         loaded(tmp_path, language)
+
+
+def test_asking_with_an_adapter_of_a_saved_model(parts, tmp_path):
+    language = parts.language_model("llama")
+    adapter_of(language, tmp_path / "lora", target_modules="all-linear")
+    whole = load_pretrained_model(language, mm_vision_tower=parts.vision_tower("clip"), device="cpu").model
+    whole.save_pretrained(tmp_path / "model")
+    picture(1).save(tmp_path / "scan.png")
+
+    def ask(*options):
+        asked = CliRunner().invoke(app, ["ask", *map(str, options), "--device", "cpu", "--max-new-tokens", "8"])
+        assert asked.exit_code == 0, asked.output
+        return asked.stdout
+
+    question = (tmp_path / "scan.png", "What is shown?")
+    adapted = ask(tmp_path / "lora", *question, "--model-base", tmp_path / "model")
+    load_pretrained_model(tmp_path / "lora", model_base=tmp_path / "model", device="cpu").model.save_pretrained(
+        tmp_path / "merged"
+    )
+    assert adapted == ask(tmp_path / "merged", *question) != ask(tmp_path / "model", *question)

@@ -8,7 +8,6 @@ of the grid at a time, so that it shares no code and no shape trick with the pro
 import copy
 import inspect
 import math
-import sys
 
 import pytest
 import torch
@@ -314,7 +313,6 @@ def test_repeated_blocks_are_one():
 @pytest.mark.parametrize("name", ["older_qformer", "simple", "pool_mlp"])
 def test_fields_have_defaults(name):
     projector = PROJECTORS[name]
-    assert sys.modules[projector.__module__].__all__ == [projector.__name__]
     fields = PROJECTORS.fields(name)
     assert inspect.Parameter.empty not in fields.values()
     counted = inspect.signature(projector.num_output_tokens).parameters

@@ -9,7 +9,6 @@ import json
 
 import pytest
 import torch
-from parts import picture, run_python
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -20,6 +19,7 @@ from transformers import (
 )
 
 from moellava import MoellavaConfig, MoellavaForCausalLM, load_pretrained_model
+from parts import picture, run_python
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +331,7 @@ ELSEWHERE = """
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 folder, trust = {folder!r}, {{"trust_remote_code": True}}
-print(AutoConfig.from_pretrained(folder, projector_type="linear", **trust).projector_config.type)
+print(AutoConfig.from_pretrained(folder, image_aspect_ratio="square", **trust).image_aspect_ratio)
 model = AutoModelForImageTextToText.from_pretrained(folder, vision_feature_select_strategy="cls", **trust)
 processor = AutoProcessor.from_pretrained(folder, num_image_tokens=1, **trust)
 model.save_pretrained("out")
@@ -342,7 +342,7 @@ def refused(call):
     try:
         call()
     except ValueError as error:
-        print(str(error).partition(";")[0])
+        print(error)
 
 refused(lambda: AutoModelForImageTextToText.from_pretrained(folder, vision_feature_select_strategy="patches", **trust))
 refused(lambda: AutoConfig.from_pretrained(folder, image_size=30, **trust))
@@ -350,12 +350,17 @@ config = AutoConfig.from_pretrained(folder, **trust)
 config.vision_feature_select_strategy = "patches"
 refused(lambda: AutoModelForImageTextToText.from_config(config, **trust))
 refused(lambda: config.save_pretrained("nowhere"))
+refused(lambda: AutoConfig.from_pretrained(folder, projector_config={{"type": "linear"}}, **trust))
+refused(lambda: AutoConfig.from_pretrained(folder, moe_config={{"num_experts": 2}}, **trust))
 """
 
 
 def test_elsewhere_too(checkpoint):
     printed = run_python(ELSEWHERE.format(folder=str(checkpoint))).splitlines()
     unknown = "Unknown vision_feature_select_strategy 'patches'"
-    assert printed[:3] == ["linear", "1", unknown]
+    assert printed[:2] == ["square", "1"]
     assert printed[3].startswith("image_size is 30")
-    assert printed[4:] == [unknown, unknown]
+    assert all(printed[line].startswith(unknown) for line in (2, 4, 5))
+    # The checkpoint has the code of its own parts alone.
+    assert printed[6].startswith("Unknown projector 'linear'") and "Without moellava, " in printed[6]
+    assert printed[7].startswith("This checkpoint carries no code for 'sparse'") and len(printed) == 8

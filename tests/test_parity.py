@@ -571,7 +571,7 @@ def test_features_are_the_towers_own_hidden_states(parts, kind):
         encoder = encoder_for(config)
         tower = encoder.build().eval()
         tower.load_state_dict(weights, strict=True)
-        found = encoder.features(aligned(tower), pixels)
+        found = encoder.encode(aligned(tower), pixels).last_hidden_state
         expected = selected(states, layer, strategy, prefix)
         assert torch.equal(found, expected), (layer, strategy)
         assert found.shape[1:] == (encoder.num_selected_tokens, encoder.feature_size)
@@ -597,7 +597,7 @@ def test_layers_behind_the_feature_layer_are_not_run(parts, kind):
                 runs[index] += 1
 
             block.register_forward_hook(count)
-        encoder.features(tower, pixels)
+        encoder.encode(tower, pixels)
         assert runs == [1] * expected + [0] * (4 - expected), layer
         # They are kept nevertheless: saved, moved and counted with the others.
         assert len({name.split(f"{_name_of(tower, layers)}.")[1][0] for name in _names_in(tower, layers)}) == 4

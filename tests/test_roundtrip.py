@@ -619,7 +619,7 @@ def test_an_interrupted_save_leaves_the_earlier_checkpoint(model, tmp_path, monk
     elif at == "processor":
         monkeypatch.setattr(type(model.processor.tokenizer), "save_pretrained", full)
     else:
-        monkeypatch.setattr("moellava.processing.processing_moellava.export_code", full)
+        monkeypatch.setattr("moellava.saving.checkpoint.export_code", full)
     for target in (folder, tmp_path / "other"):
         with pytest.raises(OSError, match="disk full"):
             model.save_pretrained(target)

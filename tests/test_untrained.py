@@ -118,8 +118,11 @@ def test_the_checkpoints_own_code_warns_too(untrained):
 
 def test_training_the_part_clears_it_and_training_others_does_not(untrained, rows, tmp_path, caplog):
     frozen = train(settings(untrained, rows, tmp_path / "frozen", stage="instruct", freeze=["multi_modal_projector"]))
+    assert caplog.text.count("Never trained") == caplog.text.count("not trained by the stage instruct either") == 1
+    caplog.clear()
     assert said(frozen.checkpoint) == ["multi_modal_projector"]
     report = train(settings(untrained, rows, tmp_path / "trained", save_steps=1))
+    assert "Never trained" not in caplog.text  # of what the stage is there to train
     assert said(report.checkpoint) == said(tmp_path / "trained" / "align" / "checkpoint-1") == []
     assert "needs training" not in (report.checkpoint / "README.md").read_text(encoding="utf-8")
     caplog.clear()

@@ -29,6 +29,7 @@ from .older_names import (
     stacked_projector,
     translate_fields,
 )
+from .part_fields import check_fields
 
 
 logger = logging.getLogger(__name__)
@@ -150,7 +151,7 @@ def read_request(configuration: Any, keywords: Mapping[str, Any]) -> LoadRequest
     projector = merged.get("projector")
     path = projector.pop("path", None) if projector else None
     if projector and projector.get("type") in PROJECTORS:
-        PROJECTORS.check_fields(projector["type"], [name for name in projector if name != "type"])
+        check_fields(PROJECTORS, projector["type"], [name for name in projector if name != "type"])
     return LoadRequest(
         model_path=_path_or_none(source["model_path"]),
         model_base=_path_or_none(source.get("model_base")),

@@ -21,7 +21,7 @@ from ..reading.provenance import NEW, with_provenance
 from ..reading.sources import Source
 from ..reading.vision_tower import read_vision_part, tower_name, tower_source
 from ..saving.export import code_of
-from ..tree import PROJECTOR_PREFIX, TOWER_PREFIX, is_new_weight
+from ..tree import PROJECTOR_PREFIX, TOWER_PREFIX, is_new_weight, with_part
 from .build import build
 from .dense_to_sparse import upcycled
 
@@ -70,8 +70,8 @@ def assemble(request: LoadRequest, device_map: Any = None) -> MoellavaForCausalL
     if grown:
         grow_embeddings(tensors, text_config, language.config.vocab_size, text_config.vocab_size)
     tower_tensors = vision.tensors()
-    tensors |= {f"{TOWER_PREFIX}{name}": tensor for name, tensor in tower_tensors.items()}
-    tensors |= {f"{PROJECTOR_PREFIX}{name}": tensor for name, tensor in (projector_tensors or {}).items()}
+    tensors = with_part(tensors, TOWER_PREFIX, tower_tensors)
+    tensors = with_part(tensors, PROJECTOR_PREFIX, projector_tensors or {})
     if request.moe is not None:
         config, tensors = upcycled(config, tensors, request.moe)
     model = build(

@@ -17,12 +17,12 @@ from ..parts.moe_block_moellava import DenseForm
 from ..parts.sparse_layers_moellava import dense_mlps
 from ..reading.provenance import UPCYCLED, with_provenance
 from ..reading.sources import read_tensors, unmapped
+from ..tree import BODY_PREFIX
 from .expert_weights import stacked_experts
 
 
 logger = logging.getLogger(__name__)
 
-_BODY = "model.language_model."
 
 # Fields of a mixture that a trained one may be loaded with anew; the others say what it is made of.
 _CHANGEABLE = frozenset(
@@ -121,7 +121,7 @@ def _sparse_tensors(
     tensors = dict(tensors)
     for index in moe.layers:
         name, mlp = mlps[index]
-        form, prefix = DenseForm(mlp), f"{_BODY}{name}."
+        form, prefix = DenseForm(mlp), f"{BODY_PREFIX}{name}."
         dense = {
             key.removeprefix(prefix): unmapped(tensors.pop(key)) for key in list(tensors) if key.startswith(prefix)
         }

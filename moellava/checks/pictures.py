@@ -200,7 +200,7 @@ def _read_file(path: str, name: str) -> bytes:
         with open(path, "rb") as file:
             return _read(file)
     except OSError as error:
-        raise ValueError(f"{name} ({path!r}) cannot be read: {error}.") from error
+        raise ValueError(f"{name} ({path!r}) cannot be read: {type(error).__name__}: {error.strerror}.") from error
 
 
 def _fetch(url: str, name: str) -> bytes:
@@ -248,8 +248,8 @@ def _load(image: PIL.Image.Image, name: str) -> None:
     if is_file and image.tile and image.format not in PICTURE_FORMATS:
         raise ValueError(
             f"{name} is a picture in the format {image.format}, which is not decoded here; expected one of "
-            f"{', '.join(picture_formats())}. Convert it to one of them; or, where you know where it is from, decode it "
-            "yourself first: picture.load()."
+            f"{', '.join(picture_formats())}. Convert it to one of them; or, where you know where it is from, decode "
+            "it yourself first: picture.load()."
         )
     limit = _byte_limit()
     size = image.width * image.height * (1 if image.mode in ("1", "L", "P") else 2 if ";16" in image.mode else 4)

@@ -77,6 +77,9 @@ def load_tokenizer(name: str | os.PathLike, config: PreTrainedConfig | None = No
                 f"{path} has {key!r}, {value!r}, by which files outside of the folder would be opened. Take the field "
                 "out; a tokenizer is read from the files beside it."
             )
+    limit = fields.get("model_max_length")
+    if limit is not None and not (type(limit) in (int, float) and limit >= 1):  # used as it is, when texts are long
+        raise ValueError(f"{path} has model_max_length {limit!r}; expected a number of tokens, or take the field out.")
     path, special_tokens = _read(name, "special_tokens_map.json", options)
     for key in special_tokens:
         # transformers takes any field of this file before what it has found in the folder.

@@ -2,6 +2,7 @@
 """`moellava assemble`: a model from a language model, a vision tower and a projector."""
 
 import enum
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +38,123 @@ class ImageAspectRatio(enum.StrEnum):
     SQUARE = "square"
 
 
+@dataclass
+class Projector:
+    """What the projector is."""
+
+    projector: Annotated[
+        str | None,
+        typer.Option(
+            "--projector",
+            "--projector-type",
+            help="The projector: mlp (the default), linear, identity, qformer, perceiver, mlp2x_gelu, or your own.",
+            show_default=False,
+            autocompletion=completes("identity", "linear", "mlp", "mlp2x_gelu", "perceiver", "qformer"),
+        ),
+    ] = None
+    projector_field: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="A field of the projector, such as hidden_size=2048; can be repeated.",
+            rich_help_panel="Projector",
+            show_default=False,
+        ),
+    ] = None
+    projector_weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="The projector's weights, .safetensors or .bin. Without them it is newly initialised.",
+            rich_help_panel="Projector",
+            show_default=False,
+        ),
+    ] = None
+
+    def options(self) -> dict[str, Any]:
+        """Returns it as keyword arguments of `load_pretrained_model`."""
+        own = named_values(self.projector_field, "--projector-field")
+        if self.projector_weights is not None:
+            own["path"] = self.projector_weights
+        return {"projector_type": self.projector, "projector_config": own or None}
+
+
+@dataclass
+class Vision:
+    """What of a picture the projector gets."""
+
+    encoder_type: Annotated[
+        str | None,
+        typer.Option(
+            "--encoder-type",
+            "--encoder",
+            help="clip, siglip, biomedclip, dinov2, vit, auto, or your own. By default told by the vision tower.",
+            rich_help_panel="Vision",
+            show_default=False,
+            autocompletion=completes("auto", "biomedclip", "clip", "dinov2", "siglip", "vit"),
+        ),
+    ] = None
+    encoder_field: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="A field of an encoder of your own; can be repeated.",
+            rich_help_panel="Vision",
+            show_default=False,
+        ),
+    ] = None
+    vision_feature_layer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYER[,LAYER...]",
+            help="The tower's layer that the projector gets, -1 being the last; of several the features are joined. "
+            "By default -2.",
+            rich_help_panel="Vision",
+            show_default=False,
+        ),
+    ] = None
+    vision_feature_select_strategy: Annotated[
+        str | None,
+        typer.Option(
+            "--vision-feature-select-strategy",
+            "--select-strategy",
+            help="Which tokens: default or patch (the patches'), cls (the class token alone), full (all).",
+            rich_help_panel="Vision",
+            show_default=False,
+            autocompletion=completes("cls", "default", "full", "patch"),
+        ),
+    ] = None
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="The side in pixels of the pictures that the tower gets. By default the tower's own.",
+            rich_help_panel="Vision",
+            show_default=False,
+        ),
+    ] = None
+    image_aspect_ratio: Annotated[
+        ImageAspectRatio | None,
+        typer.Option(
+            help="pad: a picture is padded to a square (the default); square: resized and cropped.",
+            rich_help_panel="Vision",
+            show_default=False,
+        ),
+    ] = None
+
+    def options(self) -> dict[str, Any]:
+        """Returns it as keyword arguments of `load_pretrained_model`."""
+        return {
+            "encoder_type": self.encoder_type,
+            "custom_vision_config": named_values(self.encoder_field, "--encoder-field") or None,
+            "vision_feature_layer": _layers(self.vision_feature_layer),
+            "vision_feature_select_strategy": self.vision_feature_select_strategy,
+            "image_size": self.image_size,
+            "image_aspect_ratio": self.image_aspect_ratio.value if self.image_aspect_ratio else None,
+        }
+
+
+# Long by its options, half of its lines: Typer wants each as an argument, with its help.
 def assemble(
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", show_default=False)],
@@ -53,16 +171,7 @@ def assemble(
             help=f"The vision tower: a folder or a Hub id. By default {_DEFAULT_VISION_TOWER}.", show_default=False
         ),
     ] = None,
-    projector: Annotated[
-        str | None,
-        typer.Option(
-            "--projector",
-            "--projector-type",
-            help="The projector: mlp (the default), linear, identity, qformer, perceiver, mlp2x_gelu, or your own.",
-            show_default=False,
-            autocompletion=completes("identity", "linear", "mlp", "mlp2x_gelu", "perceiver", "qformer"),
-        ),
-    ] = None,
+    projector: Projector,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -73,82 +182,7 @@ def assemble(
         ),
     ] = None,
     imports: Imports = None,
-    projector_field: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE",
-            help="A field of the projector, such as hidden_size=2048; can be repeated.",
-            rich_help_panel="Projector",
-            show_default=False,
-        ),
-    ] = None,
-    projector_weights: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="The projector's weights, .safetensors or .bin. Without them it is newly initialised.",
-            rich_help_panel="Projector",
-            show_default=False,
-        ),
-    ] = None,
-    encoder_type: Annotated[
-        str | None,
-        typer.Option(
-            "--encoder-type",
-            "--encoder",
-            help="clip, siglip, biomedclip, dinov2, vit, auto, or your own. By default told by the vision tower.",
-            rich_help_panel="Vision",
-            show_default=False,
-            autocompletion=completes("auto", "biomedclip", "clip", "dinov2", "siglip", "vit"),
-        ),
-    ] = None,
-    encoder_field: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE",
-            help="A field of an encoder of your own; can be repeated.",
-            rich_help_panel="Vision",
-            show_default=False,
-        ),
-    ] = None,
-    vision_feature_layer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LAYER[,LAYER...]",
-            help="The tower's layer that the projector gets, -1 being the last; of several the features are joined. "
-            "By default -2.",
-            rich_help_panel="Vision",
-            show_default=False,
-        ),
-    ] = None,
-    vision_feature_select_strategy: Annotated[
-        str | None,
-        typer.Option(
-            "--vision-feature-select-strategy",
-            "--select-strategy",
-            help="Which tokens: default or patch (the patches'), cls (the class token alone), full (all).",
-            rich_help_panel="Vision",
-            show_default=False,
-            autocompletion=completes("cls", "default", "full", "patch"),
-        ),
-    ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="The side in pixels of the pictures that the tower gets. By default the tower's own.",
-            rich_help_panel="Vision",
-            show_default=False,
-        ),
-    ] = None,
-    image_aspect_ratio: Annotated[
-        ImageAspectRatio | None,
-        typer.Option(
-            help="pad: a picture is padded to a square (the default); square: resized and cropped.",
-            rich_help_panel="Vision",
-            show_default=False,
-        ),
-    ] = None,
+    vision: Vision,
     moe_field: MoeField = None,
     device: Annotated[
         str | None,
@@ -188,22 +222,14 @@ def assemble(
     fields = {} if config is None else read_json_object(config)
     keywords = {
         "vision_tower": vision_tower,
-        "encoder_type": encoder_type,
-        "custom_vision_config": named_values(encoder_field, "--encoder-field") or None,
-        "projector_type": projector,
-        "projector_config": named_values(projector_field, "--projector-field") or None,
+        **projector.options(),
+        **vision.options(),
         "moe_config": named_values(moe_field, "--moe-field") or None,
-        "vision_feature_layer": _layers(vision_feature_layer),
-        "vision_feature_select_strategy": vision_feature_select_strategy,
-        "image_size": image_size,
-        "image_aspect_ratio": image_aspect_ratio.value if image_aspect_ratio else None,
         "device": device if device or fields.keys() & {"device", "device_map"} else "cpu",
         "dtype": dtype.given(),
         **hub.options(),
         **debug_options(verbose),
     }
-    if projector_weights is not None:
-        keywords["projector_config"] = {**(keywords["projector_config"] or {}), "path": projector_weights}
     if language_model is not None:
         keywords["model_path"] = language_model
     elif not fields.keys() & {"model_path", "model_name_or_path"}:

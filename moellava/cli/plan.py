@@ -86,16 +86,17 @@ def plan(
     moellava plan my-model --stage moe --moe-field num_experts=4 --devices 8 --memory 80GB --strategy zero3
     ```
     """
+    from ..planning import PlanRequest
     from ..planning import plan as make_plan
 
-    options: dict[str, Any] = {
+    asked: dict[str, Any] = {
         "stage": stage.value, "devices": devices, "memory": memory, "strategy": strategy.value,
         "batch_size": batch_size, "accumulation": accumulation, "max_length": max_length, "text_tokens": text_tokens,
         "images": images, "gradient_checkpointing": gradient_checkpointing, "dtype": dtype.value,
         "mixed_precision": mixed_precision, "lora_rank": lora_rank,
         "moe": named_values(moe_field, "--moe-field") or None, "rows": rows, "gpu": gpu, "utilization": utilization,
     }  # fmt: skip
-    planned = make_plan(checkpoint, **options, **hub.options())
+    planned = make_plan(checkpoint, PlanRequest(**asked), **hub.options())
     if as_json:
         print_json(planned.to_dict())
     else:

@@ -12,14 +12,10 @@ from .options import HUB, Debug, Json, MaxShardSize, Token, Verbose
 from .printing import print_json
 
 
-def push(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="The folder of a checkpoint.", metavar="CHECKPOINT", show_default=False)
-    ],
-    repo_id: Annotated[
-        str, typer.Argument(help="The repository on the Hub, such as me/my-model.", metavar="REPO", show_default=False)
-    ],
-    *,
+@dataclasses.dataclass
+class Commit:
+    """Where a push goes, and what its commit says."""
+
     private: Annotated[
         bool | None,
         typer.Option(
@@ -28,7 +24,7 @@ def push(
             rich_help_panel=HUB,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     revision: Annotated[
         str | None,
         typer.Option(
@@ -36,17 +32,28 @@ def push(
             rich_help_panel=HUB,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     create_pr: Annotated[
         bool, typer.Option("--create-pr", help="Open a pull request instead of pushing.", rich_help_panel=HUB)
-    ] = False,
+    ] = False
     commit_message: Annotated[
         str | None,
         typer.Option("--commit-message", "-m", help="The commit's subject.", rich_help_panel=HUB, show_default=False),
-    ] = None,
+    ] = None
     commit_description: Annotated[
         str | None, typer.Option(help="The commit's text.", rich_help_panel=HUB, show_default=False)
-    ] = None,
+    ] = None
+
+
+def push(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="The folder of a checkpoint.", metavar="CHECKPOINT", show_default=False)
+    ],
+    repo_id: Annotated[
+        str, typer.Argument(help="The repository on the Hub, such as me/my-model.", metavar="REPO", show_default=False)
+    ],
+    *,
+    commit: Commit,
     token: Token = None,
     max_shard_size: MaxShardSize = None,
     include: Annotated[
@@ -84,11 +91,7 @@ def push(
         report = push_checkpoint(
             checkpoint,
             repo_id,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            commit_description=commit_description,
+            **dataclasses.asdict(commit),
             token=token,
             max_shard_size=max_shard_size,
             include=include or (),

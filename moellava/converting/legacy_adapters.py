@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from ..loading.lora import with_adapter
 from ..reading.sources import Source, read_tensors
+from ..tree import PEFT_PREFIX
 from .legacy_config import OlderCheckpointError, OlderModel, read_older_config
 from .legacy_weights import our_names
 
@@ -58,8 +60,6 @@ def attach_adapter(model: Any, adapter: Adapter, merge: bool) -> Any:
     Raises:
         OlderCheckpointError: The adapter does not fit the model.
     """
-    from peft import PeftModel, set_peft_model_state_dict
-
     config, source = adapter.config, adapter.source
     older = read_older_config(source.config_dict(), source.name)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -69,8 +69,7 @@ def attach_adapter(model: Any, adapter: Adapter, merge: bool) -> Any:
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     config.inference_mode = merge
     processor = model.processor
-    adapted = PeftModel(model, config)
-    set_peft_model_state_dict(adapted, {f"base_model.model.{name}": tensor for name, tensor in tensors.items()})
+    adapted, _ = with_adapter(model, config, {f"{PEFT_PREFIX}{name}": tensor for name, tensor in tensors.items()})
     adapted = adapted.merge_and_unload() if merge else adapted
     adapted.processor = processor
     return adapted.eval()

@@ -34,7 +34,7 @@ from ..reading.projector_file import fit_projector, older_projector_tensors, pro
 from ..reading.provenance import with_provenance
 from ..reading.sources import Source, are_same_weights, load_image_processor, read_tensors
 from ..reading.vision_tower import VisionPart, read_vision_tower
-from ..tree import PROJECTOR_PREFIX, TOWER_PREFIX
+from ..tree import BODY_PREFIX, PEFT_PREFIX, PROJECTOR_PREFIX, TOWER_PREFIX, part_weights, with_part
 from .conversations import conversation_for, prepare_older_tokenizer, stop_token_ids
 from .legacy_adapters import ADAPTER_FILES, attach_adapter, read_adapter
 from .legacy_config import OlderCheckpointError, OlderModel, is_llava_hf, read_older_config
@@ -243,9 +243,7 @@ def _projector_and_tower(
     if not tower_weights:
         tower_weights = tower.tensors()
         report.added[f"{TOWER_PREFIX}*"] = f"from {config.parts['vision_tower']}"
-    return {f"{PROJECTOR_PREFIX}{name}": tensor for name, tensor in projector.items()} | {
-        f"{TOWER_PREFIX}{name}": tensor for name, tensor in tower_weights.items()
-    }
+    return with_part(with_part({}, PROJECTOR_PREFIX, projector), TOWER_PREFIX, tower_weights)
 
 
 def _origins(source: Source, vision_tower: str | None = None) -> dict[str, Any]:
@@ -346,9 +344,7 @@ def _check_tower(weights: Mapping[str, torch.Tensor], config: Any, source: Sourc
 def _check_tower_of_llava_hf(converted: Converted, source: Source, given: str | None) -> None:
     if given is None:
         return
-    held = {
-        name.removeprefix(TOWER_PREFIX): tensor for name, tensor in converted.tensors.items() if TOWER_PREFIX in name
-    }
+    held = part_weights(converted.tensors, TOWER_PREFIX)
     if not are_same_weights(held, read_vision_tower(Source(given, source.hub_options)).tensors()):
         raise OlderCheckpointError(_another_tower(given, f"that {source} holds"))
 
@@ -443,8 +439,8 @@ def _has_no_weights(source: Source) -> bool:
 
 def _trained_name(name: str) -> str:
     """The name of a weight that a trainer has saved apart, without what PEFT puts in front."""
-    if name.startswith("base_model.model."):
-        return name.removeprefix("base_model.model.")
+    if name.startswith(PEFT_PREFIX):
+        return name.removeprefix(PEFT_PREFIX)
     return name.removeprefix("model.") if name.startswith(("model.model.", "model.transformer.")) else name
 
 
@@ -466,10 +462,10 @@ def _check_shards(source: Source) -> None:
 
 # What transformers' LLaVA calls its parts on disk, beside the names of its modules.
 _LLAVA_HF_NAMES = (
-    (re.compile(r"^language_model\.model\."), "model.language_model."),
+    (re.compile(r"^language_model\.model\."), BODY_PREFIX),
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
     (re.compile(r"^(?:model\.)?vision_tower\.(?:vision_model\.)?"), TOWER_PREFIX),
-    (re.compile(r"^(?:model\.)?multi_modal_projector\."), "model.multi_modal_projector."),
+    (re.compile(r"^(?:model\.)?multi_modal_projector\."), PROJECTOR_PREFIX),
 )
 
 

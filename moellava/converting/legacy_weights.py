@@ -18,11 +18,10 @@ from ..parts.moe_block_moellava import DenseForm
 from ..parts.sparse_layers_moellava import dense_mlps
 from ..reading.projector_file import older_projector_tensors
 from ..reading.sources import unmapped
-from ..tree import PROJECTOR_PREFIX, TOWER_PREFIX
+from ..tree import BODY_PREFIX, PROJECTOR_PREFIX, TOWER_PREFIX
 from .legacy_config import OlderCheckpointError, OlderModel
 
 
-_BODY = "model.language_model."
 _TOWER = re.compile(
     r"(?:model|transformer)\.(?:image_tower\.image_tower|vision_tower(?:\.vision_tower)?)\.(?:vision_model\.)?(.+)"
 )
@@ -167,7 +166,7 @@ def our_names(name: str, tensor: torch.Tensor, older: OlderModel) -> Iterator[tu
 
 def _in_our_tree(name: str) -> str:
     """The place of a weight of transformers' causal language model in our tree."""
-    return name if name.startswith("lm_head.") else f"{_BODY}{name.removeprefix('model.')}"
+    return name if name.startswith("lm_head.") else f"{BODY_PREFIX}{name.removeprefix('model.')}"
 
 
 def moe_fields_told_by(language: Mapping[str, torch.Tensor], moe: Mapping[str, object]) -> dict[str, object]:
@@ -242,7 +241,7 @@ def language_tensors(
         sparse |= block.get("coefficient", {})
         sparse |= {f"mlp.{key}": tensor for key, tensor in block.get("residual", {}).items()}
         sparse |= {f"meta_expert.{key}": tensor for key, tensor in block.get("meta", {}).items()}
-        tensors |= {f"{_BODY}{name}.{key}": tensor for key, tensor in sparse.items()}
+        tensors |= {f"{BODY_PREFIX}{name}.{key}": tensor for key, tensor in sparse.items()}
     return tensors
 
 

@@ -4,7 +4,7 @@
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from ..configuration import MoellavaConfig
 from ..converting import is_older
 from ..loading import LoadedModel, load_pretrained_model
 from ..reading.sources import Source
-from .answering import answer_questions
-from .questions import Unusable, read_questions
+from .answering import Answer, answer_questions
+from .questions import QuestionSet, Unusable, read_questions
 from .report import EvaluationReport
 from .scored import ScoredAnswer
 
@@ -98,6 +98,45 @@ def evaluate(
     started = time.perf_counter()
     answers = answer_questions(model, loaded.context_len, questions.questions, batch_size, max_new_tokens)
     seconds = time.perf_counter() - started
+    scored, unusable = _scored(questions, answers)
+    return EvaluationReport(
+        checkpoint=model.name_or_path or type(model).__name__ if is_loaded else os.fspath(checkpoint),
+        dataset=questions.name,
+        answers=scored,
+        unusable=unusable,
+        num_rows=questions.num_rows,
+        settings={
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+            **({"as_written": True} if as_written else {}),
+            **_capacity(model.config),
+        },
+        seconds=seconds,
+        places=_places(questions),
+    )
+
+
+def _capacity(config: MoellavaConfig) -> dict[str, Any]:
+    """Says where experts take a limited number of tokens, and so drop some, and what that number is counted over."""
+    moe = config.moe_config
+    if moe is None or moe.eval_capacity_factor is None:
+        return {}
+    over = "row" if moe.eval_capacity_per_row else "batch"
+    return {"eval_capacity_factor": moe.eval_capacity_factor, "eval_capacity_over": over}
+
+
+def _places(questions: QuestionSet) -> list[str]:
+    """Returns the folders that pictures lie in."""
+    paths = [picture for question in questions.questions for picture in question.pictures]
+    folders = {os.path.dirname(path) for path in paths if isinstance(path, str | os.PathLike) and os.path.isabs(path)}
+    common = os.path.commonpath(folders) if folders else ""
+    return [questions.folder, *([common] if len(common) > 1 else [])]
+
+
+def _scored(questions: QuestionSet, answers: Sequence[Answer | str]) -> tuple[list[ScoredAnswer], list[Unusable]]:
+    """Returns the answers with their scores, and the rows that could not be evaluated, of which is warned."""
     scored, unusable = [], list(questions.unusable)
     for question, answer in zip(questions.questions, answers, strict=True):
         if isinstance(answer, str):
@@ -115,21 +154,7 @@ def evaluate(
             f"No row of {questions.name} can be evaluated ({questions.num_rows} read): row {unusable[0].row} "
             f"{unusable[0].reason}."
         )
-    return EvaluationReport(
-        checkpoint=model.name_or_path or type(model).__name__ if is_loaded else os.fspath(checkpoint),
-        dataset=questions.name,
-        answers=scored,
-        unusable=unusable,
-        num_rows=questions.num_rows,
-        settings={
-            "max_new_tokens": max_new_tokens,
-            "batch_size": batch_size,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": str(model.device),
-            **({"as_written": True} if as_written else {}),
-        },
-        seconds=seconds,
-    )
+    return scored, unusable
 
 
 def _check_answers(checkpoint: str | os.PathLike, options: Mapping[str, Any]) -> None:

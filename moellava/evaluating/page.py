@@ -12,6 +12,8 @@ from typing import Any
 import jinja2
 import PIL.Image
 
+from ..authoring.older_names import public_name
+from ..reading.provenance import without_places
 from .questions import open_picture
 from .scored import TITLES, picture_name
 
@@ -25,7 +27,7 @@ _PAGE = """\
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ report.checkpoint }} on {{ report.dataset }}</title>
+<title>{{ name }} on {{ report.dataset }}</title>
 <style>
 :root { color-scheme: light dark; }
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }
@@ -39,7 +41,7 @@ img { display: block; margin-bottom: .3rem; max-width: {{ side }}px; }
 </style>
 </head>
 <body>
-<h1>{{ report.checkpoint }} on {{ report.dataset }}</h1>
+<h1>{{ name }} on {{ report.dataset }}</h1>
 <p>{{ report.answers | length }} questions of {{ report.num_rows }} rows in {{ "%.0f" | format(report.seconds) }} s;
 {% for name, value in report.settings.items() %}{{ name }} {{ value }}{{ ", " if not loop.last else "." }}{% endfor %}
 {% if report.num_cut_off %} Answers cut off: {{ report.num_cut_off }}.{% endif %}</p>
@@ -60,7 +62,7 @@ img { display: block; margin-bottom: .3rem; max-width: {{ side }}px; }
 <thead><tr><th class="number">Row</th><th>Reason</th></tr></thead>
 <tbody>
 {% for fault in report.unusable %}
-<tr><td class="number">{{ fault.row }}</td><td dir="auto">{{ fault.reason }}</td></tr>
+<tr><td class="number">{{ fault.row }}</td><td dir="auto">{{ short(fault.reason) }}</td></tr>
 {% endfor %}
 </tbody>
 </table>
@@ -94,16 +96,18 @@ def render_page(report: Any, limit: int) -> str:
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
     return template.render(
         report=report,
+        name=public_name(report.checkpoint),
         titles=TITLES,
         num_wrong=len(wrong),
-        wrong=[(answer, _shown(answer.question.pictures)) for answer in wrong[:limit]],
+        wrong=[(answer, _shown(answer.question.pictures, report.places)) for answer in wrong[:limit]],
+        short=lambda text: without_places(text, report.places),
         percent=lambda share: f"{100 * share:.1f}",
         side=_THUMBNAIL_SIDE,
     )
 
 
-def _shown(pictures: list[Any]) -> list[tuple[str, str | None]]:
-    return [(picture_name(picture), _thumbnail(picture)) for picture in pictures]
+def _shown(pictures: list[Any], places: list[str]) -> list[tuple[str, str | None]]:
+    return [(without_places(picture_name(picture), places), _thumbnail(picture)) for picture in pictures]
 
 
 def _thumbnail(picture: Any) -> str | None:
@@ -113,6 +117,7 @@ def _thumbnail(picture: Any) -> str | None:
     except FileNotFoundError:
         return None
     small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), PIL.Image.Resampling.LANCZOS)
+    small.info.clear()  # a comment in the file would be kept
     file = io.BytesIO()
     small.save(file, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

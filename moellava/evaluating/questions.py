@@ -95,12 +95,14 @@ class QuestionSet:
         questions (`list[Question]`): In the order of the rows.
         unusable (`list[Unusable]`): The rows that give none.
         num_rows (`int`): How many rows were read.
+        folder (`str`): Where the pictures are that rows name.
     """
 
     name: str
     questions: list[Question] = field(default_factory=list)
     unusable: list[Unusable] = field(default_factory=list)
     num_rows: int = 0
+    folder: str = "."
 
 
 def read_questions(
@@ -141,6 +143,7 @@ def read_questions(
     folder = default_folder if image_folder is None else Path(image_folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder} for the pictures. Give the folder that they are in.")
+    found.folder = str(folder)
     for number, row in enumerate(itertools.islice(rows, limit), start=1):
         found.num_rows = number
         try:

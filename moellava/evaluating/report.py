@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..authoring.older_names import public_name
+from ..reading.provenance import without_places
 from .page import render_page
 from .questions import Unusable
 from .scored import TITLES, ScoredAnswer
@@ -27,8 +29,11 @@ class EvaluationReport:
         answers (`list[ScoredAnswer]`): Every question with its answer, in the order of the rows.
         unusable (`list[Unusable]`): Rows that could not be evaluated, with the reason; in no metric.
         num_rows (`int`): How many rows were read.
-        settings (`dict`): What else decides the answers: `max_new_tokens`, `batch_size`, `dtype`, `device`.
+        settings (`dict`): What else decides the answers: `max_new_tokens`, `batch_size`, `dtype`, `device`;
+            of experts with a limited capacity also `eval_capacity_factor` and `eval_capacity_over`, `"row"` or
+            `"batch"`.
         seconds (`float`): How long the answers took.
+        places (`list[str]`): The folders of pictures, which are left out of paths in what is written.
         metrics (`dict[str, Metric]`): The metrics by name; those of a kind of question that is not there are left out.
     """
 
@@ -39,6 +44,7 @@ class EvaluationReport:
     num_rows: int
     settings: dict[str, Any]
     seconds: float
+    places: list[str] = field(default_factory=list)
     metrics: dict[str, Metric] = field(init=False)
 
     def __post_init__(self):
@@ -55,9 +61,9 @@ class EvaluationReport:
         return sum(answer.cut_off for answer in self.answers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns everything as plain values, for JSON."""
-        return {
-            "checkpoint": self.checkpoint,
+        """Returns everything as plain values, for JSON; of paths on this machine, their ends."""
+        fields = {
+            "checkpoint": public_name(self.checkpoint),
             "dataset": self.dataset,
             "metrics": {name: _rounded(dataclasses.asdict(metric)) for name, metric in self.metrics.items()},
             "num_rows": self.num_rows,
@@ -68,6 +74,7 @@ class EvaluationReport:
             "unusable": [dataclasses.asdict(row) for row in self.unusable],
             "rows": [answer.to_dict() for answer in self.answers],
         }
+        return without_places(fields, self.places)
 
     def for_card(self) -> list[dict[str, Any]]:
         """Returns the metrics for a model card: `dataset`, `metric` (a title) and `value`; also `low`, `high`, `n`."""
@@ -85,6 +92,13 @@ class EvaluationReport:
             f"{metric.n} {metric.kind})"
             for name, metric in self.metrics.items()
         ]
+        if "eval_capacity_factor" in self.settings:
+            over = self.settings["eval_capacity_over"]
+            depends = ", so answers depend on the batch size" if over == "batch" else ""
+            lines.append(
+                f"The experts' capacity was limited (eval_capacity_factor {self.settings['eval_capacity_factor']}), "
+                f"counted per {over}{depends}."
+            )
         if self.num_cut_off:
             limit = self.settings["max_new_tokens"]
             lines.append(f"{self.num_cut_off} of {len(self.answers)} answers were cut off after {limit} tokens.")

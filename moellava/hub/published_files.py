@@ -48,7 +48,7 @@ def published_files(folder: Path, include: Iterable[str] = ()) -> set[str]:
     files = {name for name in names if name in _READ_BY_TRANSFORMERS or _READ_TOO.fullmatch(name)}
     files |= {CARD_NAME} & names
     licences = {name for name in names if _LICENCE_NAME.fullmatch(name)}
-    pictures = _shown_in_card(folder) & names
+    pictures = shown_in_card(folder) & names
     asked: set[str] = set()
     for pattern in include:
         plain = pattern.removeprefix("./").rstrip("/")
@@ -99,7 +99,8 @@ def _plain_files(folder: Path) -> Iterator[str]:
             yield name.as_posix()
 
 
-def _shown_in_card(folder: Path) -> set[str]:
+def shown_in_card(folder: Path) -> set[str]:
+    """Returns the files that the card of a folder shows as pictures, whether they are there or not."""
     card = folder / CARD_NAME
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     shown = {markdown or html for markdown, html in _PICTURE_IN_CARD.findall(text)}
@@ -122,4 +123,4 @@ def _is_licence(path: Path) -> bool:
     return _LICENCE_WORDS.search(text) is not None and "PRIVATE KEY" not in text
 
 
-__all__ = ["CARD_NAME", "PROCESSOR_NAME", "check_links", "left_out", "published_files"]
+__all__ = ["CARD_NAME", "PROCESSOR_NAME", "check_links", "left_out", "published_files", "shown_in_card"]

@@ -20,7 +20,8 @@ from ..hub_cards.writing import read_card
 from ..inspecting import inspect_checkpoint
 from ..reading.sources import CONFIG_NAME, Source
 from ..saving.commit import commit_checkpoint
-from .published_files import CARD_NAME, PROCESSOR_NAME, check_links, left_out, published_files
+from .card_pictures import without_metadata
+from .published_files import CARD_NAME, PROCESSOR_NAME, check_links, left_out, published_files, shown_in_card
 
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,8 @@ def push(
     somebody wrote in the repository; else a new one. In the folder nothing is changed.
 
     Files are sent by what they are: weights, config, tokenizer, processor, code, the card with the pictures that it
-    shows, and licences. What else lies in the folder is listed in a warning and in the report, and stays.
+    shows, and licences. Those pictures are sent without metadata (place, names, comments). What else lies in the folder
+    is listed in a warning and in the report, and stays.
 
     What is wrong with the checkpoint is found before anything is sent. The commit comes last, after the large files
     have been uploaded: until then the repository is what it was. (A repository or a branch that is made for the push
@@ -105,7 +107,8 @@ def push(
     Raises:
         FileNotFoundError: The folder, weights or code that the checkpoint needs are not there.
         ValueError: It is no complete checkpoint of this package, a file of it is damaged or a link to one elsewhere, a
-            pattern has no file, or a repository exists that is not `private` as asked for.
+            pattern has no file, a picture of the card cannot be written without its metadata, or a repository exists
+            that is not `private` as asked for.
         OSError: The Hub cannot be reached or refuses; `PermissionError` where the token does not suffice.
 
     Example:
@@ -230,7 +233,7 @@ def _code_names(source: Source) -> set[str]:
 
 
 def _stage(source: Source, files: list[str], staging: Path, max_shard_size: int | str | None) -> None:
-    """Links the files into a folder, where the weights are written anew if they have to be sharded."""
+    """Links the files into a folder, where weights to be sharded, and pictures of the card, are written anew."""
     linked = set(files)
     if max_shard_size is not None:
         linked -= _weight_names(source)
@@ -241,9 +244,14 @@ def _stage(source: Source, files: list[str], staging: Path, max_shard_size: int 
                 f"The shards of {source} could not be written to {staging} ({error}). Free space there, or set TMPDIR "
                 "to a folder on a larger disk. Nothing was sent."
             ) from error
+    pictures = shown_in_card(Path(source.name))
     for name in linked:
         (staging / name).parent.mkdir(parents=True, exist_ok=True)
-        (staging / name).symlink_to(Path(source.name, name).resolve())
+        path = Path(source.name, name).resolve()
+        if name in pictures:
+            (staging / name).write_bytes(without_metadata(path.read_bytes(), name))
+        else:
+            (staging / name).symlink_to(path)
 
 
 def _card_on_hub(hub: HfApi, repo_id: str, revision: str | None) -> str | None:

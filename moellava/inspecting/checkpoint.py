@@ -23,10 +23,9 @@ from ..configuration.configuration_moellava import part_config
 from ..parts.parts_moellava import ENCODERS, PROJECTORS, encoder_for
 from ..reading.language_model import context_length
 from ..reading.sources import Source, read_tensors
+from ..tree import HEAD, PART_NAMES
 from .quantization import QuantizationCoverage, Weights, coverage_of, is_expert, looks_linear
 
-
-PART_NAMES = ("vision_tower", "multi_modal_projector", "language_model", "lm_head")
 
 _SAFETENSORS_DTYPE = re.compile(r"(BF|F|I|U)(\d+)(_\w+)?")
 _TORCH_PREFIXES = {"BF": "bfloat", "F": "float", "I": "int", "U": "uint"}
@@ -496,14 +495,14 @@ def _parts(config: Any, headers: Mapping[str, _Header], dtype: str | None, spars
         "vision_tower": config.vision_config.model_type,
         "multi_modal_projector": projector["type"] if isinstance(projector, Mapping) else projector.type,
         "language_model": text_type,
-        "lm_head": "tied to the embedding" if config.tie_word_embeddings and not by_part["lm_head"] else text_type,
+        HEAD: "tied to the embedding" if config.tie_word_embeddings and not by_part[HEAD] else text_type,
     }
     sources = config.parts or {}
     origins = {
         "vision_tower": sources.get("vision_tower"),
         "language_model": sources.get("language_model") or sources.get("model_path"),
     }
-    origins["lm_head"] = origins["language_model"]
+    origins[HEAD] = origins["language_model"]
     share = sparse.num_experts_per_tok / sparse.num_experts if sparse else 1.0
     return [
         _part(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..parts.quantised_moellava import SKIP_LISTS, default_skips
+from ..tree import PEFT_PREFIX, ROUTED_EXPERTS, ROUTER, place_of
 
 
 PARTS = (
@@ -34,8 +35,6 @@ BY_METHOD = "left by the method"
 _LIKE_LINEAR = re.compile(
     r"(.*\.)?(\w*proj\w*|fc\d|\w*linear\w*|dense\w*|lm_head|query|key|value|query_key_value|c_attn|c_fc)"
 )
-_EXPERT = re.compile(r"(^|\.)experts(\.|$)")
-_ROUTER = re.compile(r"(^|\.)(gate|router|coefficient|shared_expert_gate)$")
 _ATTENTION = re.compile(r"(^|\.)\w*att(n|ention)\w*(\.|$)")
 _EMBEDDING = re.compile(r"(^|\.)\w*(embed|wte|wpe)\w*$")
 _NORM = re.compile(r"(^|\.)(\w*norm\w*|ln_\w+)$")
@@ -227,13 +226,12 @@ def part_of(module: str) -> str:
     """Returns the part that a module belongs to, one of `PARTS`."""
     if ".lora_" in module or ".modules_to_save." in module:
         return "adapters"
-    name = _plain_name(module)
-    for part in ("vision_tower", "multi_modal_projector", "lm_head"):
-        if name == part or name.startswith(f"{part}."):
-            return part
+    name, place = _plain_name(module), place_of(module)
+    if place not in (None, "language_model"):
+        return place
     kinds = {
-        "experts": _EXPERT,
-        "routers": _ROUTER,
+        "experts": ROUTED_EXPERTS,
+        "routers": ROUTER,
         "embeddings": _EMBEDDING,
         "norms": _NORM,
         "attention": _ATTENTION,
@@ -244,12 +242,12 @@ def part_of(module: str) -> str:
 
 def _plain_name(module: str) -> str:
     """Returns the name that a module has without a head and without adapters."""
-    return module.removeprefix("base_model.model.").removesuffix(".base_layer").removeprefix("model.")
+    return module.removeprefix(PEFT_PREFIX).removesuffix(".base_layer").removeprefix("model.")
 
 
 def is_expert(name: str) -> bool:
     """Whether a module or a weight belongs to the routed experts of a sparse layer."""
-    return _EXPERT.search(name) is not None
+    return ROUTED_EXPERTS.search(name) is not None
 
 
 def looks_linear(module: str, dimensions: int) -> bool:

@@ -5,7 +5,6 @@ import dataclasses
 import importlib
 import logging
 import os
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..authoring.load_request import LoadRequest, is_user_encoder, read_request
 from ..authoring.older_names import canonical_projector, stacked_projector
-from ..authoring.plain_values import plain_value
+from ..authoring.part_fields import check_fields, plain_value
 from ..building.assembling import assemble, with_projector_provenance, with_tower_provenance
 from ..building.build import build
 from ..building.dense_to_sparse import upcycled, with_moe_changes
@@ -30,7 +29,7 @@ from ..reading.projector_file import fit_projector, projector_shapes, read_proje
 from ..reading.provenance import folder_name
 from ..reading.sources import CONFIG_NAME, Source, are_same_weights, read_tensors
 from ..reading.vision_tower import read_vision_part, report_claims
-from ..tree import PROJECTOR_PREFIX, TOWER_PREFIX, is_new_weight
+from ..tree import PROJECTOR_PREFIX, TOWER_PREFIX, is_new_weight, part_weights, with_part
 from .load_log import log_coverage, log_parts, logs_shown
 from .lora import merge_adapter, put_adapter
 from .placement import placement_of, quantization_of
@@ -252,7 +251,7 @@ def _has_tower(source: Source, config: MoellavaConfig, request: LoadRequest) -> 
             model_fields={"encoder_type": config.encoder_type, **request.model_fields},
         )
     vision = read_vision_part(request)
-    is_same = are_same_weights(_part(source.tensors(), TOWER_PREFIX), vision.tensors())
+    is_same = are_same_weights(part_weights(source.tensors(), TOWER_PREFIX), vision.tensors())
     if not is_same:
         logger.warning("%s has other weights than the vision tower in %s, and takes its place.", name, source)
     return is_same
@@ -267,26 +266,18 @@ def _load_with_other_parts(
     options: dict[str, Any],
 ) -> MoellavaForCausalLM:
     """Loads a checkpoint with another tower or projector, or upcycled."""
-    vision, replaced = None, set()
+    vision, earlier = None, config
     if _asks_for_another_tower(source, config, request):
         vision = read_vision_part(request)
         changed |= {"vision_config": vision.config, "encoder_type": vision.encoder_type}
         changed["parts"] = with_tower_provenance(config.parts, request)
-        replaced = {"vision_tower"}
         processor.image_processor = vision.image_processor
     else:
         report_claims(request, config.vision_config, f"of {source}")
-    projector, file_tensors = _changed_projector(config, request), None
-    if request.projector_path is not None:
-        own = {"type": config.projector_config.type, **config.projector_config.fields}
-        # What these two are, their files tell; of the others the checkpoint's config tells what nobody says.
-        own = None if own["type"] in ("linear", "mlp") else own
-        projector, file_tensors = read_projector(
-            request.projector_path, stacked_projector(own, request.projector) or {}
-        )
+    projector, file_tensors = _other_projector(config, request)
     if projector is not None:
         changed["projector_config"] = projector
-    earlier_shapes, config = projector_shapes(config), _with_changes(config, changed)
+    config = _with_changes(config, changed)
     shapes = projector_shapes(config)
     if file_tensors is not None:
         file_tensors = fit_projector(request.projector_path, file_tensors, config, shapes)
@@ -297,20 +288,21 @@ def _load_with_other_parts(
     if vision is not None:
         tower_tensors = vision.tensors()
         new_tower = not tower_tensors
-        other_tower = not are_same_weights(_part(tensors, TOWER_PREFIX), tower_tensors)
-        tensors = _with_part(tensors, TOWER_PREFIX, tower_tensors)
-    new_projector = file_tensors is None and (projector is not None or other_tower or shapes != earlier_shapes)
-    if file_tensors is not None:
-        tensors = _with_part(tensors, PROJECTOR_PREFIX, file_tensors)
-    elif new_projector:
+        other_tower = not are_same_weights(part_weights(tensors, TOWER_PREFIX), tower_tensors)
+        tensors = with_part(tensors, TOWER_PREFIX, tower_tensors)
+    new_projector = file_tensors is None and (
+        projector is not None or other_tower or shapes != projector_shapes(earlier)
+    )
+    if new_projector:
         reason = "does not fit what was asked for"
         if other_tower:
             reason = (
                 'was trained with another vision tower (to keep it, give its file as projector_config={"path": ...})'
             )
         logger.warning("The projector of %s %s; a new one is initialised.", source, reason)
-        tensors = _with_part(tensors, PROJECTOR_PREFIX, {})
+    replaced = set() if vision is None else {"vision_tower"}
     if file_tensors is not None or new_projector:
+        tensors = with_part(tensors, PROJECTOR_PREFIX, file_tensors or {})
         config.parts = with_projector_provenance(config.parts, request)
         replaced.add("multi_modal_projector")
     # Of these, `from_pretrained` notes again what it draws at random.
@@ -319,30 +311,26 @@ def _load_with_other_parts(
     new_experts = request.moe is not None and config.moe_config is None
     if new_experts:
         config, tensors = upcycled(config, tensors, request.moe)
+    new = (*[PROJECTOR_PREFIX] * new_projector, *[TOWER_PREFIX] * new_tower)
     model = build(
-        config,
-        tensors,
-        is_new=lambda name: (
-            (new_projector and name.startswith(PROJECTOR_PREFIX))
-            or (new_tower and name.startswith(TOWER_PREFIX))
-            or (new_experts and is_new_weight(name))
-        ),
-        **options,
+        config, tensors, lambda name: name.startswith(new) or (new_experts and is_new_weight(name)), **options
     )
     model.generation_config = read_generation_config(source) or model.generation_config
     model.processor = make_processor_like(processor, model)
     return model
 
 
-def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Returns the weights of one part, by its own names."""
-    return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
-
-
-def _with_part(tensors: dict[str, torch.Tensor], prefix: str, part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns the weights with those of one part replaced."""
-    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
-    return others | {f"{prefix}{name}": tensor for name, tensor in part.items()}
+def _other_projector(
+    config: MoellavaConfig, request: LoadRequest
+) -> tuple[dict[str, Any] | None, dict[str, torch.Tensor] | None]:
+    """Returns the fields and the weights of the projector that a request asks for, `None` where it is the checkpoint's
+    and where it is to be new."""
+    if request.projector_path is None:
+        return _changed_projector(config, request), None
+    own = {"type": config.projector_config.type, **config.projector_config.fields}
+    # What these two are, their files tell; of the others the checkpoint's config tells what nobody says.
+    own = None if own["type"] in ("linear", "mlp") else own
+    return read_projector(request.projector_path, stacked_projector(own, request.projector) or {})
 
 
 def _with_changes(config: MoellavaConfig, changed: dict[str, Any]) -> MoellavaConfig:
@@ -361,7 +349,7 @@ def _changed_projector(config: MoellavaConfig, request: LoadRequest) -> dict[str
         if all(own.get(name) == value for name, value in asked.items()):
             return None
         asked = own | asked
-    PROJECTORS.check_fields(asked["type"], [name for name in asked if name != "type"])
+    check_fields(PROJECTORS, asked["type"], [name for name in asked if name != "type"])
     return asked
 
 
@@ -391,7 +379,7 @@ def _load_adapter(request: LoadRequest, placement: Any) -> Any:
     tensors = dict(read_tensors(weights))
     base = _load(dataclasses.replace(request, model_path=request.model_base, model_base=None), placement)
     processor = base.processor
-    model = put_adapter(base, adapter, tensors, request.model_options.get("offload_folder"))
+    model = put_adapter(base, adapter, tensors, request.options["merge"])
     if base.config.untrained_parts is not None:
         adapted = [name for name, _ in model.named_parameters() if "lora_" in name or "modules_to_save" in name]
         base.config.untrained_parts = [

@@ -8,22 +8,20 @@ vision tower whose layers often have the same short names.
 import copy
 import logging
 import re
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from accelerate.hooks import remove_hook_from_module
 from torch import nn
 
 from ..modeling.language_moellava import native_causal_lm
 from ..reading.language_model import module_name
 from ..reading.sources import Source
+from ..tree import BODY_PREFIX, HEAD, PEFT_PREFIX
 
 
 logger = logging.getLogger(__name__)
 
-_PEFT_PREFIX = "base_model.model."
 # What PEFT puts behind a layer's name, and beside its weight.
 _OF_LAYER = re.compile(
     r"\.(?:lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|base_layer|modules_to_save|token_adapter"
@@ -31,54 +29,58 @@ _OF_LAYER = re.compile(
 )
 # What PEFT raises of a config or of weights that are not the model's.
 _MISFITS = (AttributeError, KeyError, RuntimeError, TypeError, ValueError, re.error)
-_BODY, _HEAD = "model.language_model.", "lm_head"
 
 
-def put_adapter(base: Any, source: Source, tensors: dict[str, torch.Tensor], offload_folder: str | None = None) -> Any:
+def put_adapter(base: Any, source: Source, tensors: dict[str, torch.Tensor], merges: bool = False) -> Any:
     """Puts a LoRA adapter onto a model.
 
     Args:
         base (`MoellavaForCausalLM`): The model; it gets the adapter's layers.
         source (`Source`): Where the adapter is.
         tensors (`dict[str, torch.Tensor]`): Its weights, by the names in its file.
-        offload_folder (`str`, *optional*): Where a model with a device_map puts what it offloads to disk.
+        merges (`bool`, *optional*, defaults to `False`): Whether it is to be added to the model's weights.
 
     Returns:
         `PeftModel`: The model with the adapter, of which nothing can be trained.
 
     Raises:
-        ValueError: A weight of the adapter finds no place in the model, or has another shape than the place.
+        ValueError: A weight of the adapter finds no place in the model, or has another shape than the place; or the
+            adapter cannot be put onto offloaded weights.
     """
-    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, set_peft_model_state_dict
+    from peft import PeftConfig
 
     config = PeftConfig.from_pretrained(source.name, **source.hub_options)
     config.inference_mode = True
+    # PEFT reads the base's own weights for these, past the hooks that bring them.
+    reads_base = bool(config.trainable_token_indices) or (config.use_dora and not merges)
+    if reads_base and any(parameter.is_meta for parameter in base.parameters()):
+        raise ValueError(
+            f"The adapter {source} {'trains single tokens' if config.trainable_token_indices else 'uses DoRA'}, which "
+            "needs the base's weights in memory, and some of them are offloaded. Load it without a device_map that "
+            f"offloads{'' if config.trainable_token_indices else ', or merge it'}."
+        )
     modules = dict(base.named_modules())
     renames = _language_model_names(base)
-    layers = {name: _OF_LAYER.sub("", name.removeprefix(_PEFT_PREFIX)) for name in tensors}
+    layers = {name: _OF_LAYER.sub("", name.removeprefix(PEFT_PREFIX)) for name in tensors}
     mapping: dict[str, str] = {}
     asked: set[str] = set()
-    if not any(_is_place(layer, modules) for layer in layers.values() if layer.partition(".")[0] != _HEAD):
+    if not any(_is_place(layer, modules) for layer in layers.values() if layer.partition(".")[0] != HEAD):
         mapping = renames
         asked = _layers_asked_for(base, config, source)
         _aim_at_language_model(config, {name: _renamed(layer, renames) for name, layer in layers.items()}, modules)
-    placed = {_PEFT_PREFIX + _renamed(name.removeprefix(_PEFT_PREFIX), mapping): tensors[name] for name in tensors}
+    placed = {PEFT_PREFIX + _renamed(name.removeprefix(PEFT_PREFIX), mapping): tensors[name] for name in tensors}
     lost = [name for name, layer in layers.items() if not _is_place(_renamed(layer, mapping), modules)]
     if lost:
         raise ValueError(_lost(source, lost))
     placed = _with_rows_of_new_tokens(placed, base)
     try:
-        if _is_offloaded(base):
-            adapted, missing, unexpected = _put_on_offloaded(base, config, placed, offload_folder), [], []
-        else:
-            adapted = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)(base, config)
-            missing, unexpected = set_peft_model_state_dict(adapted, placed)
+        adapted, (missing, unexpected) = with_adapter(base, config, placed)
     except _MISFITS as error:
         raise ValueError(_misfit(source, error)) from error
     if unexpected:
         raise ValueError(_lost(source, unexpected))
     _part_ends(base)
-    bare = {_OF_LAYER.sub("", name.removeprefix(_PEFT_PREFIX)) for name in missing if ".lora_" in name}
+    bare = {_OF_LAYER.sub("", name.removeprefix(PEFT_PREFIX)) for name in missing if ".lora_" in name}
     bare |= asked - set(layers.values())
     if bare:
         logger.warning(
@@ -110,18 +112,44 @@ def _is_offloaded(base: Any) -> bool:
     return "disk" in places or ("cpu" in places and len(places) > 1)
 
 
-def _put_on_offloaded(base: Any, config: Any, tensors: dict[str, torch.Tensor], offload_folder: str | None) -> Any:
-    """Puts an adapter onto a model with offloaded weights: PEFT's loader, which takes files, sets its hooks anew."""
-    from peft import PeftModel
+def with_adapter(base: Any, config: Any, tensors: dict[str, torch.Tensor]) -> tuple[Any, Any]:
+    """Puts an adapter's layers onto a model, some of whose weights may be offloaded, and gives them their weights.
 
-    device_map = {f"{_PEFT_PREFIX}{name}".removesuffix("."): place for name, place in base.hf_device_map.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, Path(folder) / "adapter_model.safetensors"
-        )
-        return PeftModel.from_pretrained(
-            base, folder, config=config, device_map=device_map, offload_folder=offload_folder
-        )
+    PEFT's own loader for offloaded models copies the base's files to below the current folder, or over themselves where
+    their path is relative. Here the base's hooks stay as they are, and the adapter is held in memory.
+
+    Args:
+        base (`MoellavaForCausalLM`): The model.
+        config (`LoraConfig`): The adapter's config.
+        tensors (`dict[str, torch.Tensor]`): Its weights, by PEFT's names in files.
+
+    Returns:
+        `tuple`: The `PeftModel`, and what `load_state_dict` returns: the missing and the unexpected names.
+    """
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel, set_peft_model_state_dict
+
+    own = {id(parameter) for parameter in base.parameters()}
+    adapted = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)(base, config)
+    if _is_offloaded(base):
+        for module in adapted.modules():
+            hook = getattr(_inner(module), "_hf_hook", None)
+            if hook is not None and _inner(module) is not module:
+                _materialize(module, own, hook.execution_device)
+    return adapted, set_peft_model_state_dict(adapted, tensors)
+
+
+def _materialize(adapted: nn.Module, own: set[int], device: Any) -> None:
+    """Gives what an adapter adds to an offloaded layer a place in memory, where PEFT puts it off beside the layer."""
+    for module in adapted.modules():
+        added = {
+            name: nn.Parameter(torch.zeros_like(parameter, device=device), requires_grad=False)
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.is_meta and id(parameter) not in own
+        }
+        if added:
+            remove_hook_from_module(module)  # of a copy of a layer, which would bring the base's weights
+        for name, parameter in added.items():
+            module.register_parameter(name, parameter)
 
 
 def _ends(base: Any) -> tuple[Any, Any]:
@@ -185,8 +213,8 @@ def _language_model_names(base: Any) -> dict[str, str]:
     own = native_causal_lm(base.config.text_config)
     head = module_name(own, own.get_output_embeddings())
     return {
-        rf"^{re.escape(own.base_model_prefix)}\.(?!language_model\.)": _BODY,
-        rf"^{re.escape(head)}(?=\.|$)": _HEAD,
+        rf"^{re.escape(own.base_model_prefix)}\.(?!language_model\.)": BODY_PREFIX,
+        rf"^{re.escape(head)}(?=\.|$)": HEAD,
     }
 
 
@@ -222,21 +250,27 @@ def _aim_at_language_model(config: Any, layers: dict[str, str], modules: dict[st
         setattr(config, name, {body.sub("", key): value for key, value in (getattr(config, name) or {}).items()})
 
 
+def _weight(module: nn.Module, name: str) -> torch.Tensor:
+    """Returns a weight of a layer, also of one that is offloaded."""
+    weight = getattr(module, name)
+    return module._hf_hook.weights_map[name] if weight.is_meta else weight
+
+
 def _with_rows_of_new_tokens(tensors: dict[str, torch.Tensor], base: Any) -> dict[str, torch.Tensor]:
     """Gives weights of the embedding and the head the rows that our vocabulary has more: the image token's.
 
     What an adapter adds to them is nothing; where it holds the whole weight, they are the base's own.
     """
     whole = {
-        f"{name}.{leaf}": weight
+        f"{name}.{leaf}": (module, leaf)
         for name, module in base.named_modules()
         if module in (base.get_input_embeddings(), base.get_output_embeddings())
-        for leaf, weight in module.named_parameters(recurse=False)
+        for leaf, _ in module.named_parameters(recurse=False)
     }
     rows = base.config.text_config.vocab_size
     padded = {}
     for name, tensor in tensors.items():
-        layer = _OF_LAYER.sub("", name.removeprefix(_PEFT_PREFIX))
+        layer = _OF_LAYER.sub("", name.removeprefix(PEFT_PREFIX))
         own = whole.get(f"{layer}.weight")
         if own is not None and not name.endswith("trainable_tokens_delta"):
             by_columns = ".lora_embedding_A" in name
@@ -247,10 +281,10 @@ def _with_rows_of_new_tokens(tensors: dict[str, torch.Tensor], base: Any) -> dic
                     shape = (tensor.shape[0], missing) if by_columns else (missing, *tensor.shape[1:])
                     tensor = torch.cat([tensor, tensor.new_zeros(shape)], dim=1 if by_columns else 0)
                 else:
-                    leaf = whole[f"{layer}.{name.rpartition('.')[2]}"]
-                    tensor = torch.cat([tensor, leaf[-missing:].detach().to(tensor)])
+                    weight = _weight(*whole[f"{layer}.{name.rpartition('.')[2]}"])
+                    tensor = torch.cat([tensor, weight[-missing:].detach().to(tensor)])
         padded[name] = tensor
     return padded
 
 
-__all__ = ["merge_adapter", "put_adapter"]
+__all__ = ["merge_adapter", "put_adapter", "with_adapter"]

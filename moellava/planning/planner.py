@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,34 +39,11 @@ _MEMORY = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]i?)?B?", re.IGNORECASE)
 _POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 
-def plan(
-    checkpoint: MoellavaConfig | str | os.PathLike,
-    *,
-    stage: str = "instruct",
-    devices: int = 1,
-    memory: int | str | None = None,
-    strategy: str = "replicated",
-    batch_size: int | None = None,
-    accumulation: int | None = None,
-    max_length: int | None = None,
-    text_tokens: int | None = None,
-    images: int = 1,
-    gradient_checkpointing: bool = True,
-    dtype: str = "float32",
-    mixed_precision: bool = True,
-    lora_rank: int | None = None,
-    moe: Mapping[str, Any] | None = None,
-    rows: int | None = None,
-    gpu: str = "A100",
-    utilization: float = 0.4,
-    **hub_options,
-) -> Plan:
-    """Tells what a stage of training takes: memory per device, by kind, and time.
+@dataclass(frozen=True)
+class PlanRequest:
+    """What [`plan`] is asked; what is left out is as `train` has it.
 
-    One step is rehearsed on tensors without storage; no weight is read. What is not given is as `train` has it.
-
-    Args:
-        checkpoint (`MoellavaConfig`, `str` or `os.PathLike`): A checkpoint, a folder or a Hub id, or a config.
+    Attributes:
         stage (`str`, *optional*, defaults to `"instruct"`): `"align"`, `"instruct"`, or `"moe"`, for which a dense
             model is upcycled.
         devices (`int`, *optional*, defaults to 1): How many devices train together.
@@ -87,7 +65,53 @@ def plan(
         rows (`int`, *optional*): How many rows the data has.
         gpu (`str`, *optional*, defaults to `"A100"`): Whose peak the time is reckoned by: `"A100"` or `"H100"`.
         utilization (`float`, *optional*, defaults to 0.4): Which share of the peak is reached. It is an assumption.
-        hub_options: `revision`, `token`, ... as in transformers' `from_pretrained`.
+
+    Raises:
+        ValueError: A value is wrong.
+    """
+
+    stage: str = "instruct"
+    devices: int = 1
+    memory: int | str | None = None
+    strategy: str = "replicated"
+    batch_size: int | None = None
+    accumulation: int | None = None
+    max_length: int | None = None
+    text_tokens: int | None = None
+    images: int = 1
+    gradient_checkpointing: bool = True
+    dtype: str = "float32"
+    mixed_precision: bool = True
+    lora_rank: int | None = None
+    moe: Mapping[str, Any] | None = None
+    rows: int | None = None
+    gpu: str = "A100"
+    utilization: float = 0.4
+
+    def __post_init__(self):
+        if self.memory is not None:
+            read_memory(self.memory)
+        _check_choice("strategy", self.strategy, STRATEGIES)
+        _check_choice("gpu", self.gpu, GPUS)
+        _check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        for name in ("devices", "batch_size", "accumulation", "rows", "max_length", "lora_rank"):
+            _check_count(name, getattr(self, name), at_least=1)
+        for name in ("images", "text_tokens"):
+            _check_count(name, getattr(self, name), at_least=0)
+        if not 0 < self.utilization <= 1:
+            raise ValueError(f"utilization is {self.utilization}; expected a share above 0, and at most 1.")
+
+
+def plan(checkpoint: MoellavaConfig | str | os.PathLike, request: PlanRequest | None = None, **options: Any) -> Plan:
+    """Tells what a stage of training takes: memory per device, by kind, and time.
+
+    One step is rehearsed on tensors without storage; no weight is read.
+
+    Args:
+        checkpoint (`MoellavaConfig`, `str` or `os.PathLike`): A checkpoint, a folder or a Hub id, or a config.
+        request (`PlanRequest`, *optional*): What is asked.
+        options: Fields of [`PlanRequest`], which win over those of `request`; and `revision`, `token`, ... for the Hub,
+            as in transformers' `from_pretrained`.
 
     Raises:
         FileNotFoundError: A path that does not exist.
@@ -104,63 +128,59 @@ def plan(
     >>> needed = plan("my-model", stage="instruct", devices=8, memory="80GB", strategy="zero3")
     >>> needed.memory.total, needed.fits
     ```"""
-    available = None if memory is None else read_memory(memory)
-    _check_choice("strategy", strategy, STRATEGIES)
-    _check_choice("gpu", gpu, GPUS)
-    _check_choice("dtype", dtype, ("float32", "bfloat16"))
-    counts = {"devices": devices, "batch_size": batch_size, "accumulation": accumulation, "rows": rows}
-    _check_counts(counts | {"max_length": max_length, "lora_rank": lora_rank}, at_least=1)
-    _check_counts({"images": images, "text_tokens": text_tokens}, at_least=0)
-    if not 0 < utilization <= 1:
-        raise ValueError(f"utilization is {utilization}; expected a share above 0, and at most 1.")
-    name, config = _config(checkpoint, hub_options)
-    recipe = Stage(stage=stage, data=name, moe=None if moe is None else dict(moe), arguments=_ANYWHERE)
-    if stage == "moe" and config.moe_config is None:
+    asked = {field.name for field in dataclasses.fields(PlanRequest)} & options.keys()
+    request = dataclasses.replace(request or PlanRequest(), **{name: options.pop(name) for name in asked})
+    name, config = _config(checkpoint, options)
+    moe = None if request.moe is None else dict(request.moe)
+    recipe = Stage(stage=request.stage, data=name, moe=moe, arguments=_ANYWHERE)
+    if request.stage == "moe" and config.moe_config is None:
         config = upcycled_config(config, _without_router(recipe.moe or {}))
     elif recipe.moe:
         raise ValueError("moe is given, but the model is sparse already. Leave it out, or give the dense model.")
     arguments = recipe.training_arguments(Path())
-    asked = Way(
-        strategy=strategy,
-        batch_size=batch_size or arguments.per_device_train_batch_size,
-        accumulation=accumulation or arguments.gradient_accumulation_steps,
-        gradient_checkpointing=gradient_checkpointing,
+    way = Way(
+        strategy=request.strategy,
+        batch_size=request.batch_size or arguments.per_device_train_batch_size,
+        accumulation=request.accumulation or arguments.gradient_accumulation_steps,
+        gradient_checkpointing=request.gradient_checkpointing,
     )
-    length = _length(config, max_length or recipe.max_length, text_tokens, images)
-    mixed = mixed_precision and dtype == "float32"
-    itemsize = 2 if mixed or dtype == "bfloat16" else 4  # of what is computed in
-    peak = GPUS[gpu] * 2 / itemsize
-    rehearsed = functools.partial(_rehearsed, json.dumps(config.to_dict(), sort_keys=True), stage, dtype, lora_rank)
-
-    def planned(way: Way) -> Plan:
-        one = rehearsed(Batch(way.batch_size, length, images), way.gradient_checkpointing, mixed)
-        # The load-balancing loss of a batch in parts takes one more forward pass of each.
-        in_parts = way.accumulation * devices > 1
-        flops = way.accumulation * (one.flops + (one.counting_flops if in_parts else 0))
-        seconds = flops / (peak * utilization)
-        steps = None if rows is None else rows / (way.batch_size * way.accumulation * devices)
-        return Plan(
-            checkpoint=name,
-            stage=stage,
-            devices=devices,
-            **dataclasses.asdict(way),
-            length=length,
-            images=images,
-            dtype=dtype,
-            mixed_precision="bfloat16" if mixed else None,
-            parts=one.parts,
-            memory=_spread(one, way.strategy, devices, itemsize),
-            available=available,
-            flops=flops * devices,
-            seconds_per_step=seconds,
-            hours=None if steps is None else steps * seconds / 3600,
-            advice=[],
-        )
-
-    wanted = planned(asked)
+    length = _length(config, request.max_length or recipe.max_length, request.text_tokens, request.images)
+    planned = functools.partial(_planned, name, json.dumps(config.to_dict(), sort_keys=True), request, length)
+    wanted = planned(way)
     if wanted.fits is not False:
         return wanted
-    return dataclasses.replace(wanted, advice=advice(asked, planned, devices, adapters=lora_rank is not None))
+    changes = advice(way, planned, request.devices, adapters=request.lora_rank is not None)
+    return dataclasses.replace(wanted, advice=changes)
+
+
+def _planned(checkpoint: str, config: str, request: PlanRequest, length: int, way: Way) -> Plan:
+    """Returns what one way of training takes, of a config as JSON and rows of a length."""
+    mixed = request.mixed_precision and request.dtype == "float32"
+    itemsize = 2 if mixed or request.dtype == "bfloat16" else 4  # of what is computed in
+    batch = Batch(way.batch_size, length, request.images)
+    one = _rehearsed(config, request.stage, request.dtype, request.lora_rank, batch, way.gradient_checkpointing, mixed)
+    # The load-balancing loss of a batch in parts takes one more forward pass of each.
+    in_parts = way.accumulation * request.devices > 1
+    flops = way.accumulation * (one.flops + (one.counting_flops if in_parts else 0))
+    seconds = flops / (GPUS[request.gpu] * 2 / itemsize * request.utilization)
+    steps = None if request.rows is None else request.rows / (way.batch_size * way.accumulation * request.devices)
+    return Plan(
+        checkpoint=checkpoint,
+        stage=request.stage,
+        devices=request.devices,
+        **dataclasses.asdict(way),
+        length=length,
+        images=request.images,
+        dtype=request.dtype,
+        mixed_precision="bfloat16" if mixed else None,
+        parts=one.parts,
+        memory=_spread(one, way.strategy, request.devices, itemsize),
+        available=None if request.memory is None else read_memory(request.memory),
+        flops=flops * request.devices,
+        seconds_per_step=seconds,
+        hours=None if steps is None else steps * seconds / 3600,
+        advice=[],
+    )
 
 
 def _spread(one: Rehearsal, strategy: str, devices: int, itemsize: int) -> Memory:
@@ -258,10 +278,9 @@ def _without_router(moe: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in moe.items() if name != "router_path"}
 
 
-def _check_counts(counts: Mapping[str, int | None], at_least: int) -> None:
-    for name, value in counts.items():
-        if value is not None and value < at_least:
-            raise ValueError(f"{name} is {value}; expected at least {at_least}.")
+def _check_count(name: str, value: int | None, at_least: int) -> None:
+    if value is not None and value < at_least:
+        raise ValueError(f"{name} is {value}; expected at least {at_least}.")
 
 
 def _check_choice(name: str, value: str, known: Any) -> None:
@@ -269,4 +288,4 @@ def _check_choice(name: str, value: str, known: Any) -> None:
         raise ValueError(f"Unknown {name} {value!r}{known_names(value, known)}")
 
 
-__all__ = ["GPUS", "STRATEGIES", "plan", "read_memory"]
+__all__ = ["GPUS", "STRATEGIES", "PlanRequest", "plan", "read_memory"]

@@ -22,6 +22,7 @@ from ..chatting.chat_templates import IMAGE_TOKEN
 from ..checks.configs import CONFIG_ERRORS, check_part, config_fault
 from ..checks.processor_files import RefusedFileError, load_tokenizer
 from ..modeling.language_moellava import native_causal_lm
+from ..tree import BODY_PREFIX, HEAD
 from .native_head import check_head
 from .sources import Source
 
@@ -178,16 +179,16 @@ def _language_tensors(source: Source, config: PreTrainedConfig) -> dict[str, tor
     """Returns a language model's weights under the names of our tree."""
     own = native_causal_lm(config)
     # What the installed class calls its head, and what files of older versions of it call it.
-    heads = tuple(f"{name}." for name in (module_name(own, own.get_output_embeddings()), "lm_head", "embed_out"))
+    heads = tuple(f"{name}." for name in (module_name(own, own.get_output_embeddings()), HEAD, "embed_out"))
     body = own.base_model_prefix
     raw = source.tensors()
     has_head_class = any(name.startswith((f"{body}.", *heads)) for name in raw)
     tensors = {}
     for name, tensor in raw.items():
         if name.startswith(heads):
-            tensors[f"lm_head.{name.rpartition('.')[2]}"] = tensor
+            tensors[f"{HEAD}.{name.rpartition('.')[2]}"] = tensor
         elif name.startswith(f"{body}.") or not has_head_class:
-            tensors[f"model.language_model.{name.removeprefix(f'{body}.')}"] = tensor
+            tensors[f"{BODY_PREFIX}{name.removeprefix(f'{body}.')}"] = tensor
         else:
             logger.info("%s: %s belongs to no part of a causal language model and is left out.", source, name)
     return tensors
@@ -237,7 +238,7 @@ def grow_embeddings(tensors: dict[str, torch.Tensor], config: PreTrainedConfig, 
     """
     own = native_causal_lm(config)
     body = module_name(own, own.get_input_embeddings()).removeprefix(f"{own.base_model_prefix}.")
-    for name in (f"model.language_model.{body}.weight", "lm_head.weight", "lm_head.bias"):
+    for name in (f"{BODY_PREFIX}{body}.weight", f"{HEAD}.weight", f"{HEAD}.bias"):
         if name in tensors:
             tensor = tensors[name]
             if tensor.shape[0] != known_rows:

@@ -5,6 +5,7 @@ The answers are kept in the config's `parts`, for the model card, and never read
 from the metadata of a part's `README.md`; nothing is concluded from names.
 """
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,7 @@ import yaml
 from huggingface_hub import constants
 from huggingface_hub.repocard import RepoCard
 
+from ..authoring.older_names import last_part
 from .sources import Source
 
 
@@ -46,6 +48,44 @@ def license_of(source: Source) -> dict[str, str]:
 def folder_name(path: str) -> str:
     """Returns the last part of a folder's path, which says no more of where it lies."""
     return os.path.basename(os.path.abspath(os.path.expanduser(path)))
+
+
+def without_places(value: Any, places: Iterable[str | os.PathLike | None]) -> Any:
+    """Returns plain values without the folders that paths in their texts lie in, for files that others may read.
+
+    Args:
+        value: Texts, numbers, lists and dictionaries.
+        places (`Iterable[str]`): Folders; those that are no absolute paths say nothing of a machine and stay.
+    """
+    folders = {os.path.expanduser(place).rstrip(os.sep) for place in places if place is not None}
+    folders = sorted((folder for folder in folders if os.path.isabs(folder)), key=len, reverse=True)
+    return _replaced(value, lambda text: _shortened(text, folders))
+
+
+def path_labels(value: Any) -> Any:
+    """Returns plain values with the absolute paths among them as their last part and a digest: still equal or not."""
+    return _replaced(value, _labelled)
+
+
+def _replaced(value: Any, replace: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _replaced(entry, replace) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replaced(entry, replace) for entry in value]
+    return replace(value) if isinstance(value, str) else value
+
+
+def _shortened(text: str, folders: list[str]) -> str:
+    for folder in folders:
+        text = text.replace(f"{folder}{os.sep}", "")
+    return text
+
+
+def _labelled(text: str) -> str:
+    path = os.path.expanduser(text)
+    if not os.path.isabs(path):
+        return text
+    return f"{last_part(path)}@{hashlib.sha256(path.encode(errors='surrogateescape')).hexdigest()[:12]}"
 
 
 def with_provenance(
@@ -104,7 +144,9 @@ __all__ = [
     "UPCYCLED",
     "folder_name",
     "license_of",
+    "path_labels",
     "training_records",
     "with_provenance",
     "with_training",
+    "without_places",
 ]

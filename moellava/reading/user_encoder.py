@@ -10,7 +10,7 @@ import transformers
 from huggingface_hub import snapshot_download
 
 from ..authoring.measuring import known_arguments
-from ..authoring.plain_values import plain_value
+from ..authoring.part_fields import plain_value
 from ..authoring.registry import is_legacy_encoder
 from ..parts.legacy_encoder_moellava import legacy_settings, make_legacy_encoder
 from ..parts.parts_moellava import ENCODERS

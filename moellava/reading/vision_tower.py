@@ -20,6 +20,7 @@ from ..parts.parts_moellava import ENCODERS, detect_encoder_type
 from .language_model import (
     read_config,
 )
+from .open_clip import read_open_clip
 from .sources import OPEN_CLIP_CONFIG_NAME, Source, load_image_processor
 from .user_encoder import read_custom_tower
 
@@ -83,8 +84,6 @@ def _is_text_model(config: PreTrainedConfig) -> bool:
 
 
 def _open_clip_tower(source: Source, encoder_type: str | None) -> VisionPart:
-    from .open_clip import read_open_clip
-
     if encoder_type not in (None, "biomedclip", "clip"):
         raise ValueError(
             f"encoder_type is {encoder_type!r}, but {source} is an open_clip checkpoint. Use "

@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..hub_cards.saving import write_card_of_save
-from ..stored_dtypes import write_stored_dtype
 from .commit import commit_saved
 from .export import export_code
 from .staging import is_staging, staged_folder
+from .stored_dtypes import write_stored_dtype
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..parts.moe_block_moellava import Router
-from .parts import EXPERTS
+from ..tree import EXPERTS, PEFT_PREFIX, place_of
 from .recipe import LoraRecipe
 
 
@@ -93,17 +93,16 @@ def targets(model: nn.Module) -> tuple[dict[str, list[str]], list[str]]:
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):  # bitsandbytes' are ones too
             continue
-        if ".vision_tower." in f".{name}":
-            modules["vision_tower"].append(name)
-        elif ".multi_modal_projector." in f".{name}.":
-            modules["projector"].append(name)
-        elif ".language_model." in f".{name}":
+        place = place_of(name)
+        part = "projector" if place == "multi_modal_projector" else place
+        if place == "language_model":
             part = "attention" if _ATTENTION.search(name) else "experts" if EXPERTS.search(name) else "mlp"
+        if part in modules:
             modules[part].append(name)
     parameters = [
         name
         for name, parameter in model.named_parameters()
-        if ".language_model." in f".{name}" and EXPERTS.search(name) and parameter.dim() == 3
+        if place_of(name) == "language_model" and EXPERTS.search(name) and parameter.dim() == 3
     ]
     return modules, parameters
 
@@ -116,7 +115,7 @@ def _reach(adapted: nn.Module, modules: dict[str, list[str]], parameters: list[s
     for name, module in adapted.named_modules():
         if not hasattr(module, "lora_A") or not module.lora_A:
             continue
-        plain = re.sub(r"\.base_layer\b", "", name.removeprefix("base_model.model."))
+        plain = re.sub(r"\.base_layer\b", "", name.removeprefix(PEFT_PREFIX))
         reach[part_of.get(plain, "experts")].adapted += 1
     return {part: found for part, found in reach.items() if found.of}
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of a model by the names that recipes call them: which are trained, and at which learning rate."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import nn
 
 from ..parts.modular_experts_moellava import ModularExperts
 from ..parts.moe_block_moellava import Router
+from ..tree import EXPERTS, HEAD, ROUTER, place_of
 
 
 # Every part, with the part that it lies within, if any.
@@ -27,10 +27,6 @@ TRAINED = {
     "instruct": ("multi_modal_projector", "language_model", "lm_head"),
     "moe": ("multi_modal_projector", "experts", "router"),
 }
-
-# Of our sparse blocks (`mlp.mlp` is the residual MLP) and of language models that are sparse by themselves.
-EXPERTS = re.compile(r"\.(experts|meta_expert|shared_expert|shared_mlp)\.|\.mlp\.mlp\.")
-_ROUTER = re.compile(r"\.(gate|coefficient|router|shared_expert_gate)\.")
 
 
 class PartNames:
@@ -53,14 +49,12 @@ class PartNames:
     def _part_of(self, name: str, parameter: nn.Parameter) -> str:
         if id(parameter) in self._embedding:
             return "embeddings"
-        for part in ("vision_tower", "multi_modal_projector"):
-            if f".{part}." in f".{name}":
-                return part
-        if ".language_model." not in f".{name}":
-            return "lm_head"
+        place = place_of(name) or HEAD
+        if place != "language_model":
+            return place
         if EXPERTS.search(name):
             return "experts"
-        return "router" if _ROUTER.search(name) else "language_model"
+        return "router" if ROUTER.search(name) else place
 
 
 def by_part(values: Mapping[str, Any], part: str, default: Any) -> Any:
@@ -121,4 +115,4 @@ def trained_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
     return {part: count for part, count in counts.items() if count["parameters"]}
 
 
-__all__ = ["EXPERTS", "PARTS", "TRAINED", "PartNames", "by_part", "may_be_unused", "set_trained", "trained_parameters"]
+__all__ = ["PARTS", "TRAINED", "PartNames", "by_part", "may_be_unused", "set_trained", "trained_parameters"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..reading.json_files import write_json_object
+from ..reading.provenance import path_labels
 from .checkpoints import last_checkpoint
 from .recipe import Recipe, Stage
 
@@ -53,7 +54,8 @@ def check_records(plan: Recipe) -> None:
                 f"{checkpoint} holds weights alone (save_only_model), so that no run can go on from it. Give it as the "
                 "model of a new run, in another output_dir."
             )
-        then, now = json.loads((folder / _RECORD).read_text(encoding="utf-8")), _record(plan, stage)
+        then = path_labels(json.loads((folder / _RECORD).read_text(encoding="utf-8")))
+        now = _record(plan, stage)
         changes += [
             f"{stage.name}: {key} is {now.get(key)!r} and was {then.get(key)!r}"
             for key in sorted(then.keys() | now.keys())
@@ -74,7 +76,7 @@ def _record(plan: Recipe, stage: Stage) -> dict[str, Any]:
     for key in ("data", "eval_data"):  # rows that are given themselves are not written down
         if fields[key] is not None and not isinstance(fields[key], str | os.PathLike | Mapping):
             fields[key] = f"a {type(fields[key]).__name__}"
-    return json.loads(json.dumps(fields, default=_plain))
+    return path_labels(json.loads(json.dumps(fields, default=_plain)))
 
 
 def _plain(value: Any) -> Any:

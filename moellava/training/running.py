@@ -18,15 +18,16 @@ from ..authoring.load_request import read_request
 from ..configuration import MoellavaConfig
 from ..loading import load_pretrained_model
 from ..loading.lora import merge_adapter
+from ..modeling import MoellavaForCausalLM
 from ..reading.json_files import write_json_object
 from ..reading.language_model import context_length
-from ..reading.provenance import folder_name, with_training
+from ..reading.provenance import folder_name, with_training, without_places
 from ..reading.sources import Source
 from .adapters import put_adapters
 from .checkpoints import last_checkpoint
 from .data import Collator, Examples, StreamedExamples, log_overlap, log_problems, processor_and_context
 from .encoding import Encoder
-from .frozen import frozen_as_loaded
+from .frozen import frozen_as_loaded, frozen_dtypes
 from .parts import may_be_unused, set_trained, trained_parameters
 from .recipe import Recipe, Stage, merges, read_recipe
 from .records import check_records, write_record
@@ -145,7 +146,7 @@ def _train(plan: Recipe) -> TrainingReport:
     reports: list[StageReport] = []
     for stage in plan.stages:
         if stage.name not in opened:
-            reports.append(StageReport(**json.loads(_done(plan, stage).read_text(encoding="utf-8"))))
+            reports.append(_read_report(plan.output_dir / stage.name))
             logger.info("stage %s is complete already: %s", stage.name, reports[-1].checkpoint)
         else:
             model = _load(stage, source, stage.training_arguments(plan.output_dir))
@@ -174,6 +175,21 @@ def _logging_once() -> Iterator[None]:
 
 def _done(plan: Recipe, stage: Stage) -> Path:
     return plan.output_dir / stage.name / _STAGE_REPORT
+
+
+def _read_report(folder: Path) -> StageReport:
+    """Reads what a stage has written, whose places are told from its folder on."""
+    fields = json.loads((folder / _STAGE_REPORT).read_text(encoding="utf-8"))
+    return StageReport(**fields | {"folder": str(folder), "checkpoint": str(folder / fields["checkpoint"])})
+
+
+def _write_data_report(stage: Stage, examples: Any, folder: Path) -> None:
+    write_json_object(folder / _DATA_REPORT, without_places(examples.report.to_dict(), _places(stage)))
+
+
+def _places(stage: Stage) -> list[Any]:
+    data = [given for given in (stage.data, stage.eval_data) if isinstance(given, str | os.PathLike)]
+    return [stage.image_folder, *(os.path.dirname(path) for path in data)]
 
 
 def _is_own(source: Any) -> bool:
@@ -241,17 +257,11 @@ def _run(stage: Stage, model: Any, train_data: Any, eval_data: Any, folder: Path
     writes = PartialState().is_main_process
     folder.mkdir(parents=True, exist_ok=True)
     if writes and isinstance(train_data, Examples):
-        train_data.report.save(folder / _DATA_REPORT)
-    reach: dict[str, Any] = {}
+        _write_data_report(stage, train_data, folder)
     base = model
-    if stage.lora is not None:
-        routers = stage.lora.router if stage.lora.router is not None else stage.stage == "moe"
-        model, reach = put_adapters(model, stage.lora, routers, stage.load_4bit or stage.load_8bit)
-    else:
-        set_trained(model, stage.stage, stage.freeze, stage.unfreeze)
+    model, reach = _with_trained_parts(stage, base)
     trained = trained_parameters(model)
-    for part, counts in trained.items():
-        logger.info("%s: %s of %s parameters are trained", part, f"{counts['trained']:,}", f"{counts['parameters']:,}")
+    _warn_of_untrained_parts(stage, base, trained)
     if arguments.ddp_find_unused_parameters is None:
         arguments.ddp_find_unused_parameters = may_be_unused(model)
     callbacks = []
@@ -284,7 +294,7 @@ def _run(stage: Stage, model: Any, train_data: Any, eval_data: Any, folder: Path
     )
     if isinstance(train_data, StreamedExamples):
         if writes:
-            train_data.report.save(folder / _DATA_REPORT)
+            _write_data_report(stage, train_data, folder)
         log_problems(train_data.report, f"the stage {stage.name}")
     report = StageReport(
         stage=stage.stage,
@@ -294,13 +304,36 @@ def _run(stage: Stage, model: Any, train_data: Any, eval_data: Any, folder: Path
         seconds=round(result.metrics["train_runtime"], 1),
         log=trainer.state.log_history,
         trained=trained,
-        data=train_data.report.to_dict(),
+        data=without_places(train_data.report.to_dict(), _places(stage)),
         adapters={part: dataclasses.asdict(found) for part, found in reach.items()},
     )
     if writes:
-        write_json_object(folder / _STAGE_REPORT, dataclasses.asdict(report))
+        fields = dataclasses.asdict(report) | {"folder": ".", "checkpoint": Path(report.checkpoint).name}
+        write_json_object(folder / _STAGE_REPORT, fields)
     PartialState().wait_for_everyone()  # the next stage reads what this one has made
     return report
+
+
+def _warn_of_untrained_parts(stage: Stage, model: Any, trained: dict[str, Any]) -> None:
+    untrained = [part for part in model.config.untrained_parts or () if not trained.get(part, {}).get("trained")]
+    if untrained:
+        logger.warning(
+            "Never trained, and not trained by the stage %s either: %s. The weights are random, so answers about "
+            "images stay meaningless.", stage.name, " and ".join(untrained),
+        )  # fmt: skip
+
+
+def _with_trained_parts(stage: Stage, model: Any) -> tuple[Any, dict[str, Any]]:
+    """Returns the model with the adapters of the stage, and what these reach; or with what is trained switched on."""
+    reach: dict[str, Any] = {}
+    if stage.lora is not None:
+        routers = stage.lora.router if stage.lora.router is not None else stage.stage == "moe"
+        model, reach = put_adapters(model, stage.lora, routers, stage.load_4bit or stage.load_8bit)
+    else:
+        set_trained(model, stage.stage, stage.freeze, stage.unfreeze)
+    for part, counts in trained_parameters(model).items():
+        logger.info("%s: %s of %s parameters are trained", part, f"{counts['trained']:,}", f"{counts['parameters']:,}")
+    return model, reach
 
 
 def _load(stage: Stage, source: Any, arguments: TrainingArguments) -> Any:
@@ -316,7 +349,16 @@ def _load(stage: Stage, source: Any, arguments: TrainingArguments) -> Any:
         options["image_aspect_ratio"] = stage.image_aspect_ratio
     if stage.stage == "moe" and (stage.moe is not None or not _is_sparse(source)):
         options["moe_config"] = stage.moe or {}
-    return load_pretrained_model(source, **options).model
+    library = logging.getLogger(MoellavaForCausalLM.__module__)
+    library.addFilter(_is_not_about_untrained_parts)  # `_run` says which stay so
+    try:
+        return load_pretrained_model(source, **options).model
+    finally:
+        library.removeFilter(_is_not_about_untrained_parts)
+
+
+def _is_not_about_untrained_parts(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Never trained")
 
 
 def _is_sparse(source: Any) -> bool:
@@ -350,10 +392,13 @@ def _save(trainer: MoellavaTrainer, stage: Stage, folder: Path) -> Path:
     if not PartialState().is_main_process:
         return folder / _MODEL
     processor = trainer.model.processor
-    merged = merge_adapter(trainer.accelerator.unwrap_model(trainer.model))
+    adapted = trainer.accelerator.unwrap_model(trainer.model)
+    # The base's dtypes, of which the sum has no sign any more; a dtype that was asked for is kept.
+    dtypes = {} if stage.dtype else frozen_dtypes(adapted)
+    merged = merge_adapter(adapted)
     merged.processor = processor
     # What is quantised is stored in a way of its own.
-    weights = None if getattr(merged, "hf_quantizer", None) else frozen_as_loaded(merged, merged.state_dict())
+    weights = None if getattr(merged, "hf_quantizer", None) else frozen_as_loaded(merged, merged.state_dict(), dtypes)
     merged.save_pretrained(folder / _MODEL, state_dict=weights)
     return folder / _MODEL
 

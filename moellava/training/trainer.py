@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ..authoring.older_names import public_name
+from ..reading.json_files import read_json_object
 from .checkpoints import check_adapter, check_restored, restore
 from .frozen import frozen_as_loaded
 from .parts import PartNames, by_part
@@ -133,6 +136,24 @@ def _share(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torc
     return (labels[..., 1:] != -100).sum() / num_items_in_batch
 
 
+def _without_place_of_base(adapter: Path) -> None:
+    """Leaves of the base's path, which PEFT writes into an adapter's config and card, the last part."""
+    config = adapter / "adapter_config.json"
+    base = read_json_object(config).get("base_model_name_or_path") if config.is_file() else None
+    name = public_name(base)
+    for path in (config, adapter / "README.md"):
+        if name != base and path.is_file():
+            path.write_text(path.read_text(encoding="utf-8").replace(base, name), encoding="utf-8")
+
+
+def _family_balances(config: Any) -> bool:
+    """Whether the language model is sparse by itself, and its family has a load-balancing loss that counts."""
+    text = config.text_config
+    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
+    is_asked = hasattr(text, "output_router_logits") and (getattr(text, "router_aux_loss_coef", None) or 0) > 0
+    return config.moe_config is None and bool(experts) and is_asked
+
+
 class MoellavaTrainer(Trainer):
     """The library's trainer; the arguments beside those of `Trainer` are:
 
@@ -154,6 +175,7 @@ class MoellavaTrainer(Trainer):
         self._routers = None
         if config.moe_config is not None:
             self._routers = RouterStatistics(config.moe_config.num_experts_per_tok, list(config.moe_config.layers))
+        self._balances = self._routers is not None or _family_balances(config)
         own_loss = self.compute_loss_func is not None  # the caller's, of which the router loss need not be a part
         self._exact_router_loss = (
             exact_router_loss
@@ -238,9 +260,10 @@ class MoellavaTrainer(Trainer):
         return found
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
-        """As the library does; notes what the routers of a sparse model did in training."""
+        """As the library does, with the load-balancing loss, which families with routers of their own add on request
+        alone; notes what the routers of our sparse layers did in training."""
         is_smoothed = self.compute_loss_func == self._smoothed_loss
-        if self._routers is None or not (model.training or is_smoothed):
+        if not self._balances or not (model.training or is_smoothed):
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         labels, mask = inputs.get("labels"), inputs.get("attention_mask")
         inputs = {**inputs, "output_router_logits": True}
@@ -252,7 +275,8 @@ class MoellavaTrainer(Trainer):
             return (loss, outputs) if return_outputs else loss
         if self._first_choices is not None:
             loss = loss + self._rest_of_router_loss(outputs, labels, mask, **kwargs)
-        self._routers.add(outputs, mask)
+        if self._routers is not None:
+            self._routers.add(outputs, mask)
         return (loss, outputs) if return_outputs else loss
 
     def _smoothed_loss(
@@ -296,6 +320,8 @@ class MoellavaTrainer(Trainer):
         if isinstance(model, PreTrainedModel) and not special:
             state_dict = frozen_as_loaded(model, model.state_dict() if state_dict is None else state_dict)
         super()._save(output_dir, state_dict=state_dict)
+        if not isinstance(model, PreTrainedModel):
+            _without_place_of_base(Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load = partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
