@@ -84,6 +84,7 @@ class AutoEncoder(MeasuredEncoder):
 
 
 def as_key(vision_config) -> str:
+    """The fields of a tower's config as one word, by which what was built or measured of it is kept."""
     fields = vision_config.to_dict()
     fields.pop("dtype", None)
     return json.dumps(fields, sort_keys=True, default=str)

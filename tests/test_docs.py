@@ -28,6 +28,7 @@ import peft
 import pytest
 import torch
 from older import write_older, write_tower
+from parts import HUB_NAMES, LANGUAGE_MODELS, picture, run_python
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
@@ -62,7 +63,6 @@ from moellava.parts.parts_moellava import ENCODERS, PROJECTORS
 from moellava.reading.sources import Source
 from moellava.reading.vision_tower import DEFAULT_VISION_TOWER
 from moellava.training.rows import open_data
-from parts import HUB_NAMES, LANGUAGE_MODELS, picture, run_python
 
 
 ROOT = Path(__file__).resolve().parent.parent

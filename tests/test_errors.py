@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from parts import picture
 from safetensors.torch import load_file, save_file
 from transformers import MambaConfig, RecurrentGemmaConfig
 
 from moellava import load_pretrained_model
-from parts import picture
 
 
 PROMPT = "USER: <image>\nWhat is shown in this picture? ASSISTANT:"

@@ -10,6 +10,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from parts import pictures
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -33,7 +34,6 @@ from moellava.parts.experts_moellava import EXPERTS_FUNCTIONS
 from moellava.parts.modular_experts_moellava import experts_apart, modular_experts
 from moellava.parts.moe_block_moellava import DenseForm, RouterLogits, SparseMoeBlock, TokenMask
 from moellava.parts.sparse_layers_moellava import load_balancing_loss, token_mask
-from parts import pictures
 
 
 HIDDEN, INNER, EXPERTS = 16, 24, 5  # grouped_mm takes widths that are multiples of 8
