@@ -218,8 +218,8 @@ def _read_file(path: str, name: str) -> bytes:
 
 
 def _fetch(url: str, name: str) -> bytes:
-    # Not transformers' `load_image`: it opens any format, clips 16-bit values and drops transparency. Nor the session of
-    # huggingface_hub: it connects to nothing with HF_HUB_OFFLINE=1, which says nothing of pictures.
+    # Not transformers' `load_image`: it opens any format, clips 16-bit values and drops transparency. Nor the session
+    # of huggingface_hub: it connects to nothing with HF_HUB_OFFLINE=1, which says nothing of pictures.
     request = urllib.request.Request(url, headers={"User-Agent": "moellava"})
     try:
         with urllib.request.urlopen(request, timeout=_FETCH_TIMEOUT_S) as response:
