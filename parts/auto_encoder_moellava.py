@@ -67,12 +67,6 @@ class AutoEncoder(MeasuredEncoder):
         names = [name for name, _ in self._meta_tower.named_parameters()]
         return not any("position_embedding" in name or "pos_embed" in name for name in names)
 
-    def check_image_size(self) -> None:
-        """Raises a ValueError where transformers cannot interpolate with a pair."""
-        patch_size = getattr(self.vision_config, "patch_size", None)
-        if self.interpolates and patch_size is not None and patch_size != self.patch_size:
-            _ = self._measured_shapes
-
     @staticmethod
     def _as_tokens(hidden_state: torch.Tensor) -> torch.Tensor:
         """`as_tokens`, of maps `(batch, rows, columns, width)` too, as SAM has: pictures, and so maps, are square."""
@@ -82,14 +76,15 @@ class AutoEncoder(MeasuredEncoder):
 
     @property
     def _meta_tower(self) -> nn.Module:
-        return _meta_tower(self.vision_config.model_type, _as_key(self.vision_config))
+        return _meta_tower(self.vision_config.model_type, as_key(self.vision_config))
 
     @property
     def _measured_shapes(self) -> list[tuple[int, int, int]]:
-        return _measured_shapes(self.vision_config.model_type, _as_key(self.vision_config), self.image_size)
+        return measured_shapes(self.vision_config.model_type, as_key(self.vision_config), self.image_size)
 
 
-def _as_key(vision_config) -> str:
+def as_key(vision_config) -> str:
+    """The fields of a tower's config as one word, by which what was built or measured of it is kept."""
     fields = vision_config.to_dict()
     fields.pop("dtype", None)
     return json.dumps(fields, sort_keys=True, default=str)
@@ -104,7 +99,7 @@ def _meta_tower(model_type: str, fields: str) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=32)
-def _measured_shapes(model_type: str, fields: str, image_size: int) -> list[tuple[int, int, int]]:
+def measured_shapes(model_type: str, fields: str, image_size: int) -> list[tuple[int, int, int]]:
     """The shapes `(2, tokens, width)` of all hidden states of a tower, of two pictures."""
     tower = _meta_tower(model_type, fields)
     channels = getattr(tower.config, "num_channels", 3)

@@ -8,6 +8,7 @@ pieces between the pictures, each on its own, as the older code does it.
 import itertools
 
 import pytest
+from parts import picture
 from transformers import AutoTokenizer, CLIPImageProcessorPil
 
 from moellava.chatting.chat_templates import VICUNA_CHAT_TEMPLATE, VICUNA_SYSTEM_TEXT, multimodal_chat_template
@@ -19,7 +20,6 @@ from moellava.converting.conversations import (
     stop_token_ids,
 )
 from moellava.processing.processing_moellava import MoellavaProcessor
-from parts import picture
 
 
 USER_SYSTEM = (

@@ -28,6 +28,7 @@ import peft
 import pytest
 import torch
 from older import write_older, write_tower
+from parts import HUB_NAMES, LANGUAGE_MODELS, picture, run_python
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
@@ -57,12 +58,11 @@ from moellava.building.dense_to_sparse import _CHANGEABLE
 from moellava.chatting.prompting import user_turn
 from moellava.demo.running import run_demo
 from moellava.hub.pushing import checkpoint_files
-from moellava.parts.part_table_moellava import PartTable
+from moellava.parts.part_table_moellava import OPTIONAL, PartTable
 from moellava.parts.parts_moellava import ENCODERS, PROJECTORS
 from moellava.reading.sources import Source
 from moellava.reading.vision_tower import DEFAULT_VISION_TOWER
 from moellava.training.rows import open_data
-from parts import HUB_NAMES, LANGUAGE_MODELS, picture, run_python
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -501,6 +501,12 @@ def load(**fields) -> MoellavaForCausalLM:
     return load_pretrained_model(**{"model_path": LANGUAGE_MODEL, "device": "cpu"} | fields).model
 
 
+def made_sparse_without_its_code(model: MoellavaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> MoellavaConfig:
+    """As where a dense checkpoint runs by the code that it carries."""
+    monkeypatch.delitem(OPTIONAL, "sparse")
+    return MoellavaConfig.from_dict(model.config.to_dict() | {"moe_config": {"num_experts": 2}})
+
+
 def changed_weights(folder: str, change: Callable[[dict[str, torch.Tensor], str], None]) -> str:
     """A copy of the language model, of whose weights one is changed."""
     shutil.copytree(LANGUAGE_MODEL, folder)
@@ -785,6 +791,7 @@ def without_a_weight() -> None:
 ERRORS: dict[str, Callable] = {
     "encoder": lambda model, _: load(encoder_type="clp"),
     "projector": lambda model, _: load(projector_type="qfomer"),
+    "code of another part": lambda model, monkeypatch: made_sparse_without_its_code(model, monkeypatch),
     "strategy": lambda model, _: load(vision_feature_select_strategy="patches"),
     "field": lambda model, _: load(vision_feature_layr=-1),
     "field of a projector": lambda model, _: load(projector_config={"type": "qformer", "num_queries": 8}),

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from parts import picture
 from safetensors.torch import load_file, save_file
 from transformers import MambaConfig, RecurrentGemmaConfig
 
 from moellava import load_pretrained_model
-from parts import picture
 
 
 PROMPT = "USER: <image>\nWhat is shown in this picture? ASSISTANT:"
@@ -779,7 +779,7 @@ def test_a_projector_file_that_does_not_exist(without_weights, path):
         (PROMPT + "<image><image>", 1, "The text has 3 <image> placeholder.*, but 1 picture"),
         ("no placeholder", 1, "The text has 0 <image> placeholder.*, but 1 picture"),
         (PROMPT, 0, "The text has 1 <image> placeholder.*, but 0 picture"),
-        ([PROMPT, PROMPT], [[0], [0, 0]], "Row 1 of the text has 1 <image> placeholder.*, but row 1 of `images` has 2"),
+        ([PROMPT, PROMPT], [[0], [0, 0]], "Row 1 of the text has 1 <image> placeholder.*, but 2 picture"),
     ],
 )  # fmt: skip
 def test_numbers_of_pictures_and_placeholders_that_differ(loaded, text, images, message):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from parts import picture
 from PIL import Image
 
 from moellava import evaluate, load_pretrained_model
@@ -20,7 +21,6 @@ from moellava.evaluating import EvaluationReport, ScoredAnswer, score
 from moellava.evaluating.choices import chosen, read_choices, stated_letter
 from moellava.evaluating.questions import Question, Unusable, open_picture, read_questions
 from moellava.evaluating.scoring import bootstrap, mean_scores, wilson, words
-from parts import picture
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,13 +7,13 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from parts import picture
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moellava import load_pretrained_model
 from moellava.cli import app
-from parts import picture
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -32,6 +32,7 @@ from older import (
     write_tower,
 )
 from older_reference import IMAGE, Reference, expand2square, tokens_of
+from parts import picture, pictures, run_python
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import (
@@ -49,7 +50,6 @@ from moellava import load_pretrained_model
 from moellava.cli import app
 from moellava.converting import OlderCheckpointError
 from moellava.converting.legacy_weights import merge_lora
-from parts import picture, pictures, run_python
 
 
 TOLERANCE = 1e-4

@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from parts import run_python
 from safetensors.torch import save_file
 from timm.models.vision_transformer import Block
 from torch import nn
@@ -22,7 +23,6 @@ from moellava.configuration.configuration_moellava import MoellavaProjectorConfi
 from moellava.parts.parts_moellava import PROJECTORS
 from moellava.parts.simple_projector_moellava import VitBlock
 from moellava.reading.projector_file import older_projector_tensors, read_projector
-from parts import run_python
 
 
 VISION, TEXT = 32, 64

@@ -17,6 +17,7 @@ from huggingface_hub import save_torch_state_dict
 from open_clip.push_to_hf_hub import save_for_hf
 from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from parts import biomedclip_oracle, perturb_, picture
 from safetensors.torch import load_file, save_file
 from timm.layers import GluMlp
 from timm.models import build_model_with_cfg
@@ -25,7 +26,6 @@ from torch import nn
 from transformers import AutoImageProcessor, CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
 
 from moellava.reading.open_clip import CONFIG_FILE, OpenClipTower, read_open_clip
-from parts import biomedclip_oracle, perturb_, picture
 
 
 SAFETENSORS = "open_clip_model.safetensors"

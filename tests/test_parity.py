@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from parts import LANGUAGE_MODELS, Parts, biomedclip_oracle, make_tokenizer, picture, pictures, run_python
 from torch import nn
 from transformers import (
     AutoImageProcessor,
@@ -26,7 +27,6 @@ from transformers import (
 
 from moellava import MoellavaConfig, MoellavaForCausalLM, load_pretrained_model
 from moellava.parts.parts_moellava import encoder_for
-from parts import LANGUAGE_MODELS, Parts, biomedclip_oracle, make_tokenizer, picture, pictures, run_python
 
 
 TEXTS = [

@@ -291,9 +291,9 @@ def test_counts_in_total(processor):
 
 def test_counts_row_by_row(processor):
     # The total fits, the rows do not.
-    with pytest.raises(ValueError, match=r"Row 1 of the text has 2 <image> .* row 1 of `images` has 1 picture\(s\)"):
+    with pytest.raises(ValueError, match=r"Row 1 of the text has 2 <image> .*, but 1 picture\(s\)"):
         processor(images=[[picture()], [picture()], [picture()]], text=["<image>", "<image><image>", "none"])
-    with pytest.raises(ValueError, match=r"Row 0 of the text has 1 <image> .* row 0 of `images` has 0 picture\(s\)"):
+    with pytest.raises(ValueError, match=r"Row 0 of the text has 1 <image> .*, but 0 picture\(s\)"):
         processor(images=[[]], text="<image>")
     with pytest.raises(ValueError, match=r"`images` has 2 row\(s\) of pictures, but `text` has 1 row\(s\)"):
         processor(images=[[picture()], [picture()]], text="<image><image>")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
+from parts import picture
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
@@ -23,7 +24,6 @@ from moellava import MoellavaConfig, MoellavaForCausalLM, MoellavaProcessor
 from moellava.authoring.load_request import read_request
 from moellava.authoring.older_names import FIELD_NAMES, MOE_FIELD_NAMES
 from moellava.checks.pictures import to_rgb
-from parts import picture
 
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"

@@ -7,6 +7,7 @@ import json
 import datasets
 import pytest
 import torch
+from parts import picture
 
 from moellava import check_data, evaluate, load_pretrained_model
 from moellava.chatting import Chat
@@ -17,7 +18,6 @@ from moellava.training.encoding import Encoder
 from moellava.training.recipe import read_recipe
 from moellava.training.rows import Rows
 from moellava.training.running import _open, _prepared
-from parts import picture
 
 
 @pytest.fixture(scope="module")

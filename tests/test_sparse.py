@@ -10,6 +10,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from parts import pictures
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -28,12 +29,12 @@ from transformers.models.nemotron.modeling_nemotron import NemotronMLP
 from transformers.models.phi.modeling_phi import PhiMLP
 
 from moellava import MoellavaConfig, MoellavaForCausalLM, MoellavaMoeConfig, load_pretrained_model, upcycle
+from moellava.building.expert_weights import stacked_experts
 from moellava.parts import experts_moellava
 from moellava.parts.experts_moellava import EXPERTS_FUNCTIONS
 from moellava.parts.modular_experts_moellava import experts_apart, modular_experts
 from moellava.parts.moe_block_moellava import DenseForm, RouterLogits, SparseMoeBlock, TokenMask
 from moellava.parts.sparse_layers_moellava import load_balancing_loss, token_mask
-from parts import pictures
 
 
 HIDDEN, INNER, EXPERTS = 16, 24, 5  # grouped_mm takes widths that are multiples of 8
@@ -443,7 +444,7 @@ def test_equal_experts_are_one_in_bf16_as_modules_and_in_what_tokens_learn(form,
     expected = mlp(tokens)
     cotangent = torch.randn(expected.shape).to(torch.bfloat16)
     (learnt,) = torch.autograd.grad(expected, tokens, cotangent)
-    stacks = {f"experts.{name}": t for name, t in DenseForm(mlp).stacked([weights] * EXPERTS).items()}
+    stacks = {f"experts.{name}": t for name, t in stacked_experts(DenseForm(mlp), [weights] * EXPERTS).items()}
     gate = {"gate.weight": torch.zeros(EXPERTS, HIDDEN)}  # equal choices: weights of exactly 1 / k
     config = tiny_config(num_experts_per_tok=k, norm_topk_prob=True)
     with modular_experts():
@@ -1207,7 +1208,7 @@ def test_experts_are_copies(form):
     weights = {name: torch.randn(p.shape) for name, p in mlp.named_parameters()}
     mlp.load_state_dict(weights)
     for count in (1, 3):
-        tensors = DenseForm(mlp).stacked([weights] * count)
+        tensors = stacked_experts(DenseForm(mlp), [weights] * count)
         owners = {tensor.untyped_storage().data_ptr() for tensor in weights.values()}
         assert not owners & {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
         experts = DenseForm(mlp).build_experts(tiny_config(), count)

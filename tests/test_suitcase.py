@@ -19,12 +19,12 @@ import pytest
 import torch
 from hub_server import HubServer
 from kept_checkpoints import CHECKPOINTS
+from parts import pictures, run_python
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from moellava import MoellavaConfig, MoellavaForCausalLM, MoellavaProcessor, load_pretrained_model, upcycle
 from moellava.parts.parts_moellava import ENCODERS, PROJECTORS
 from moellava.saving.export import code_of, code_of_processor, travelling_files
-from parts import pictures, run_python
 
 
 KEPT = sorted(path for path in (CHECKPOINTS / "0.1.0").iterdir() if path.is_dir())

@@ -95,10 +95,10 @@ def test_pairs_and_another_size(model_type):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"image_size": [32, 64]}, "image_size of the .* tower is .*32, 64.*only square pictures and patches"),
+        ({"image_size": [32, 64]}, "image_size is .*32, 64.*only square pictures and patches"),
         (
             {"patch_size": [8, 16]},
-            "patch_size of the .* tower is .*8, 16.*only square pictures|cannot be a vision tower",
+            "patch_size is .*8, 16.*only square pictures|cannot be a vision tower",
         ),
         ({"image_size": [32, 64], "patch_size": [8, 16]}, "only square pictures and patches are supported"),
     ],

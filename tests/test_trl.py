@@ -7,6 +7,7 @@ from pathlib import Path
 import jinja2
 import pytest
 import torch
+from parts import CHAT_TEMPLATES, picture
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from moellava import load_pretrained_model
@@ -14,7 +15,6 @@ from moellava.chatting.chat_templates import VICUNA_CHAT_TEMPLATE, multimodal_ch
 from moellava.converting.conversations import _TEXT_TEMPLATES, conversation_for
 from moellava.training.encoding import Encoder
 from moellava.training.rows import open_data
-from parts import CHAT_TEMPLATES, picture
 
 
 trl = pytest.importorskip("trl", reason="tests TRL's trainers")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from parts import MAIN_FAMILIES, pictures
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -22,7 +23,6 @@ from moellava import (
     upcycle,
 )
 from moellava.parts.moe_block_moellava import SparseMoeBlock
-from parts import MAIN_FAMILIES, pictures
 
 
 LAYERS = {

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a config may ask of a vision encoder."""
 
+from ..parts.auto_encoder_moellava import as_key, measured_shapes
 from ..parts.measured_encoder_moellava import MeasuredEncoder
 from ..parts.part_table_moellava import detect_encoder_type
 from ..parts.vision_encoder_moellava import VisionEncoder
@@ -62,6 +63,9 @@ def _check_image_size(encoder: VisionEncoder) -> None:
             f"image_size is {encoder.image_size}, which is no multiple of the tower's patches of {patch} pixels. The "
             f"nearest that is: {max(round(encoder.image_size / patch), 1) * patch}."
         )
+    if patch is not None and encoder.vision_config.patch_size != patch:
+        # Raises where transformers cannot interpolate with a pair.
+        measured_shapes(encoder.vision_config.model_type, as_key(encoder.vision_config), encoder.image_size)
 
 
 __all__ = ["check_encoder"]

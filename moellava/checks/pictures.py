@@ -7,20 +7,23 @@ installed package adds: where the bytes come from, what Pillow may do with them,
 
 import base64
 import binascii
+import http.client
 import io
 import os
+import urllib.request
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import PIL.ImageFile
-from huggingface_hub import get_session
+import torch
 from transformers.utils import logging
 
 from ..processing import images_moellava
 from ..processing.images_moellava import (
     PICTURE_FORMATS,
     OutOfRangeError,
+    channel_axis,
     file_bits,
     is_picture_source,
     picture_formats,
@@ -128,9 +131,9 @@ def to_rgb(image: Any, name: str = "The picture", input_data_format: str | None 
     if is_picture_source(image):
         image = load_picture(image, name)
     if not isinstance(image, PIL.Image.Image):
-        if isinstance(image, np.ndarray) and image.dtype == np.uint16 and image.ndim in (2, 3) and image.size:
-            _warn(range_doubt(image, name))
-        return images_moellava.to_rgb(image, name, input_data_format)
+        converted = images_moellava.to_rgb(image, name, input_data_format)
+        _warn(_array_doubt(image, name, input_data_format))
+        return converted
     file_name = getattr(image, "filename", "")
     if file_name:
         name = f"{name} ({os.fspath(file_name)!r})"
@@ -163,6 +166,17 @@ def range_doubt(image: Any, name: str = "The picture") -> str | None:
         image = np.asarray(image)
     lowest, highest = int(image.min()), int(image.max())
     return None if lowest == highest else _dark(highest, name)
+
+
+def _array_doubt(values: np.ndarray | torch.Tensor, name: str, input_data_format: str | None) -> str | None:
+    """The text of `range_doubt` for an array or a tensor, whose fourth channel is alpha."""
+    if isinstance(values, torch.Tensor) and values.dtype == torch.uint16:
+        values = values.cpu().numpy()
+    if not isinstance(values, np.ndarray) or (values.dtype.kind, values.dtype.itemsize) != ("u", 2):
+        return None
+    if values.ndim == 3:
+        values = np.moveaxis(values, channel_axis(values.shape, name, input_data_format), 0)[:3]
+    return range_doubt(values, name)
 
 
 def check_shape(width: int, height: int, aspect_ratio: str, name: str = "The picture") -> None:
@@ -204,18 +218,14 @@ def _read_file(path: str, name: str) -> bytes:
 
 
 def _fetch(url: str, name: str) -> bytes:
-    # Not transformers' `load_image`: it opens any format, clips 16-bit values and drops transparency.
-    content, limit = bytearray(), _byte_limit()
+    # Not transformers' `load_image`: it opens any format, clips 16-bit values and drops transparency. Nor the session
+    # of huggingface_hub: it connects to nothing with HF_HUB_OFFLINE=1, which says nothing of pictures.
+    request = urllib.request.Request(url, headers={"User-Agent": "moellava"})
     try:
-        with get_session().stream("GET", url, timeout=_FETCH_TIMEOUT_S, follow_redirects=True) as response:
-            response.raise_for_status()
-            for chunk in response.iter_bytes():
-                content += chunk
-                if limit is not None and len(content) > limit:
-                    break
-    except Exception as error:  # of the client, and of what it is built on
+        with urllib.request.urlopen(request, timeout=_FETCH_TIMEOUT_S) as response:
+            return _read(response)
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise ValueError(f"{name} ({url!r}) cannot be fetched: {type(error).__name__}: {error}.") from error
-    return bytes(content)
 
 
 def _read(file: Any) -> bytes:
