@@ -23,7 +23,7 @@ from moellava.configuration.names_moellava import canonical_projector, stacked_p
 from moellava.configuration.registry_moellava import PROJECTORS
 from moellava.modeling import older_projectors_moellava
 from moellava.modeling.older_projectors_moellava import VitBlock
-from moellava.reading.projector_file import older_projector_tensors, read_projector
+from moellava.reading.projector_file import legacy_projector_tensors, read_projector
 
 
 VISION, TEXT = 32, 64
@@ -516,7 +516,7 @@ def assert_same(tensors, expected):
 def test_older_names_become_ours(kind):
     projector = build(kind)
     older = older_weights(kind, projector)
-    renamed = older_projector_tensors(canonical_projector({"type": kind}), older)
+    renamed = legacy_projector_tensors(canonical_projector({"type": kind}), older)
     assert_same(renamed, projector.state_dict())
 
 
@@ -529,10 +529,10 @@ def test_copies_of_shared_weights(kind):
     first = {name: tensor for name, tensor in older.items() if not name.startswith(("block_in.2", "block_in.3"))}
     last = {name: tensor for name, tensor in older.items() if not name.startswith(("block_out.0", "block_out.1"))}
     for given in (older, first, last):
-        assert_same(older_projector_tensors(fields, given), projector.state_dict())
+        assert_same(legacy_projector_tensors(fields, given), projector.state_dict())
     older["block_out.3.norm1.bias"] += 1
     with pytest.raises(ValueError, match="block_out.1.norm1.bias and block_out.3.norm1.bias differ"):
-        older_projector_tensors(fields, older)
+        legacy_projector_tensors(fields, older)
 
 
 @pytest.mark.parametrize(
@@ -559,13 +559,13 @@ def test_unknown_names_are_refused(kind, unknown):
     fields = canonical_projector({"type": kind})
     older = {} if kind == "identity" else older_weights(kind, build(kind))
     with pytest.raises(ValueError, match=f"'{fields['type']}'.* has no {unknown}, zzz.weight"):
-        older_projector_tensors(fields, older | {unknown: torch.zeros(1), "zzz.weight": torch.zeros(1)})
+        legacy_projector_tensors(fields, older | {unknown: torch.zeros(1), "zzz.weight": torch.zeros(1)})
 
 
 def test_types_that_no_older_checkpoint_has():
-    assert older_projector_tensors({"type": "identity"}, {}) == {}
+    assert legacy_projector_tensors({"type": "identity"}, {}) == {}
     with pytest.raises(ValueError, match="No older checkpoint has a projector of the type 'perceiver'.*older_qformer"):
-        older_projector_tensors({"type": "perceiver"}, {})
+        legacy_projector_tensors({"type": "perceiver"}, {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

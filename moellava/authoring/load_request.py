@@ -300,14 +300,14 @@ def _read_vision(value: Any, flat_encoder: str | None) -> dict[str, dict[str, An
     own = {name: field for name, field in fields.items() if name not in known and field is not None}
     if own:
         encoder_type = flat_encoder or sections.get("model", {}).get("encoder_type", "")
-        if not is_custom_encoder(canonical_encoder_type(encoder_type)):
+        if not is_user_encoder(canonical_encoder_type(encoder_type)):
             name = next(iter(own))
             raise ValueError(f"Unknown field {name!r} in custom_vision_config{known_names(name, VISION_FIELD_NAMES)}")
         sections["encoder"] = own
     return sections
 
 
-def is_custom_encoder(encoder_type: str) -> bool:
+def is_user_encoder(encoder_type: str) -> bool:
     """Whether a registered encoder is a module of the user's own."""
     from ..modeling.encoders_moellava import VisionEncoder
 
@@ -345,4 +345,4 @@ def _read_moe(value: Any) -> dict[str, Any]:
     return canonical_moe(fields) | ({} if router_path is None else {"router_path": router_path})
 
 
-__all__ = ["LoadRequest", "is_custom_encoder", "read_request"]
+__all__ = ["LoadRequest", "is_user_encoder", "read_request"]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..authoring.load_request import LoadRequest, is_custom_encoder, read_request
+from ..authoring.load_request import LoadRequest, is_user_encoder, read_request
 from ..building.assembling import assemble, with_projector_provenance, with_tower_provenance
 from ..building.build import build
 from ..building.dense_to_sparse import upcycled, with_moe_changes
@@ -18,8 +18,8 @@ from ..configuration import MoellavaConfig
 from ..configuration.names_moellava import canonical_projector, stacked_projector
 from ..configuration.registry_moellava import ENCODERS, PROJECTORS, plain_value
 from ..converting.legacy_adapters import ADAPTER_FILES
-from ..converting.legacy_checkpoint import load_older
-from ..converting.legacy_config import is_older
+from ..converting.legacy_checkpoint import load_legacy
+from ..converting.legacy_config import is_legacy
 from ..modeling import MoellavaForCausalLM
 from ..modeling.weight_files_moellava import check_adapter
 from ..reading.language_model import context_length, read_generation_config
@@ -138,21 +138,21 @@ def load_pretrained_model(
 def _load(request: LoadRequest, placement: Any) -> Any:
     source = Source(request.model_path, request.hub_options)
     fields = source.config_dict()
-    if is_older(fields):
-        return _load_older(source, None, request, placement)
+    if is_legacy(fields):
+        return _load_legacy(source, None, request, placement)
     if fields.get("model_type") != MoellavaConfig.model_type:
         return assemble(request, device_map=placement)
     return _load_checkpoint(source, fields, request, placement)
 
 
-def _load_older(source: Source, base: Source | None, request: LoadRequest, placement: Any) -> Any:
+def _load_legacy(source: Source, base: Source | None, request: LoadRequest, placement: Any) -> Any:
     """Loads a LLaVA, MoE-LLaVA or Med-MoE checkpoint, or an adapter or a projector of one."""
     if request.projector or request.projector_path or request.moe:
         raise ValueError(
             f"{source} is an older checkpoint, whose projector and experts are part of what it is. Convert it first "
             "(`moellava convert`), then load the result with another projector_config or moe_config."
         )
-    model, converted = load_older(
+    model, converted = load_legacy(
         source,
         base,
         request.vision_tower,
@@ -177,9 +177,9 @@ def _load_checkpoint(source: Source, fields: dict[str, Any], request: LoadReques
         **request.model_options,
     }
     options = {name: value for name, value in options.items() if value is not None}
-    own_code = unregistered_part(source, fields)
-    if own_code:
-        return load_by_remote_code(source, own_code, request, options)
+    part = unregistered_part(source, fields)
+    if part:
+        return load_by_remote_code(source, part, request, options)
     missing = [name for name in ("text_config", "vision_config") if not fields.get(name)]
     if missing:
         raise ValueError(
@@ -223,7 +223,7 @@ def _asks_for_another_tower(source: Source, config: MoellavaConfig, request: Loa
     if request.vision_tower is not None and not _has_tower(source, config, request):
         return True
     encoder_type = request.model_fields.get("encoder_type", config.encoder_type)
-    if not is_custom_encoder(encoder_type):
+    if not is_user_encoder(encoder_type):
         return False
     own = {name: plain_value(value, name) for name, value in request.encoder_fields.items()}
     return encoder_type != config.encoder_type or any(
@@ -241,7 +241,7 @@ def _has_tower(source: Source, config: MoellavaConfig, request: LoadRequest) -> 
     recorded = (config.parts or {}).get("vision_tower")
     if not os.path.isdir(name) or recorded not in (name, folder_name(name)):
         return name == recorded and not os.path.isdir(name)
-    if is_custom_encoder(config.encoder_type):
+    if is_user_encoder(config.encoder_type):
         kept = {field: getattr(config.vision_config, field, None) for field in ENCODERS.fields(config.encoder_type)}
         request = dataclasses.replace(
             request,
@@ -356,8 +356,8 @@ def _load_adapter(request: LoadRequest, placement: Any) -> Any:
     """Loads a LoRA adapter, or the projector of an older checkpoint, onto its base."""
     adapter = Source(request.model_path, request.hub_options)
     fields = adapter.read_json(CONFIG_NAME)
-    if fields is not None and is_older(fields):
-        return _load_older(adapter, Source(request.model_base, request.hub_options), request, placement)
+    if fields is not None and is_legacy(fields):
+        return _load_legacy(adapter, Source(request.model_base, request.hub_options), request, placement)
     try:
         importlib.import_module("peft")
     except ImportError as error:

@@ -8,22 +8,18 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from transformers import (
-    PreTrainedConfig,
-)
+from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-from ..authoring.load_request import LoadRequest, is_custom_encoder
+from ..authoring.load_request import LoadRequest, is_user_encoder
 from ..configuration import MoellavaEncoderConfig
 from ..configuration.registry_moellava import ENCODERS
 from ..modeling.encoders_moellava import detect_encoder_type
-from .language_model import (
-    read_config,
-)
+from .language_model import read_config
 from .open_clip import read_open_clip
 from .sources import OPEN_CLIP_CONFIG_NAME, Source, load_image_processor
-from .user_encoder import read_custom_tower
+from .user_encoder import read_user_tower
 
 
 logger = logging.getLogger(__name__)
@@ -122,14 +118,14 @@ def _tower_tensors(
     return own
 
 
-def read_custom_encoder(encoder_type: str, source: Source | None, request: LoadRequest) -> VisionPart:
-    """Opens an encoder of the user's own; see `read_custom_tower`."""
-    tower = read_custom_tower(encoder_type, source, request.encoder_fields, request.model_fields)
+def read_user_encoder(encoder_type: str, source: Source | None, request: LoadRequest) -> VisionPart:
+    """Opens an encoder of the user's own; see `read_user_tower`."""
+    tower = read_user_tower(encoder_type, source, request.encoder_fields, request.model_fields)
     return VisionPart(encoder_type, MoellavaEncoderConfig(**tower.fields), tower.tensors, tower.image_processor)
 
 
 def tower_name(request: LoadRequest) -> str | None:
-    if request.vision_tower is None and is_custom_encoder(request.model_fields.get("encoder_type", "")):
+    if request.vision_tower is None and is_user_encoder(request.model_fields.get("encoder_type", "")):
         return None
     return request.vision_tower or DEFAULT_VISION_TOWER
 
@@ -146,8 +142,8 @@ def read_vision_part(request: LoadRequest) -> VisionPart:
     if encoder_type is not None:
         ENCODERS[encoder_type]
     source = tower_source(request)
-    if encoder_type is not None and is_custom_encoder(encoder_type):
-        vision = read_custom_encoder(encoder_type, source, request)
+    if encoder_type is not None and is_user_encoder(encoder_type):
+        vision = read_user_encoder(encoder_type, source, request)
     else:
         vision = read_vision_tower(source, encoder_type)
     report_claims(request, vision.config, name)
@@ -167,7 +163,7 @@ def report_claims(request: LoadRequest, vision_config: PreTrainedConfig, tower: 
 __all__ = [
     "DEFAULT_VISION_TOWER",
     "VisionPart",
-    "read_custom_encoder",
+    "read_user_encoder",
     "read_vision_part",
     "read_vision_tower",
     "report_claims",
