@@ -116,6 +116,4 @@ def _attn_implementations(config: MoellavaConfig) -> dict[str, str | None]:
     return {name: part._attn_implementation for name, part in parts.items()}
 
 
-__all__ = [
-    "upcycle",
-]
+__all__ = ["upcycle"]

@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 from older import write_older, write_tower
+from parts import picture, run_python
 
 from moellava import load_pretrained_model
 from moellava.hub_cards import render_card, write_card
@@ -23,7 +24,6 @@ from moellava.hub_cards.cards import MARKER
 from moellava.hub_cards.licences import combined_license
 from moellava.parts.parts_moellava import PROJECTORS
 from moellava.reading.provenance import with_training
-from parts import picture, run_python
 
 
 NAME = "me/my-model"

@@ -16,7 +16,7 @@ from moellava.converting.conversations import (
     FAMILIES,
     Conversation,
     conversation_for,
-    prepare_older_tokenizer,
+    prepare_legacy_tokenizer,
     stop_token_ids,
 )
 from moellava.processing.processing_moellava import MoellavaProcessor
@@ -271,7 +271,7 @@ BEGIN_OF_TEXT = ("llama", "mistral", "openchat", "minicpm")
 
 def older_tokenizer(parts, family: str, legacy: bool | None = None):
     tokenizer = AutoTokenizer.from_pretrained(parts.tokenizer(style=STYLES[family]))
-    prepare_older_tokenizer(tokenizer, family, legacy=legacy)
+    prepare_legacy_tokenizer(tokenizer, family, legacy=legacy)
     if family == "openchat":
         tokenizer.add_special_tokens({"extra_special_tokens": ["<|end_of_turn|>"]})
     return tokenizer
@@ -366,28 +366,28 @@ def test_padding_is_the_unknown_token(family, parts):
     tokenizer = AutoTokenizer.from_pretrained(parts.tokenizer(style=STYLES[family]))
     size = len(tokenizer)
     end = tokenizer.eos_token
-    added = prepare_older_tokenizer(tokenizer, family)
+    added = prepare_legacy_tokenizer(tokenizer, family)
     assert tokenizer.pad_token == tokenizer.unk_token
     assert tokenizer.eos_token == end
     assert added == (["<|extra_0|>"] if family in ("phi", "qwen", "qwen1_5") else [])
     assert len(tokenizer) == size + len(added)
     assert tokenizer.unk_token == (added[0] if added else "<unk>" if STYLES[family] == "llama" else "<|endoftext|>")
     # A tokenizer that is as the older code saves it stays as it is.
-    assert prepare_older_tokenizer(tokenizer, family, vocab_size=len(tokenizer)) == []
+    assert prepare_legacy_tokenizer(tokenizer, family, vocab_size=len(tokenizer)) == []
     assert len(tokenizer) == size + len(added)
 
 
 def test_stablelm_pads_with_its_first_register(parts):
     tokenizer = AutoTokenizer.from_pretrained(parts.tokenizer(style="gpt2"))
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|reg0|>"]})
-    assert prepare_older_tokenizer(tokenizer, "stablelm") == []
+    assert prepare_legacy_tokenizer(tokenizer, "stablelm") == []
     assert tokenizer.pad_token == tokenizer.unk_token == "<|reg0|>"
 
 
 def test_qwen_ends_at_the_end_of_text(parts):
     tokenizer = AutoTokenizer.from_pretrained(parts.tokenizer(style="qwen2"))
     tokenizer.eos_token = "<|im_end|>"
-    assert prepare_older_tokenizer(tokenizer, "qwen") == ["<|extra_0|>"]
+    assert prepare_legacy_tokenizer(tokenizer, "qwen") == ["<|extra_0|>"]
     assert tokenizer.eos_token == "<|endoftext|>"
 
 
@@ -395,18 +395,18 @@ def test_a_token_without_a_row_is_refused(parts):
     tokenizer = AutoTokenizer.from_pretrained(parts.tokenizer(style="gpt2"))
     before = (len(tokenizer), dict(tokenizer.special_tokens_map))
     with pytest.raises(ValueError, match=f"which makes {len(tokenizer) + 1} tokens, but the embedding has"):
-        prepare_older_tokenizer(tokenizer, "phi", vocab_size=len(tokenizer))
+        prepare_legacy_tokenizer(tokenizer, "phi", vocab_size=len(tokenizer))
     assert (len(tokenizer), dict(tokenizer.special_tokens_map)) == before
-    assert prepare_older_tokenizer(tokenizer, "phi", vocab_size=len(tokenizer) + 1) == ["<|extra_0|>"]
+    assert prepare_legacy_tokenizer(tokenizer, "phi", vocab_size=len(tokenizer) + 1) == ["<|extra_0|>"]
 
 
 def test_a_tokenizer_that_cannot_pad_is_refused(parts):
     tokenizer = AutoTokenizer.from_pretrained(parts.tokenizer(style="gpt2"))
     tokenizer.unk_token = tokenizer.eos_token = tokenizer.pad_token = None
     with pytest.raises(ValueError, match="no unknown, pad or end token"):
-        prepare_older_tokenizer(tokenizer, "stablelm")
+        prepare_legacy_tokenizer(tokenizer, "stablelm")
     with pytest.raises(ValueError, match="no family of older models 'gemma'"):
-        prepare_older_tokenizer(tokenizer, "gemma")
+        prepare_legacy_tokenizer(tokenizer, "gemma")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

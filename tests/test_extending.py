@@ -18,6 +18,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from parts import picture, run_python
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -37,7 +38,6 @@ from moellava.authoring.user_code import registered_in, user_sources
 from moellava.configuration import MoellavaEncoderConfig
 from moellava.parts.parts_moellava import ENCODERS, PROJECTORS
 from moellava.saving.export import travelling_files
-from parts import picture, run_python
 
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "extending.md"

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from parts import picture, run_python
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from moellava import load_pretrained_model
 from moellava.saving.staging import staged_folder
-from parts import picture, run_python
 
 
 TESTS = str(Path(__file__).parent)

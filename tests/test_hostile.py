@@ -28,8 +28,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from moellava import load_pretrained_model, upcycle
+from moellava.checks.pictures import check_shape, load_picture
 from moellava.evaluating import questions
-from moellava.processing.images_moellava import check_shape, load_picture
 from moellava.training import rows
 
 

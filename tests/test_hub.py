@@ -17,13 +17,13 @@ import pytest
 from hub_server import OWNER_TOKEN, READER_TOKEN, Blob, Fault, HubServer, Repository
 from huggingface_hub import save_torch_state_dict
 from older import write_older, write_tower
+from parts import picture, run_python
 from safetensors.torch import load_file
 
 from moellava import load_pretrained_model, push
 from moellava.hub.pushing import checkpoint_files
 from moellava.reading.sources import Source
 from moellava.saving.weight_names import is_weight_file
-from parts import picture, run_python
 
 
 STRAY = ("notes.txt", "train.py", "optimizer.pt", ".gitignore", "pictures/other.png")

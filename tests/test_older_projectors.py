@@ -22,7 +22,7 @@ from moellava.authoring.older_names import canonical_projector, stacked_projecto
 from moellava.configuration.configuration_moellava import MoellavaProjectorConfig
 from moellava.parts.parts_moellava import PROJECTORS
 from moellava.parts.simple_projector_moellava import VitBlock
-from moellava.reading.projector_file import older_projector_tensors, read_projector
+from moellava.reading.projector_file import legacy_projector_tensors, read_projector
 
 
 VISION, TEXT = 32, 64
@@ -514,7 +514,7 @@ def assert_same(tensors, expected):
 def test_older_names_become_ours(kind):
     projector = build(kind)
     older = older_weights(kind, projector)
-    renamed = older_projector_tensors(canonical_projector({"type": kind}), older)
+    renamed = legacy_projector_tensors(canonical_projector({"type": kind}), older)
     assert_same(renamed, projector.state_dict())
 
 
@@ -527,10 +527,10 @@ def test_copies_of_shared_weights(kind):
     first = {name: tensor for name, tensor in older.items() if not name.startswith(("block_in.2", "block_in.3"))}
     last = {name: tensor for name, tensor in older.items() if not name.startswith(("block_out.0", "block_out.1"))}
     for given in (older, first, last):
-        assert_same(older_projector_tensors(fields, given), projector.state_dict())
+        assert_same(legacy_projector_tensors(fields, given), projector.state_dict())
     older["block_out.3.norm1.bias"] += 1
     with pytest.raises(ValueError, match="block_out.1.norm1.bias and block_out.3.norm1.bias differ"):
-        older_projector_tensors(fields, older)
+        legacy_projector_tensors(fields, older)
 
 
 @pytest.mark.parametrize(
@@ -557,13 +557,13 @@ def test_unknown_names_are_refused(kind, unknown):
     fields = canonical_projector({"type": kind})
     older = {} if kind == "identity" else older_weights(kind, build(kind))
     with pytest.raises(ValueError, match=f"'{fields['type']}'.* has no {unknown}, zzz.weight"):
-        older_projector_tensors(fields, older | {unknown: torch.zeros(1), "zzz.weight": torch.zeros(1)})
+        legacy_projector_tensors(fields, older | {unknown: torch.zeros(1), "zzz.weight": torch.zeros(1)})
 
 
 def test_types_that_no_older_checkpoint_has():
-    assert older_projector_tensors({"type": "identity"}, {}) == {}
+    assert legacy_projector_tensors({"type": "identity"}, {}) == {}
     with pytest.raises(ValueError, match="No older checkpoint has a projector of the type 'perceiver'.*older_qformer"):
-        older_projector_tensors({"type": "perceiver"}, {})
+        legacy_projector_tensors({"type": "perceiver"}, {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -596,9 +596,9 @@ def test_weights_that_are_not_open_clips(copied):
         (
             {"visual.trunk.cls_token": "../elsewhere.safetensors"},
             ValueError,
-            "expected the name of a file in the same",
+            "expected the plain name of a file beside it",
         ),
-        ({"visual.trunk.cls_token": "gone.safetensors"}, FileNotFoundError, "names the file gone.safetensors, which"),
+        ({"visual.trunk.cls_token": "gone.safetensors"}, FileNotFoundError, "lacks gone.safetensors, which its"),
         (["a"], ValueError, "has no weight_map"),
     ],
 )

@@ -9,6 +9,7 @@ import json
 
 import pytest
 import torch
+from parts import picture, run_python
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -19,7 +20,6 @@ from transformers import (
 )
 
 from moellava import MoellavaConfig, MoellavaForCausalLM, load_pretrained_model
-from parts import picture, run_python
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,13 @@ import pytest
 import transformers
 from hostile_doors import Guard
 from older import _write_tokenizer as write_older_tokenizer
+from parts import VISION_TOWERS
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from moellava.checks.processor_files import load_image_processor, load_tokenizer
-from parts import VISION_TOWERS
 
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<s>", "</s>", "<pad>", "<unk>", "<mask>", "a", "b", "ab")

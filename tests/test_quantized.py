@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from older import write_older, write_tower
+from parts import picture, run_python
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
@@ -22,7 +23,6 @@ from moellava import (
 from moellava.cli import app
 from moellava.parts.modular_experts_moellava import ModularExperts
 from moellava.parts.quantised_moellava import UNQUANTISED, with_unquantised_parts
-from parts import picture, run_python
 
 
 bnb = pytest.importorskip("bitsandbytes")

@@ -17,6 +17,7 @@ import peft
 import pytest
 import torch
 from packaging.version import Version
+from parts import LANGUAGE_MODELS, MAIN_FAMILIES, VISION_TOWERS, Parts, pictures, run_python
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -37,7 +38,6 @@ from moellava.parts.parts_moellava import ENCODERS, PROJECTORS, encoder_for
 from moellava.reading.sources import Source
 from moellava.reading.vision_tower import read_vision_tower
 from moellava.saving.export import travelling_files
-from parts import LANGUAGE_MODELS, MAIN_FAMILIES, VISION_TOWERS, Parts, pictures, run_python
 
 
 def built_in(registry: PartTable) -> list[str]:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from parts import MAIN_FAMILIES, checkpoint_activations, picture, pictures, run_python
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -18,7 +19,6 @@ from transformers import (
 )
 
 from moellava import load_pretrained_model
-from parts import MAIN_FAMILIES, checkpoint_activations, picture, pictures, run_python
 
 
 PROJECTORS = {

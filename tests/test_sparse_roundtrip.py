@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parts import MAIN_FAMILIES, checkpoint_activations, pictures, run_python
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -22,7 +23,6 @@ from transformers import (
 
 from moellava import MoellavaForCausalLM, MoellavaModel, load_pretrained_model, upcycle
 from moellava.parts.moe_block_moellava import SparseMoeBlock
-from parts import MAIN_FAMILIES, checkpoint_activations, pictures, run_python
 
 
 FORMS = {

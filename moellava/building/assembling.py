@@ -55,7 +55,7 @@ def assemble(request: LoadRequest, device_map: Any = None) -> MoellavaForCausalL
         projector_config={"type": "mlp", **projector},
         encoder_type=vision.encoder_type,
         image_token_id=image_token_id,
-        parts=_origins(request),
+        parts=_provenance(request),
         **{name: value for name, value in request.model_fields.items() if name != "encoder_type"},
     )
     shapes = projector_shapes(config)
@@ -110,7 +110,7 @@ def _is_new(name: str, new_projector: bool, new_experts: bool) -> bool:
     return (new_projector and name.startswith(PROJECTOR_PREFIX)) or (new_experts and is_new_weight(name))
 
 
-def _origins(request: LoadRequest) -> dict[str, Any]:
+def _provenance(request: LoadRequest) -> dict[str, Any]:
     language = Source(request.model_path, request.hub_options)
     parts = with_provenance(None, "language_model", request.model_path, language)
     return with_projector_provenance(with_tower_provenance(parts, request), request)
@@ -127,8 +127,4 @@ def with_projector_provenance(parts: Mapping[str, Any] | None, request: LoadRequ
     return with_provenance(parts, "multi_modal_projector", NEW if path is None else os.path.basename(path))
 
 
-__all__ = [
-    "assemble",
-    "with_projector_provenance",
-    "with_tower_provenance",
-]
+__all__ = ["assemble", "with_projector_provenance", "with_tower_provenance"]

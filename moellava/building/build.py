@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from ..configuration import MoellavaConfig
+from ..formatting import first_few
 from ..modeling import MoellavaForCausalLM
 
 
@@ -58,13 +59,14 @@ def build(
     if misfits:
         faults = [f"{key} is {tuple(found)}, expected {tuple(expected)}" for key, found, expected in misfits]
         raise ValueError(
-            f"{len(misfits)} weight(s) of {origin} have another shape than the config says: {_first_few(faults)}. The "
-            "files and the configs beside them do not belong together: save or download them again."
+            f"{len(misfits)} weight(s) of {origin} have another shape than the config says: "
+            f"{first_few(faults, separator='; ')}. The files and the configs beside them do not belong together: save "
+            "or download them again."
         )
     missing = sorted(key for key in report["missing_keys"] if not is_new(key))
     if missing:
         raise ValueError(
-            f"{len(missing)} weight(s) are missing from {origin}: {_first_few(missing)}. A file is incomplete, or the "
+            f"{len(missing)} weight(s) are missing from {origin}: {first_few(missing)}. A file is incomplete, or the "
             "files and the configs beside them do not belong together: save or download them again."
         )
     if report["missing_keys"]:
@@ -72,16 +74,12 @@ def build(
     if report["unexpected_keys"] and strict:
         raise ValueError(
             f"{len(report['unexpected_keys'])} weight(s) of {origin} have no place in the model: "
-            f"{_first_few(sorted(report['unexpected_keys']))}. The files and the config beside them do not belong "
+            f"{first_few(report['unexpected_keys'])}. The files and the config beside them do not belong "
             "together."
         )
     if report["unexpected_keys"]:
         logger.info("skipped, since no part uses them: %s", ", ".join(sorted(report["unexpected_keys"])))
     return model
-
-
-def _first_few(entries: list[str]) -> str:
-    return "; ".join(entries[:4]) + (f"; and {len(entries) - 4} more" if len(entries) > 4 else "")
 
 
 __all__ = [

@@ -14,6 +14,7 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
 
+from ..formatting import first_few
 from ..modeling.language_moellava import native_causal_lm
 from ..reading.language_model import module_name
 from ..reading.sources import Source
@@ -88,7 +89,7 @@ def put_adapter(base: Any, source: Source, tensors: dict[str, torch.Tensor], mer
             "Save or download it again.",
             source,
             len(bare),
-            _some(bare),
+            first_few(bare),
         )
     return adapted.eval()
 
@@ -187,12 +188,6 @@ def _layers_asked_for(base: Any, config: Any, source: Source) -> set[str]:
     return {_OF_LAYER.sub("", name) for name, module in own.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
-def _some(names: Any) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
 def _misfit(source: Source, error: Exception) -> str:
     return (
         f"The adapter {source} does not fit the model ({type(error).__name__}: {error}). Give the base that it was "
@@ -202,7 +197,7 @@ def _misfit(source: Source, error: Exception) -> str:
 
 def _lost(source: Source, names: list[str]) -> str:
     return (
-        f"{len(names)} weight(s) of the adapter {source} have no place in the model: {_some(names)}. "
+        f"{len(names)} weight(s) of the adapter {source} have no place in the model: {first_few(names)}. "
         "Expected an adapter of the model given as model_base, or of its language model alone. Give the base that it "
         "was trained on."
     )

@@ -2,8 +2,8 @@
 """Older checkpoints: LLaVA, MoE-LLaVA, Med-MoE, transformers' LLaVA; adapters and projectors of them."""
 
 from .conversion import ConversionReport, convert
-from .legacy_checkpoint import load_older
-from .legacy_config import OlderCheckpointError, is_older
+from .legacy_checkpoint import load_legacy
+from .legacy_config import OlderCheckpointError, is_legacy
 
 
-__all__ = ["ConversionReport", "OlderCheckpointError", "convert", "is_older", "load_older"]
+__all__ = ["ConversionReport", "OlderCheckpointError", "convert", "is_legacy", "load_legacy"]

@@ -217,7 +217,7 @@ _UNKNOWN_TOKENS = {
 }
 
 
-def prepare_older_tokenizer(
+def prepare_legacy_tokenizer(
     tokenizer: Any, family: str, *, vocab_size: int | None = None, legacy: bool | None = None
 ) -> list[str]:
     """Gives a tokenizer the unknown, pad and end tokens that the older code gives it.
@@ -299,4 +299,4 @@ def _listed(names: Any) -> str:
     return ", ".join(repr(name) for name in names)
 
 
-__all__ = ["FAMILIES", "Conversation", "conversation_for", "prepare_older_tokenizer", "stop_token_ids"]
+__all__ = ["FAMILIES", "Conversation", "conversation_for", "prepare_legacy_tokenizer", "stop_token_ids"]

@@ -8,10 +8,8 @@ import torch
 
 from ..inspecting import inspect_checkpoint
 from ..reading.sources import Source
-from .legacy_checkpoint import (
-    load_older,
-)
-from .legacy_config import OlderCheckpointError, is_older
+from .legacy_checkpoint import load_legacy
+from .legacy_config import OlderCheckpointError, is_legacy
 
 
 @dataclass
@@ -82,13 +80,13 @@ def convert(
         raise ValueError(f"The folder to write is the source itself, {older}. Give another one.")
     if os.path.isdir(out) and os.listdir(out) and not overwrite:
         raise FileExistsError(f"The folder {out} holds something already. Give another one, or overwrite=True.")
-    if base is None and not is_older(older.config_dict()):
+    if base is None and not is_legacy(older.config_dict()):
         raise OlderCheckpointError(
             f"{older} is a model of type {older.config_dict()['model_type']!r}, which needs no conversion or cannot be "
             "converted. Expected a LLaVA, MoE-LLaVA or Med-MoE checkpoint."
         )
     base = None if base is None else Source(base, hub_options)
-    model, converted = load_older(older, base, vision_tower, dtype=dtype)
+    model, converted = load_legacy(older, base, vision_tower, dtype=dtype)
     model.save_pretrained(out, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
     summary = inspect_checkpoint(out)
     return ConversionReport(

@@ -10,7 +10,7 @@ import torch
 from ..building.lora import with_adapter
 from ..reading.sources import Source, read_tensors
 from ..tree import PEFT_PREFIX
-from .legacy_config import OlderCheckpointError, OlderModel, read_older_config
+from .legacy_config import LegacyModel, OlderCheckpointError, read_legacy_config
 from .legacy_weights import our_names
 
 
@@ -61,7 +61,7 @@ def attach_adapter(model: Any, adapter: Adapter, merge: bool) -> Any:
         OlderCheckpointError: The adapter does not fit the model.
     """
     config, source = adapter.config, adapter.source
-    older = read_older_config(source.config_dict(), source.name)
+    older = read_legacy_config(source.config_dict(), source.name)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     tensors = _renamed(adapter.pairs, older, layers, config.r, source)
     config.target_modules = {name.removesuffix(".lora_A.weight") for name in tensors if ".lora_A." in name}
@@ -139,7 +139,7 @@ def _read_pairs(source: Source) -> dict[str, dict[str, torch.Tensor]]:
 
 def _renamed(
     pairs: dict[str, dict[str, torch.Tensor]],
-    older: OlderModel,
+    older: LegacyModel,
     layers: dict[str, torch.nn.Linear],
     rank: int,
     source: Source,

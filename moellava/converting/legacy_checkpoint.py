@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From an older checkpoint to a model of ours: its parts read, its weights sorted, its conversation kept.
 
-`read_converted` reads one into a `Converted`, of which `load_older` makes the model; `convert` saves it.
+`read_converted` reads one into a `Converted`, of which `load_legacy` makes the model; `convert` saves it.
 """
 
 import os
@@ -30,16 +30,16 @@ from ..reading.language_model import (
     read_tokenizer,
 )
 from ..reading.processor import make_processor
-from ..reading.projector_file import fit_projector, older_projector_tensors, projector_shapes
+from ..reading.projector_file import fit_projector, legacy_projector_tensors, projector_shapes
 from ..reading.provenance import with_provenance
 from ..reading.sources import Source, are_same_weights, load_image_processor, read_tensors
 from ..reading.vision_tower import VisionPart, read_vision_tower
 from ..tree import BODY_PREFIX, PEFT_PREFIX, PROJECTOR_PREFIX, TOWER_PREFIX, part_weights, with_part
-from .conversations import conversation_for, prepare_older_tokenizer, stop_token_ids
+from .conversations import conversation_for, prepare_legacy_tokenizer, stop_token_ids
 from .legacy_adapters import ADAPTER_FILES, attach_adapter, read_adapter
-from .legacy_config import OlderCheckpointError, OlderModel, is_llava_hf, read_older_config
+from .legacy_config import LegacyModel, OlderCheckpointError, is_llava_hf, read_legacy_config
 from .legacy_weights import WeightReport, language_tensors, moe_fields_told_by, sort_weights
-from .tokenizers import read_older_tokenizer
+from .tokenizers import read_legacy_tokenizer
 
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -101,7 +101,7 @@ def read_converted(
         return converted
     if base is None:
         _check_needs_no_base(source)
-    older = read_older_config(fields, source.name)
+    older = read_legacy_config(fields, source.name)
     tower = _read_tower(older, source, vision_tower)
     talk = _read_conversation(older, source if base is None or _has_tokenizer(source) else base, source, fields)
     older.text_config.vocab_size = talk.rows
@@ -154,13 +154,13 @@ class _Talk:
     rows: int
 
 
-def _read_conversation(older: OlderModel, home: Source, source: Source, fields: Mapping[str, Any]) -> _Talk:
+def _read_conversation(older: LegacyModel, home: Source, source: Source, fields: Mapping[str, Any]) -> _Talk:
     """Reads the tokenizer, which lies in `home`, and makes it what the older loader made of it."""
-    tokenizer = read_older_tokenizer(home, older.text_config)
+    tokenizer = read_legacy_tokenizer(home, older.text_config)
     family = _conversation_family(older, tokenizer)
     # Older transformers took True where the file does not say it.
     legacy = (home.read_json("tokenizer_config.json") or {}).get("legacy", True)
-    prepare_older_tokenizer(tokenizer, family, legacy=legacy)
+    prepare_legacy_tokenizer(tokenizer, family, legacy=legacy)
     _add_picture_marks(tokenizer, older, fields)
     prepare_tokenizer(tokenizer)
     known_rows = older.text_config.vocab_size
@@ -181,7 +181,7 @@ def _read_conversation(older: OlderModel, home: Source, source: Source, fields: 
 
 
 def _our_config(
-    older: OlderModel,
+    older: LegacyModel,
     tower: VisionPart,
     talk: _Talk,
     source: Source,
@@ -203,7 +203,7 @@ def _our_config(
         image_token_id=talk.image_token_id,
         # The older code never scaled pictures; text it scaled with no picture beside it only, which is mended here.
         image_feature_scale=1 / getattr(older.text_config, "embedding_multiplier", 1.0),
-        parts=_origins(source, vision_tower or older.vision_tower),
+        parts=_provenance(source, vision_tower or older.vision_tower),
         **fields,
     )
     older.notes += _drop_one_token(config)
@@ -238,7 +238,7 @@ def _projector_and_tower(
 ) -> dict[str, torch.Tensor]:
     """Returns the weights of both under our names; those of a tower that the checkpoint does not hold are its own."""
     projector_config = config.projector_config
-    projector = older_projector_tensors({"type": projector_config.type, **projector_config.fields}, projector)
+    projector = legacy_projector_tensors({"type": projector_config.type, **projector_config.fields}, projector)
     projector = fit_projector(source.name, projector, config, projector_shapes(config))
     if not tower_weights:
         tower_weights = tower.tensors()
@@ -246,7 +246,7 @@ def _projector_and_tower(
     return with_part(with_part({}, PROJECTOR_PREFIX, projector), TOWER_PREFIX, tower_weights)
 
 
-def _origins(source: Source, vision_tower: str | None = None) -> dict[str, Any]:
+def _provenance(source: Source, vision_tower: str | None = None) -> dict[str, Any]:
     parts = with_provenance(None, "converted_from", source.name, source)
     if vision_tower is None:
         return parts
@@ -258,14 +258,14 @@ def _has_tokenizer(source: Source) -> bool:
     return source.find("tokenizer_config.json") is not None
 
 
-def _conversation_family(older: OlderModel, tokenizer: Any) -> str:
+def _conversation_family(older: LegacyModel, tokenizer: Any) -> str:
     # OpenChat is a Mistral with a stop of its own.
     if older.family.name == "mistral" and "<|end_of_turn|>" in tokenizer.get_vocab():
         return "openchat"
     return older.family.name
 
 
-def _template_of_tokenizer(older: OlderModel, tokenizer: Any, family: str) -> str | None:
+def _template_of_tokenizer(older: LegacyModel, tokenizer: Any, family: str) -> str | None:
     """Returns the tokenizer's chat template where the model was trained on it, and notes which prompt is taken.
 
     A Mistral with a template (LLaVA-Med v1.5) was. MoE-LLaVA trained its others (OpenChat, Qwen, StableLM) on Vicuna's
@@ -299,7 +299,7 @@ def _needs_space_after_image(tokenizer: Any) -> bool:
     return getattr(getattr(backend, "pre_tokenizer", None), "prepend_scheme", None) == "first"
 
 
-def _add_picture_marks(tokenizer: Any, older: OlderModel, fields: Mapping[str, Any]) -> None:
+def _add_picture_marks(tokenizer: Any, older: LegacyModel, fields: Mapping[str, Any]) -> None:
     """Adds the tokens that the older code adds when it loads a model with marks around its pictures, in its order."""
     if not older.has_picture_marks:
         return
@@ -308,7 +308,7 @@ def _add_picture_marks(tokenizer: Any, older: OlderModel, fields: Mapping[str, A
     tokenizer.add_tokens(list(_PICTURE_MARKS), special_tokens=True)
 
 
-def _read_tower(older: OlderModel, source: Source, given: str | None) -> VisionPart:
+def _read_tower(older: LegacyModel, source: Source, given: str | None) -> VisionPart:
     name = given or older.vision_tower
     if name is None:
         raise OlderCheckpointError(
@@ -358,7 +358,7 @@ def _another_tower(given: str, expected: str) -> str:
 
 
 def _compare_towers(
-    older: OlderModel, source: Source, given: str, tower: VisionPart, held: Mapping[str, torch.Tensor]
+    older: LegacyModel, source: Source, given: str, tower: VisionPart, held: Mapping[str, torch.Tensor]
 ) -> None:
     """Finds out, as far as can be, whether a tower that is given is the one that the projector was trained with.
 
@@ -491,7 +491,7 @@ def _read_llava_hf(source: Source, changes: dict[str, Any]) -> Converted:
         vision_config=llava.vision_config,
         projector_config=projector,
         image_token_id=llava.image_token_id,
-        parts=_origins(source),
+        parts=_provenance(source),
         **fields,
     )
     notes = _drop_one_token(config)
@@ -523,7 +523,7 @@ def _own_template(source: Source, tokenizer: Any) -> str:
     return multimodal_chat_template(older.get("chat_template", tokenizer.chat_template), IMAGE_TOKEN)
 
 
-def load_older(
+def load_legacy(
     source: Source,
     base: Source | None = None,
     vision_tower: str | None = None,
@@ -570,8 +570,4 @@ def load_older(
     return model, converted
 
 
-__all__ = [
-    "Converted",
-    "load_older",
-    "read_converted",
-]
+__all__ = ["Converted", "load_legacy", "read_converted"]

@@ -2,7 +2,7 @@
 """What the `config.json` of an older checkpoint says: LLaVA, MoE-LLaVA and Med-MoE, in our terms.
 
 The older code keeps the fields of the language model and those of everything around it side by side, and has a class
-for each language model. `read_older_config` takes the two apart. What a checkpoint is, its config decides, and never
+for each language model. `read_legacy_config` takes the two apart. What a checkpoint is, its config decides, and never
 the name of its folder.
 """
 
@@ -11,14 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import (
-    LlamaConfig,
-    MistralConfig,
-    PhiConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-    StableLmConfig,
-)
+from transformers import LlamaConfig, MistralConfig, PhiConfig, PreTrainedConfig, Qwen2Config, StableLmConfig
 
 from ..authoring.older_names import canonical_projector
 from ..checks.configs import CONFIG_ERRORS, config_fault
@@ -52,7 +45,7 @@ class Family:
 
 
 @dataclass
-class OlderModel:
+class LegacyModel:
     """What an older checkpoint is.
 
     Attributes:
@@ -194,7 +187,7 @@ def _family_name(fields: Mapping[str, Any]) -> str | None:
     return kind.removeprefix("llava_") if kind.startswith("llava_") else None
 
 
-def is_older(fields: Mapping[str, Any]) -> bool:
+def is_legacy(fields: Mapping[str, Any]) -> bool:
     """Whether a `config.json` is that of an older checkpoint: LLaVA, MoE-LLaVA or Med-MoE, or transformers' LLaVA."""
     return _family_name(fields) in (*FAMILIES, "mpt")
 
@@ -204,7 +197,7 @@ def is_llava_hf(fields: Mapping[str, Any]) -> bool:
     return fields.get("model_type") == "llava" and "text_config" in fields
 
 
-def read_older_config(fields: Mapping[str, Any], origin: str) -> OlderModel:
+def read_legacy_config(fields: Mapping[str, Any], origin: str) -> LegacyModel:
     """Reads the `config.json` of an older checkpoint.
 
     Args:
@@ -252,7 +245,7 @@ def read_older_config(fields: Mapping[str, Any], origin: str) -> OlderModel:
         raise OlderCheckpointError(
             f"The config.json of {origin} says mm_vision_select_feature={strategy!r}; expected 'patch' or 'cls_patch'."
         )
-    return OlderModel(
+    return LegacyModel(
         family=family,
         text_config=text_config,
         is_tied=is_tied,
@@ -327,4 +320,12 @@ def _without(fields: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, A
     return {name: value for name, value in fields.items() if name not in names}
 
 
-__all__ = ["FAMILIES", "Family", "OlderCheckpointError", "OlderModel", "is_llava_hf", "is_older", "read_older_config"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "OlderCheckpointError",
+    "LegacyModel",
+    "is_llava_hf",
+    "is_legacy",
+    "read_legacy_config",
+]

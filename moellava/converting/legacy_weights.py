@@ -16,10 +16,10 @@ from transformers.utils import logging as transformers_logging
 from ..building.expert_weights import stacked_experts
 from ..parts.moe_block_moellava import DenseForm
 from ..parts.sparse_layers_moellava import dense_mlps
-from ..reading.projector_file import older_projector_tensors
+from ..reading.projector_file import legacy_projector_tensors
 from ..reading.sources import unmapped
 from ..tree import BODY_PREFIX, PROJECTOR_PREFIX, TOWER_PREFIX
-from .legacy_config import OlderCheckpointError, OlderModel
+from .legacy_config import LegacyModel, OlderCheckpointError
 
 
 _TOWER = re.compile(
@@ -66,7 +66,7 @@ class WeightReport:
 
 
 def sort_weights(
-    source: Mapping[str, torch.Tensor], older: OlderModel, origin: str
+    source: Mapping[str, torch.Tensor], older: LegacyModel, origin: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor], WeightReport]:
     """Sorts the weights of an older checkpoint by part.
 
@@ -148,14 +148,14 @@ def merge_lora(tensors: Mapping[str, torch.Tensor], scale: float | None, origin:
     return merged
 
 
-def our_names(name: str, tensor: torch.Tensor, older: OlderModel) -> Iterator[tuple[str, torch.Tensor]]:
+def our_names(name: str, tensor: torch.Tensor, older: LegacyModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Goes through the weights of our tree that hold a weight of an older model, each with its share.
 
     Raises:
         ValueError: It is one that the projector does not have.
     """
     if match := _PROJECTOR.fullmatch(name):
-        renamed = older_projector_tensors(dict(older.projector), {match[1]: tensor})
+        renamed = legacy_projector_tensors(dict(older.projector), {match[1]: tensor})
         yield from ((f"{PROJECTOR_PREFIX}{own_name}", share) for own_name, share in renamed.items())
     elif match := _TOWER.fullmatch(name):
         yield f"{TOWER_PREFIX}{match[1]}", tensor
@@ -245,11 +245,4 @@ def language_tensors(
     return tensors
 
 
-__all__ = [
-    "WeightReport",
-    "language_tensors",
-    "merge_lora",
-    "moe_fields_told_by",
-    "our_names",
-    "sort_weights",
-]
+__all__ = ["WeightReport", "language_tensors", "merge_lora", "moe_fields_told_by", "our_names", "sort_weights"]

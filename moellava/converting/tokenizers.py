@@ -32,7 +32,7 @@ class _QwenConverter(TikTokenConverter):
         return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
 
 
-def read_older_tokenizer(source: Source, text_config: PreTrainedConfig) -> Any:
+def read_legacy_tokenizer(source: Source, text_config: PreTrainedConfig) -> Any:
     """Returns the tokenizer of an older checkpoint.
 
     Raises:
@@ -59,4 +59,4 @@ def read_older_tokenizer(source: Source, text_config: PreTrainedConfig) -> Any:
     )
 
 
-__all__ = ["read_older_tokenizer"]
+__all__ = ["read_legacy_tokenizer"]

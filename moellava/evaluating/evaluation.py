@@ -11,7 +11,7 @@ import torch
 
 from ..authoring.load_request import read_request
 from ..configuration import MoellavaConfig
-from ..converting import is_older
+from ..converting import is_legacy
 from ..loading import LoadedModel, load_pretrained_model
 from ..reading.sources import Source
 from .answering import Answer, answer_questions
@@ -164,7 +164,7 @@ def _check_answers(checkpoint: str | os.PathLike, options: Mapping[str, Any]) ->
         return
     source = Source(request.model_path, request.hub_options)
     fields = source.config_dict()
-    if fields["model_type"] != MoellavaConfig.model_type and not is_older(fields):
+    if fields["model_type"] != MoellavaConfig.model_type and not is_legacy(fields):
         raise ValueError(
             f"{source} is a model of type {fields['model_type']!r}, not a checkpoint of this package, so that it "
             "cannot be evaluated. A language model becomes one by `moellava assemble`, and by training."

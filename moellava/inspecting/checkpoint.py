@@ -263,8 +263,8 @@ def inspect_checkpoint(
             f"{source} is a model of type {fields.get('model_type')!r}, not a checkpoint of this package (type "
             f"{MoellavaConfig.model_type!r}). A language model becomes one by `moellava assemble`."
         )
-    own_parts = own_code(fields)
-    config = MoellavaConfig.from_dict(dict(fields)) if not own_parts else _config_without_code(source, fields)
+    user_parts = unregistered_parts(fields)
+    config = MoellavaConfig.from_dict(dict(fields)) if not user_parts else _config_without_code(source, fields)
     headers, disk = _read_headers(source)
     sparse = _sparse_facts(config, headers)
     dtype, quantization = _dtype_name(config.dtype), fields.get("quantization_config")
@@ -287,7 +287,7 @@ def inspect_checkpoint(
         bytes=Bytes(disk, sum(part.bytes.memory for part in parts)),
         parts=parts,
         untrained_parts=list(config.untrained_parts or ()),
-        own_code=own_parts,
+        own_code=user_parts,
         transformers_version=fields.get("transformers_version"),
     )
 
@@ -295,7 +295,7 @@ def inspect_checkpoint(
 # The config
 
 
-def own_code(fields: Mapping[str, Any]) -> list[str]:
+def unregistered_parts(fields: Mapping[str, Any]) -> list[str]:
     """Returns which parts of a config are of its author's own, and not registered here."""
     encoder, projector = fields.get("encoder_type"), fields.get("projector_config")
     projector = projector.get("type") if isinstance(projector, Mapping) else None
@@ -608,5 +608,5 @@ __all__ = [
     "SparseFacts",
     "WeightGroup",
     "inspect_checkpoint",
-    "own_code",
+    "unregistered_parts",
 ]

@@ -20,8 +20,8 @@ from ..building.lora import merge_adapter, put_adapter
 from ..checks.weight_files import check_adapter
 from ..configuration import MoellavaConfig
 from ..converting.legacy_adapters import ADAPTER_FILES
-from ..converting.legacy_checkpoint import load_older
-from ..converting.legacy_config import is_older
+from ..converting.legacy_checkpoint import load_legacy
+from ..converting.legacy_config import is_legacy
 from ..modeling import MoellavaForCausalLM
 from ..parts.parts_moellava import ENCODERS, PROJECTORS
 from ..reading.language_model import context_length, read_generation_config
@@ -139,21 +139,21 @@ def load_pretrained_model(
 def _load(request: LoadRequest, placement: Any) -> Any:
     source = Source(request.model_path, request.hub_options)
     fields = source.config_dict()
-    if is_older(fields):
-        return _load_older(source, None, request, placement)
+    if is_legacy(fields):
+        return _load_legacy(source, None, request, placement)
     if fields.get("model_type") != MoellavaConfig.model_type:
         return assemble(request, device_map=placement)
     return _load_checkpoint(source, fields, request, placement)
 
 
-def _load_older(source: Source, base: Source | None, request: LoadRequest, placement: Any) -> Any:
+def _load_legacy(source: Source, base: Source | None, request: LoadRequest, placement: Any) -> Any:
     """Loads a LLaVA, MoE-LLaVA or Med-MoE checkpoint, or an adapter or a projector of one."""
     if request.projector or request.projector_path or request.moe:
         raise ValueError(
             f"{source} is an older checkpoint, whose projector and experts are part of what it is. Convert it first "
             "(`moellava convert`), then load the result with another projector_config or moe_config."
         )
-    model, converted = load_older(
+    model, converted = load_legacy(
         source,
         base,
         request.vision_tower,
@@ -178,9 +178,9 @@ def _load_checkpoint(source: Source, fields: dict[str, Any], request: LoadReques
         **request.model_options,
     }
     options = {name: value for name, value in options.items() if value is not None}
-    own_code = unregistered_part(source, fields)
-    if own_code:
-        return load_by_remote_code(source, own_code, request, options)
+    part = unregistered_part(source, fields)
+    if part:
+        return load_by_remote_code(source, part, request, options)
     missing = [name for name in ("text_config", "vision_config") if not fields.get(name)]
     if missing:
         raise ValueError(
@@ -357,8 +357,8 @@ def _load_adapter(request: LoadRequest, placement: Any) -> Any:
     """Loads a LoRA adapter, or the projector of an older checkpoint, onto its base."""
     adapter = Source(request.model_path, request.hub_options)
     fields = adapter.read_json(CONFIG_NAME)
-    if fields is not None and is_older(fields):
-        return _load_older(adapter, Source(request.model_base, request.hub_options), request, placement)
+    if fields is not None and is_legacy(fields):
+        return _load_legacy(adapter, Source(request.model_base, request.hub_options), request, placement)
     try:
         importlib.import_module("peft")
     except ImportError as error:

@@ -10,7 +10,7 @@ import torch
 
 from ..authoring.load_request import LoadRequest
 from ..configuration import MoellavaConfig
-from ..converting.legacy_config import is_older
+from ..converting.legacy_config import is_legacy
 from ..inspecting.quantization import STACKED, quantization_coverage
 from ..reading.sources import Source
 
@@ -43,7 +43,7 @@ def log_parts(model: Any, request: LoadRequest) -> None:
     config, parts = model.config, model.config.parts or {}
     checkpoint = request.model_base or request.model_path
     fields = Source(checkpoint, request.hub_options).config_dict()
-    is_assembled = fields["model_type"] != MoellavaConfig.model_type and not is_older(fields)
+    is_assembled = fields["model_type"] != MoellavaConfig.model_type and not is_legacy(fields)
     inner = next(module for module in model.modules() if hasattr(module, "vision_tower") and hasattr(module, "encoder"))
     if request.options["encoder_debug"]:
         encoder = inner.encoder

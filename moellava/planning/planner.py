@@ -14,7 +14,7 @@ from typing import Any
 from ..building.dense_to_sparse import upcycled_config
 from ..configuration import MoellavaConfig
 from ..configuration.config_base_moellava import known_names
-from ..inspecting.checkpoint import own_code
+from ..inspecting.checkpoint import unregistered_parts
 from ..reading.language_model import context_length
 from ..reading.sources import Source
 from ..training.recipe import LoraRecipe, Stage
@@ -233,9 +233,9 @@ def _config(checkpoint: MoellavaConfig | str | os.PathLike, hub_options: dict[st
             f"{source} is a model of type {fields.get('model_type')!r}, not a checkpoint of this package (type "
             f"{MoellavaConfig.model_type!r}). A language model becomes one by `moellava assemble`."
         )
-    if own := own_code(fields):
+    if parts := unregistered_parts(fields):
         raise ValueError(
-            f"{source} has parts of its author's own ({', '.join(own)}), whose code a rehearsal would have to run. "
+            f"{source} has parts of its author's own ({', '.join(parts)}), whose code a rehearsal would have to run. "
             "Import the code that registers them, and give the config in Python."
         )
     if fields.get("quantization_config") is not None:

@@ -9,12 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from transformers import (
-    AutoConfig,
-    GenerationConfig,
-    GraniteConfig,
-    PreTrainedConfig,
-)
+from transformers import AutoConfig, GenerationConfig, GraniteConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 

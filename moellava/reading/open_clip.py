@@ -13,7 +13,7 @@ Everything else is refused with a `ValueError` that names what was found.
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 from transformers.utils import logging
 
+from ..formatting import first_few
 from ..processing.open_clip_moellava import OpenClipImageProcessor
 from .json_files import read_json_object
-from .sources import read_tensors
+from .sources import read_tensors, shards_of
 
 
 logger = logging.get_logger(__name__)
@@ -207,7 +208,8 @@ def _read_visual_weights(find: Callable[[str], Path | None], source_name: str) -
             break
         path = find(f"{name}.index.json")
         if path is not None:
-            weights = _read_visual_shards(path, find)
+            shards = shards_of(path, source_name, find, wanted=lambda name: _visual_key(name) is not None)
+            weights = {name: tensor for shard in shards for name, tensor in _read_visual_file(shard).items()}
             break
     else:
         expected = ", ".join(WEIGHT_FILES)
@@ -220,21 +222,6 @@ def _read_visual_weights(find: Callable[[str], Path | None], source_name: str) -
             "saves beside its open_clip_config.json."
         )
     return path, weights
-
-
-def _read_visual_shards(index_path: Path, find: Callable[[str], Path | None]) -> dict[str, torch.Tensor]:
-    weight_map = read_json_object(index_path, "Download the checkpoint again.").get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{index_path} has no weight_map from weights to files.")
-    weights = {}
-    for name in sorted({name for key, name in weight_map.items() if _visual_key(key) is not None}):
-        if name != Path(name).name:
-            raise ValueError(f"{index_path} names the file {name!r}; expected the name of a file in the same folder.")
-        shard = find(name)
-        if shard is None:
-            raise FileNotFoundError(f"{index_path} names the file {name}, which the checkpoint does not have.")
-        weights.update(_read_visual_file(shard))
-    return weights
 
 
 def _visual_key(key: str) -> str | None:
@@ -251,12 +238,6 @@ def _read_visual_file(path: Path) -> dict[str, torch.Tensor]:
 # Conversion
 
 
-def _some(names: Iterable[str]) -> str:
-    """The first few names, for a message."""
-    names = sorted(names)
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-
-
 def _no_plain_vit(what: str, found: str) -> ValueError:
     return ValueError(f"The {what} is no plain ViT: {found}. {_SUPPORTED}")
 
@@ -266,7 +247,7 @@ def _check_weights(weights: Mapping[str, torch.Tensor], expected: Mapping[str, t
     missing = expected.keys() - weights.keys()
     surplus = weights.keys() - expected.keys()
     if missing or surplus:
-        faults = [f"it lacks {_some(missing)}"] * bool(missing) + [f"it has {_some(surplus)}"] * bool(surplus)
+        faults = [f"it lacks {first_few(missing)}"] * bool(missing) + [f"it has {first_few(surplus)}"] * bool(surplus)
         raise ValueError(f"The weights of {what} do not fit its config: {' and '.join(faults)}.")
     for name, tensor in weights.items():
         if tensor.shape != expected[name].shape:
@@ -319,8 +300,8 @@ def _convert_timm_vit(
     if surplus or missing or not depth:
         # Of a weight that every layer has, once is enough.
         surplus = {re.sub(r"(?<=\.)\d+(?=\.)", "*", key) for key in surplus}
-        faults = [f"it has the weights {_some(surplus)}"] * bool(surplus)
-        faults += [f"it lacks the weights {_some(missing)}"] * bool(missing)
+        faults = [f"it has the weights {first_few(surplus)}"] * bool(surplus)
+        faults += [f"it lacks the weights {first_few(missing)}"] * bool(missing)
         raise _no_plain_vit(what, " and ".join(faults))
 
     trunk = _build_timm_trunk(vision_cfg, what)
@@ -474,7 +455,7 @@ def _convert_native_vit(
     weights = {key: value for key, value in weights.items() if key != _NATIVE_HEAD}
     odd = {key for key in weights if key not in _NATIVE_TOP_KEYS and not _NATIVE_BLOCK.fullmatch(key)}
     if odd:
-        raise _no_plain_vit(what, f"it has the weights {_some(odd)}")
+        raise _no_plain_vit(what, f"it has the weights {first_few(odd)}")
     first = "transformer.resblocks.0.mlp.c_fc.weight"
     if first not in weights or "positional_embedding" not in weights:
         raise ValueError(f"{path} lacks {first} or positional_embedding among its visual.* weights: it is incomplete.")

@@ -33,7 +33,7 @@ _ATTENTION = rf"(?:attention\.(?:query|key|value)|output\.(?:dense|LayerNorm))\.
 _CONV_BLOCK = rf"conv\.[01]\.{_LINEAR_LAYER}"
 _VIT_BLOCK = rf"(?:norm1|norm2|attn\.proj|mlp\.fc1|mlp\.fc2)\.{_LINEAR_LAYER}|attn\.qkv\.weight"
 # The older projectors that are built as they were, and every key that one may have.
-_OLDER_KEYS: dict[str, re.Pattern] = {
+_LEGACY_KEYS: dict[str, re.Pattern] = {
     "older_qformer": re.compile(
         rf"{_TWO_LINEAR_LAYERS}|query_tokens|qformer\.layernorm\.{_LINEAR_LAYER}"
         rf"|qformer\.encoder\.layer\.\d+\.(?:(?:attention|crossattention)\.{_ATTENTION}"
@@ -82,11 +82,11 @@ def read_projector(path: str | os.PathLike, fields: dict[str, Any]) -> tuple[dic
     if set(short) <= {"weight", "bias"} and fields.get("type") in (None, "linear"):
         tensors = {f"linear.{name}": tensor for name, tensor in short.items()}
         return {"bias": "bias" in short, **fields, "type": "linear"}, tensors
-    kind = fields.get("type") or ("pool_mlp" if is_pool else _older_type(tensors, path))
-    if kind in _OLDER_KEYS:
-        fields = {**_older_fields(kind, tensors), **fields, "type": kind}
+    kind = fields.get("type") or ("pool_mlp" if is_pool else _legacy_type(tensors, path))
+    if kind in _LEGACY_KEYS:
+        fields = {**_legacy_fields(kind, tensors), **fields, "type": kind}
         try:
-            return fields, older_projector_tensors(fields, tensors)
+            return fields, legacy_projector_tensors(fields, tensors)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     if fields.get("type", "mlp") == "mlp":
@@ -95,7 +95,7 @@ def read_projector(path: str | os.PathLike, fields: dict[str, Any]) -> tuple[dic
     return fields, tensors
 
 
-def older_projector_tensors(fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def legacy_projector_tensors(fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Renames the weights of a projector of MoE-LLaVA or LLaVA to those of ours.
 
     Args:
@@ -123,12 +123,12 @@ def older_projector_tensors(fields: dict[str, Any], tensors: dict[str, torch.Ten
             for leaf in ("weight", "bias")
         }
         renamed = {name: own.get(name) for name in tensors}
-    elif kind in _OLDER_KEYS:
-        renamed = {name: _older_name(kind, fields, name) for name in tensors}
+    elif kind in _LEGACY_KEYS:
+        renamed = {name: _legacy_name(kind, fields, name) for name in tensors}
     else:
         raise ValueError(
             f"No older checkpoint has a projector of the type {kind!r}. Expected one of: "
-            f"{', '.join(sorted({'identity', 'linear', 'mlp', *_OLDER_KEYS}))}."
+            f"{', '.join(sorted({'identity', 'linear', 'mlp', *_LEGACY_KEYS}))}."
         )
     unknown = sorted(name for name, own_name in renamed.items() if own_name is None)
     if unknown:
@@ -154,9 +154,9 @@ def _field(kind: str, name: str, fields: dict[str, Any]) -> Any:
     return PROJECTORS.fields(kind)[name] if value is None else value
 
 
-def _older_name(kind: str, fields: dict[str, Any], name: str) -> str | None:
+def _legacy_name(kind: str, fields: dict[str, Any], name: str) -> str | None:
     """Returns what a weight of an older projector is called in ours, or `None` where there is none such."""
-    if _OLDER_KEYS[kind].fullmatch(name) is None:
+    if _LEGACY_KEYS[kind].fullmatch(name) is None:
         return None
     if kind == "older_qformer":
         match = _QFORMER_LAYER_KEY.fullmatch(name)
@@ -175,7 +175,7 @@ def _older_name(kind: str, fields: dict[str, Any], name: str) -> str | None:
     return f"{blocks}.{place % 2}.{leaf}" if place < 2 * runs else None
 
 
-def _older_type(tensors: dict[str, torch.Tensor], path: Path) -> str | None:
+def _legacy_type(tensors: dict[str, torch.Tensor], path: Path) -> str | None:
     """Returns which older projector a file holds, or `None` where it is none that its keys tell."""
     if "query_tokens" in tensors and "proj_in.0.weight" in tensors:
         return "older_qformer"
@@ -187,7 +187,7 @@ def _older_type(tensors: dict[str, torch.Tensor], path: Path) -> str | None:
     return None
 
 
-def _older_fields(kind: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _legacy_fields(kind: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """What the weights of an older projector tell of it."""
     if kind == "pool_mlp":
         places = [int(match[1]) for match in map(_POOL_KEY.fullmatch, tensors) if match]
@@ -290,4 +290,4 @@ def fit_projector(
     return tensors
 
 
-__all__ = ["fit_projector", "older_projector_tensors", "projector_shapes", "read_projector"]
+__all__ = ["fit_projector", "legacy_projector_tensors", "projector_shapes", "read_projector"]

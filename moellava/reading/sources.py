@@ -9,7 +9,7 @@ import os
 import pickle
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .json_files import read_json_object
 
 CONFIG_NAME = "config.json"
 OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
+_AGAIN = "Save or download the model again."
 _WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
 # What a full disk, quota or limit on a file's size is told by.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -80,7 +81,7 @@ class Source:
     def read_json(self, filename: str) -> dict[str, Any] | None:
         """Returns the content of a JSON file, or `None` when the source has no such file."""
         path = self.find(filename)
-        return None if path is None else read_json_object(path, "Save or download the model again.")
+        return None if path is None else read_json_object(path, _AGAIN)
 
     def config_dict(self) -> dict[str, Any]:
         """Returns the content of `config.json`.
@@ -120,31 +121,12 @@ class Source:
             single = self.find(name)
             if single is not None:
                 return [single]
-            index = self.read_json(f"{name}.index.json")
+            index = self.find(f"{name}.index.json")
             if index is not None:
-                weight_map = index.get("weight_map")
-                if not isinstance(weight_map, dict) or not weight_map:
-                    raise ValueError(
-                        f"{name}.index.json of {self.name} has no weight_map from weights to files. Save or download "
-                        "the model again."
-                    )
-                return [self._shard(shard, name) for shard in sorted(set(map(str, weight_map.values())))]
+                return shards_of(index, self.name, self.find)
         raise FileNotFoundError(
             f"{self.name} has no weights: expected {' or '.join(_WEIGHT_NAMES)}, or an index of shards of one of them."
         )
-
-    def _shard(self, shard: str, index: str) -> Path:
-        if shard != os.path.basename(shard) or shard in ("", ".", ".."):
-            raise ValueError(
-                f"{index}.index.json of {self.name} names {shard!r}; expected the plain name of a file beside it. "
-                "Nothing outside the folder is read."
-            )
-        path = self.find(shard)
-        if path is None:
-            raise FileNotFoundError(
-                f"{self.name} lacks {shard}, which its {index}.index.json lists. Download it again."
-            )
-        return path
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns all weights by name, memory-mapped: none is read before it is used."""
@@ -156,6 +138,38 @@ class Source:
 
 def _looks_like_a_path(name: str) -> bool:
     return name.count("/") > 1 or name.startswith((".", "/", "~")) or os.path.isabs(name) or os.path.exists(name)
+
+
+def shards_of(
+    index: Path, origin: str, find: Callable[[str], Path | None], wanted: Callable[[str], bool] = lambda weight: True
+) -> list[Path]:
+    """Returns the files of those weights, by name, that an index of shards lists and that are wanted.
+
+    Args:
+        index (`Path`): The index.
+        origin (`str`): Whose it is, for error messages.
+        find (callable): Returns the path of a file of that origin, or `None`.
+        wanted (callable, *optional*): Which weights.
+
+    Raises:
+        FileNotFoundError: A file is not there.
+        ValueError: The index is damaged, or names a file that is not beside it.
+    """
+    weight_map = read_json_object(index, _AGAIN).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index.name} of {origin} has no weight_map from weights to files. {_AGAIN}")
+    paths = []
+    for shard in sorted({str(shard) for weight, shard in weight_map.items() if wanted(weight)}):
+        if shard != os.path.basename(shard) or shard in ("", ".", ".."):
+            raise ValueError(
+                f"{index.name} of {origin} names {shard!r}; expected the plain name of a file beside it. Nothing "
+                "outside the folder is read."
+            )
+        path = find(shard)
+        if path is None:
+            raise FileNotFoundError(f"{origin} lacks {shard}, which its {index.name} lists. Download it again.")
+        paths.append(path)
+    return paths
 
 
 def read_tensors(path: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor]]:
@@ -173,7 +187,7 @@ def read_tensors(path: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor]]:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
                     tensor = file.get_tensor(name)
-                    tensor.origin = (path, name)  # for `unmapped`
+                    tensor.mapped_from = (path, name)  # for `unmapped`
                     yield name, tensor
         except SafetensorError as error:
             raise ValueError(
@@ -189,9 +203,9 @@ def unmapped(tensor: torch.Tensor) -> torch.Tensor:
 
     What is copied out of a mapping leaves its pages resident until the file is closed, beside the copy.
     """
-    if not hasattr(tensor, "origin"):
+    if not hasattr(tensor, "mapped_from"):
         return tensor
-    path, name = tensor.origin
+    path, name = tensor.mapped_from
     if path.suffix != ".safetensors":
         return _read_pickle(path)[name].clone()  # out of a mapping that ends with this line
     with safe_open(path, framework="pt", backend="pread") as file:
@@ -228,7 +242,7 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} holds no tensors by name; expected a state dict, from names to tensors.")
     if is_zip:
         for name, tensor in tensors.items():
-            tensor.origin = (path, name)
+            tensor.mapped_from = (path, name)
     return tensors
 
 
@@ -271,5 +285,6 @@ __all__ = [
     "are_same_weights",
     "load_image_processor",
     "read_tensors",
+    "shards_of",
     "unmapped",
 ]

@@ -31,7 +31,7 @@ class CustomTower(NamedTuple):
     image_processor: Any
 
 
-def read_custom_tower(
+def read_user_tower(
     encoder_type: str, source: Source | None, fields: Mapping[str, Any], model_fields: Mapping[str, Any]
 ) -> CustomTower:
     """Opens an encoder of the user's own.
@@ -226,4 +226,4 @@ def _check_made_again(
         )
 
 
-__all__ = ["CustomTower", "read_custom_tower"]
+__all__ = ["CustomTower", "read_user_tower"]

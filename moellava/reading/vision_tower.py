@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from transformers import (
-    PreTrainedConfig,
-)
+from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
@@ -22,7 +20,7 @@ from .language_model import (
 )
 from .open_clip import read_open_clip
 from .sources import OPEN_CLIP_CONFIG_NAME, Source, load_image_processor
-from .user_encoder import read_custom_tower
+from .user_encoder import read_user_tower
 
 
 logger = logging.getLogger(__name__)
@@ -121,9 +119,9 @@ def _tower_tensors(
     return own
 
 
-def read_custom_encoder(encoder_type: str, source: Source | None, request: LoadRequest) -> VisionPart:
-    """Opens an encoder of the user's own; see `read_custom_tower`."""
-    tower = read_custom_tower(encoder_type, source, request.encoder_fields, request.model_fields)
+def read_user_encoder(encoder_type: str, source: Source | None, request: LoadRequest) -> VisionPart:
+    """Opens an encoder of the user's own; see `read_user_tower`."""
+    tower = read_user_tower(encoder_type, source, request.encoder_fields, request.model_fields)
     return VisionPart(encoder_type, MoellavaEncoderConfig(**tower.fields), tower.tensors, tower.image_processor)
 
 
@@ -146,7 +144,7 @@ def read_vision_part(request: LoadRequest) -> VisionPart:
         ENCODERS[encoder_type]
     source = tower_source(request)
     if encoder_type is not None and is_user_encoder(encoder_type):
-        vision = read_custom_encoder(encoder_type, source, request)
+        vision = read_user_encoder(encoder_type, source, request)
     else:
         vision = read_vision_tower(source, encoder_type)
     report_claims(request, vision.config, name)
@@ -166,7 +164,7 @@ def report_claims(request: LoadRequest, vision_config: PreTrainedConfig, tower: 
 __all__ = [
     "DEFAULT_VISION_TOWER",
     "VisionPart",
-    "read_custom_encoder",
+    "read_user_encoder",
     "read_vision_part",
     "read_vision_tower",
     "report_claims",
