@@ -50,29 +50,15 @@ class Tools:
     # `images_moellava.py`, and transformers.
     load_picture = to_rgb = read_processor_dict = load_tokenizer = load_image_processor = None
 
-    def take_other_names(self, config: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """Takes the fields of a config that are given by names which it does not have; returns the rest: all."""
-        return given
-
-    def canonical_projector(self, fields: dict[str, Any], kind: str) -> dict[str, Any]:
-        """Returns a projector's fields and its `type` by their own names: as they are."""
-        return {**fields, "type": kind}
-
-    def checked_part_fields(self, table: Any, name: str, fields: dict[str, Any]) -> dict[str, Any]:
-        """Returns the fields of a part, checked: as they are."""
-        return fields
-
-    def canonical_moe(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """Returns the fields of sparse layers by their own names: as they are."""
-        return fields
-
-    def canonical_value(self, name: str, value: Any) -> Any:
-        """Returns what a field of a config stands for, or is to be in a file: its value."""
-        return value
-
-    def config_from_dict(self, from_dict: Callable, cls: type, fields: dict[str, Any], given: dict[str, Any]) -> Any:
-        """Makes a config of the fields of a file and of what is given besides, by transformers' `from_dict`."""
-        return from_dict(fields, **given)
+    # The fields of a config that are given by other names than its own: none is. Those of a projector with its `type`, of
+    # sparse layers, and the value of any other, by their own names; and the fields of a part, checked: as they are.
+    take_other_names = staticmethod(lambda config, given: given)
+    canonical_projector = staticmethod(lambda fields, kind: {**fields, "type": kind})
+    canonical_moe = staticmethod(lambda fields: fields)
+    canonical_value = staticmethod(lambda name, value: value)
+    checked_part_fields = staticmethod(lambda table, name, fields: fields)
+    # A config of the fields of a file and of what is given besides: as transformers' `from_dict` makes it.
+    config_from_dict = staticmethod(lambda from_dict, cls, fields, given: from_dict(fields, **given))
 
     @contextmanager
     def saving(self, folder: Any, saved: Any, is_main_process: bool = True) -> Iterator[Any]:

@@ -159,15 +159,23 @@ def _pil_to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
     if 0 in image.size:
         raise ValueError(f"{name} has no pixels: its size is {image.size}.")
     image.load()
-    bits, is_inverted = file_bits(image), _is_inverted(image)
+    bits = file_bits(image)
+    # Of TIFF files with 0 for white, Pillow inverts those of 8 bits and fewer.
+    is_inverted = image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
     image = PIL.ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         values, key = np.asarray(image), image.info.get("transparency")
-        if image.mode == "I":
-            values = _in_range(values, 65535, name)
+        if image.mode == "I" and (values.min() < 0 or values.max() > 65535):
+            raise OutOfRangeError(
+                f"{name} holds values from {values.min()} to {values.max()} in mode I, which is read as 16-bit: 0 to "
+                "65535. Scale the values to that range first."
+            )
         if bits is not None:
             values = values.astype(np.uint32) * 65535 // (2**bits - 1)
-        image = _from_16_bit(65535 - values if is_inverted else values, key)
+        grey = _round_16_to_8(65535 - values if is_inverted else values)
+        if key is not None:
+            grey[values == key] = _WHITE
+        image = PIL.Image.fromarray(grey)
     elif image.mode == "F":
         image = PIL.Image.fromarray(_from_unit(np.asarray(image), name))
     elif _has_transparency(image):
@@ -179,11 +187,6 @@ def file_bits(image: PIL.Image.Image) -> int | None:
     """How many bits the values of a picture have, where its file says that they are fewer than those of its mode."""
     bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE)
     return bits[0] if bits in ((10,), (12,), (14,)) else None
-
-
-def _is_inverted(image: PIL.Image.Image) -> bool:
-    """Whether 0 is white in a 16-bit TIFF file; of 8 bits and fewer, Pillow inverts it."""
-    return image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
 
 
 def _has_transparency(image: PIL.Image.Image) -> bool:
@@ -198,22 +201,6 @@ def _over_white(image: PIL.Image.Image) -> PIL.Image.Image:
     image = image.convert("RGBA")
     white = PIL.Image.new("RGBA", image.size, (_WHITE, _WHITE, _WHITE, _WHITE))
     return PIL.Image.alpha_composite(white, image)
-
-
-def _in_range(values: np.ndarray, highest: int, name: str) -> np.ndarray:
-    if values.min() < 0 or values.max() > highest:
-        raise OutOfRangeError(
-            f"{name} holds values from {values.min()} to {values.max()} in mode I, which is read as 16-bit: 0 to "
-            f"{highest}. Scale the values to that range first."
-        )
-    return values
-
-
-def _from_16_bit(values: np.ndarray, transparency: int | None = None) -> PIL.Image.Image:
-    grey = _round_16_to_8(values)
-    if transparency is not None:
-        grey[values == transparency] = _WHITE
-    return PIL.Image.fromarray(grey)
 
 
 def _round_16_to_8(values: np.ndarray) -> np.ndarray:

@@ -116,7 +116,7 @@ def test_gradient_checkpointing_changes_no_gradient(assemble, family, tower, pro
     assert runs.count("norm") == 1
 
     checkpoint_activations(model)
-    assert model.is_gradient_checkpointing
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     runs.clear()
     assert_same_gradients(gradients(model, batch), expected)
     assert runs.count("norm") == 2  # once more in the backward pass
