@@ -50,7 +50,7 @@ class Tools:
     # `images_moellava.py`, and transformers.
     load_picture = to_rgb = read_processor_dict = load_tokenizer = load_image_processor = None
 
-    # The fields of a config that are given by other names than its own: none is. Those of a projector with its `type`, of
+    # The fields of a config that are given by other names than its own: none is. Those of a projector with its type, of
     # sparse layers, and the value of any other, by their own names; and the fields of a part, checked: as they are.
     take_other_names = staticmethod(lambda config, given: given)
     canonical_projector = staticmethod(lambda fields, kind: {**fields, "type": kind})
