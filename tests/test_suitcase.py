@@ -9,6 +9,7 @@ import ast
 import copy
 import importlib
 import io
+import os
 import pickle
 import shutil
 import sys
@@ -595,3 +596,32 @@ def test_a_config_alone_brings_the_code_of_its_model(models, tmp_path):
         model.config.save_pretrained(tmp_path / name)
         assert_packed(tmp_path / name, model)
         assert type(AutoConfig.from_pretrained(tmp_path / name)) is MoellavaConfig
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is imported first
+# ---------------------------------------------------------------------------------------------------------------------
+
+FIRST = """
+import os, sys
+import torch, transformers
+import moellava
+
+for name in {names!r}:
+    child = os.fork()
+    if child == 0:
+        try:
+            getattr(moellava, name)
+            os._exit(0)
+        finally:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(name)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_any_name_may_be_the_first_that_is_imported():
+    """Whatever it imports comes upon transformers' tables of classes, which load the config and the tools, half-way."""
+    run_python(FIRST.format(names=["MoellavaForCausalLM", "upcycle", "push", "evaluate"]), block_moellava=False)
