@@ -150,7 +150,9 @@ def test_data_parallel_by_the_command_line(recipe, alone, tmp_path):
     assert done.stderr.count("router: 256 of 256 parameters are trained") == 1
     for stage, expected in zip(report["stages"], alone, strict=True):
         assert_same_training(stage, expected)
-        assert stage == json.loads((Path(stage["folder"]) / "stage.json").read_text(encoding="utf-8"))
+        written = json.loads((Path(stage["folder"]) / "stage.json").read_text(encoding="utf-8"))
+        assert stage == written | {name: stage[name] for name in ("folder", "checkpoint")}
+        assert (written["folder"], written["checkpoint"]) == (".", "model")  # as seen from the file
         assert sorted(os.listdir(stage["folder"])) == sorted(os.listdir(expected.folder))
     code = f"""
 import torch

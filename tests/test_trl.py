@@ -20,7 +20,10 @@ from moellava.training.rows import open_data
 trl = pytest.importorskip("trl", reason="tests TRL's trainers")
 datasets = pytest.importorskip("datasets", reason="TRL's data are its datasets")
 
-pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL's own
+# TRL's own: it calls transformers' older names, of its fields and of the methods of any model.
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:`gradient_checkpointing(_enable|_disable)?` is deprecated:FutureWarning"
+)
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "layers": "dense", "router_aux_loss_coef": 0.5}
 QUESTION = {"role": "user", "content": "Which one?"}
 
