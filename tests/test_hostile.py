@@ -23,6 +23,7 @@ import peft
 import pytest
 import torch
 from older import write_older, write_tower
+from parts import picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -30,7 +31,6 @@ from moellava import load_pretrained_model, upcycle
 from moellava.checks.pictures import check_shape, load_picture
 from moellava.evaluating import questions
 from moellava.training import rows
-from parts import picture
 
 
 HERE = Path(__file__).resolve().parent

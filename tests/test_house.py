@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The repository as a whole: how a clone can be used, what is said in one place, and what is said in two."""
 
+import ast
+import importlib
 import os
 import re
 import subprocess
@@ -11,6 +13,8 @@ import pytest
 import yaml
 
 import moellava
+from moellava import MoellavaConfig
+from moellava.saving.export import code_of
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,3 +91,106 @@ def test_workflows_are_yaml(path):
                 assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
             elif command and command[0].startswith("."):
                 assert (ROOT / command[0]).is_file()
+
+
+# The circles and the suitcase
+
+ROOMS = re.search(r"^ROOMS = (\{.*?\})", (ROOT / "setup.py").read_text(), re.DOTALL | re.MULTILINE)[1]
+FOLDERS = {"moellava": "moellava", **ast.literal_eval(ROOMS)}
+
+
+def modules() -> dict[str, Path]:
+    """The files of the package by the names that they have when it is installed, as setup.py maps the folders."""
+    found = {}
+    for package, folder in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = [package, *path.relative_to(ROOT / folder).with_suffix("").parts]
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of the package that a file imports, late imports included."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{module}.{alias.name}" if f"{module}.{alias.name}" in known else module for alias in node.names}
+    return (found & known.keys()) - {name}
+
+
+def test_no_circle_of_imports():
+    known = modules()
+    graph = {name: imports(name, path, known) for name, path in known.items()}
+    assert sum(map(len, graph.values())) > 300  # the files were found and read
+    while graph:  # a file that imports none of the rest is in no circle
+        ends = {name for name, targets in graph.items() if not targets & graph.keys()}
+        if not ends:
+            break
+        graph = {name: targets for name, targets in graph.items() if name not in ends}
+    inside = {name: sorted(targets & graph.keys()) for name, targets in graph.items()}
+    assert not graph, "These import one another in a circle, or import from one:\n" + "\n".join(
+        f"{name} -> {', '.join(targets)}" for name, targets in sorted(inside.items())
+    )
+
+
+def test_the_ground_stands_on_no_room_above_it():
+    known = modules()
+    for name, path in known.items():
+        room = name.split(".")[1] if name.count(".") else ""
+        allowed = {
+            "configuration": {"configuration", "parts"},
+            "parts": {"configuration", "parts"},
+            "modeling": {"configuration", "parts", "modeling"},
+            "processing": {"configuration", "processing"},
+        }.get(room)
+        reached = {target.split(".")[1] for target in imports(name, path, known) if target.count(".")}
+        assert allowed is None or reached <= allowed, f"{name} imports from {sorted(reached - allowed)}"
+
+
+TEXT = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION = {**TEXT, "image_size": 32, "patch_size": 8, "hidden_size": 48, "num_hidden_layers": 3}
+SUITCASES = {
+    "dense CLIP, mlp, LLaMA": ({"model_type": "clip_vision_model"}, {"model_type": "llama"}, {}, 2500),
+    "sparse SigLIP, Q-Former, Qwen2": (
+        {"model_type": "siglip_vision_model"},
+        {"model_type": "qwen2", "num_key_value_heads": 2},
+        {"projector_config": {"type": "qformer"}, "moe_config": {"num_experts": 2}},
+        3700,
+    ),
+}
+
+
+def lines(config: MoellavaConfig) -> int:
+    return sum(source.count("\n") for source in code_of(config).values())
+
+
+@pytest.mark.parametrize("name", SUITCASES)
+def test_the_lines_of_a_suitcase(name):
+    vision, text, fields, most = SUITCASES[name]
+    config = MoellavaConfig(vision_config=VISION | vision, text_config=TEXT | text, image_token_id=99, **fields)
+    assert 1000 < lines(config) <= most
+
+
+def test_a_projector_of_ones_own_brings_its_file_and_little_more(tmp_path, monkeypatch):
+    source = (
+        "from torch import nn\nfrom moellava import register_projector\n\n\n@register_projector('of_the_house')\n"
+        "class OfTheHouse(nn.Module):\n    def __init__(self, vision_hidden_size, text_hidden_size):\n"
+        "        super().__init__()\n        self.linear = nn.Linear(vision_hidden_size, text_hidden_size)\n\n"
+        "    def forward(self, image_features):\n        return self.linear(image_features)\n"
+    )
+    (tmp_path / "of_the_house.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("of_the_house")
+    vision, text = VISION | {"model_type": "clip_vision_model"}, TEXT | {"model_type": "llama"}
+    own, usual = (
+        lines(
+            MoellavaConfig(vision_config=vision, text_config=text, image_token_id=99, projector_config={"type": kind})
+        )
+        for kind in ("of_the_house", "mlp")
+    )
+    assert own <= usual + source.count("\n") + 60
