@@ -317,14 +317,20 @@ class _Rewriter(ast.NodeVisitor):
     def _from_package(self, module: str, names: Iterable[tuple[str, str | None]]) -> str:
         """Returns the statements that import names of the package, in a checkpoint."""
         homes: dict[str, list[str]] = {}
+        modules = [(name, asname) for name, asname in names if self._home(f"{module}.{name}")]
         for name, asname in names:
+            if (name, asname) in modules:
+                continue
             home = self._home(module) or _HOMES.get(name, API_MODULE)
             if home == API_MODULE:
                 self.files.api_names.add(name)
                 if name in _ROOMS:
                     self._names_of_package.add(asname or name)
             homes.setdefault(home, []).append(_renamed(name, asname))
-        return "; ".join(f"from .{home} import {', '.join(renamed)}" for home, renamed in homes.items())
+        statements = [f"from .{home} import {', '.join(renamed)}" for home, renamed in homes.items()]
+        for name, asname in modules:  # the first of the two lets transformers find the file
+            statements += [f"from .{name} import __name__ as _", f"from . import {_renamed(name, asname)}"]
+        return "; ".join(statements)
 
     def _relative_import(self, node: ast.ImportFrom) -> list[str]:
         folder = self.path.parent
