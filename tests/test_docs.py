@@ -12,6 +12,7 @@ import ast
 import copy
 import importlib
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -55,8 +56,11 @@ from moellava.authoring.older_names import (
     VISION_FIELD_NAMES,
 )
 from moellava.building.dense_to_sparse import _CHANGEABLE
+from moellava.building.lora import put_adapter
 from moellava.chatting.prompting import user_turn
+from moellava.checks.pictures import to_rgb
 from moellava.demo.running import run_demo
+from moellava.hub.card_pictures import without_metadata
 from moellava.hub.pushing import checkpoint_files
 from moellava.parts.part_table_moellava import OPTIONAL, PartTable
 from moellava.parts.parts_moellava import ENCODERS, PROJECTORS
@@ -501,6 +505,14 @@ def load(**fields) -> MoellavaForCausalLM:
     return load_pretrained_model(**{"model_path": LANGUAGE_MODEL, "device": "cpu"} | fields).model
 
 
+def picture_of_a_card(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """One in a format that this Pillow reads and does not write."""
+    content = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(content, "AVIF")
+    monkeypatch.delitem(Image.SAVE, "AVIF")
+    return without_metadata(content.getvalue(), "scan.avif")
+
+
 def made_sparse_without_its_code(model: MoellavaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> MoellavaConfig:
     """As where a dense checkpoint runs by the code that it carries."""
     monkeypatch.delitem(OPTIONAL, "sparse")
@@ -822,6 +834,9 @@ ERRORS: dict[str, Callable] = {
     "config of an adapter": lambda model, _: load(
         model_path=adapter_of_the_language_model(target_modules=["nothing"]), model_base=LANGUAGE_MODEL
     ),
+    "adapter onto offloaded weights": lambda model, _: put_adapter(
+        copy.deepcopy(model).to("meta"), Source(adapter_of_the_language_model(use_dora=True)), {}
+    ),
     "another tower for an older model": lambda model, _: load(**another_tower_for_an_older_model()),
     "sparse already": lambda model, _: upcycle(upcycle(model)),
     "sparse layers": lambda model, _: load(moe_config={"layers": [70]}),
@@ -841,6 +856,7 @@ ERRORS: dict[str, Callable] = {
     "adapter of another kind": lambda model, _: load(model_path=adapter_of_another_kind(), model_base=LANGUAGE_MODEL),
     "link": lambda model, _: checkpoint_files(linked(model)),
     "pattern of more files": lambda model, _: checkpoint_files(linked(model, link=False), [".env"]),
+    "picture of a card": lambda model, monkeypatch: picture_of_a_card(monkeypatch),
     "weights with a dot": lambda model, _: checkpoint_files(hidden_weights(model)),
     "path of a tokenizer": lambda model, _: load(
         model_path=edited_part(LANGUAGE_MODEL, "tokenizer_config.json", vocab="/etc/hostname")
@@ -857,6 +873,9 @@ ERRORS: dict[str, Callable] = {
     ),
     "class of an image processor": lambda model, _: load(
         vision_tower=edited_part(CLIP, "preprocessor_config.json", image_processor_type="OneFormerImageProcessor")
+    ),
+    "length of a tokenizer": lambda model, _: load(
+        model_path=edited_part(LANGUAGE_MODEL, "tokenizer_config.json", model_max_length="abc")
     ),
     "tokenizer of a newer library": lambda model, _: load(
         model_path=edited_part(LANGUAGE_MODEL, "tokenizer.json", model={"type": "Newer"})
@@ -876,6 +895,7 @@ ERRORS: dict[str, Callable] = {
     "placeholders of a row": lambda model, _: model.processor(text=["<image>", ""], images=[[picture(0)]] * 2),
     "cut prompt": lambda model, _: cut_prompt(model),
     "broken picture": lambda model, _: model.processor(text="<image>", images=broken_picture()),
+    "unreadable picture": lambda model, _: to_rgb("/proc/self/mem"),
     "no picture's format": lambda model, _: model.processor(text="<image>", images=postscript("notes.png")),
     "another format": lambda model, _: model.processor(text="<image>", images=Image.open(postscript("drawing.eps"))),
     "no such picture": lambda model, _: model.processor(text="<image>", images="no-such-picture.png"),
