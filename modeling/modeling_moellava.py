@@ -73,8 +73,9 @@ class MoellavaCausalLMOutputWithPast(CausalLMOutputWithPast):
 _HUB_ARGUMENTS = ("commit_message", "private", "create_pr", "revision", "commit_description", "tags", "token")
 
 
-# Support for quantised weights, where a checkpoint has it.
+# Support for quantised weights, where a checkpoint has it; and what bitsandbytes leaves alone where it has none.
 _QUANTISED = [OPTIONAL["quantised"]] if "quantised" in OPTIONAL else []
+_IN_FULL_PRECISION = ("vision_tower", "multi_modal_projector", "lm_head")
 
 
 class MoellavaPreTrainedModel(*_QUANTISED, PreTrainedModel):
@@ -138,6 +139,9 @@ class MoellavaPreTrainedModel(*_QUANTISED, PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs):
         """Loads a checkpoint; arguments as in transformers."""
+        if not _QUANTISED and hasattr(kwargs.get("quantization_config"), "llm_int8_skip_modules"):
+            kwargs["quantization_config"] = config = copy.copy(kwargs["quantization_config"])
+            config.llm_int8_skip_modules = config.llm_int8_skip_modules or list(_IN_FULL_PRECISION)
         if getattr(kwargs.get("config"), "model_type", None) == cls.config_class.model_type:
             kwargs["config"].check()
         if pretrained_model_name_or_path is not None:

@@ -37,7 +37,7 @@ from moellava.parts.part_table_moellava import PartTable
 from moellava.parts.parts_moellava import ENCODERS, PROJECTORS, encoder_for
 from moellava.reading.sources import Source
 from moellava.reading.vision_tower import read_vision_tower
-from moellava.saving.export import travelling_files
+from moellava.saving.export import code_of, travelling_files
 
 
 def built_in(registry: PartTable) -> list[str]:
@@ -441,10 +441,10 @@ def test_travelling_files_import_only_what_transformers_brings():
                 assert top != "moellava"
 
 
-def test_a_saved_checkpoint_holds_exactly_the_travelling_files(parts, tmp_path):
-    assembled(parts, "clip", "mlp", "llama").save_pretrained(tmp_path)
-    generated = {"moellava_entry.py", "moellava_custom.py"}
-    assert {path.name for path in tmp_path.glob("**/*.py")} == {*travelling_files(), *generated}
+def test_a_saved_checkpoint_holds_the_code_of_its_config(parts, tmp_path):
+    model = assembled(parts, "clip", "mlp", "llama")
+    model.save_pretrained(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.glob("**/*.py")} == code_of(model.config)
     for name in ("config.json", "processor_config.json"):
         assert json.loads((tmp_path / name).read_text())["auto_map"] == AUTO_MAP
     for reference in AUTO_MAP.values():
@@ -724,7 +724,7 @@ def test_the_config_alone(model, tmp_path):
     model.config.save_pretrained(tmp_path / "config")
     config = AutoConfig.from_pretrained(tmp_path / "config")
     assert fields_of(config) == fields_of(model.config)
-    assert set(travelling_files()) <= {path.name for path in (tmp_path / "config").iterdir()}
+    assert code_of(model.config).keys() <= {path.name for path in (tmp_path / "config").iterdir()}
     # A model that is saved without a processor becomes whole by the processor's own save.
     processor, model.processor = model.processor, None
     model.save_pretrained(tmp_path / "model")
