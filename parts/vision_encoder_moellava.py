@@ -226,6 +226,8 @@ class VisionEncoder:
 def _install_capturing_hooks(tower: nn.Module) -> bool:
     """Installs what captures hidden states; transformers does so under a lock that torch.compile cannot trace."""
     for module in tower.modules():
-        if isinstance(module, PreTrainedModel):
+        # What is installed in a model's inner one already would be installed twice.
+        is_new = not any(getattr(inner, "_output_capturing_hooks_installed", False) for inner in module.modules())
+        if isinstance(module, PreTrainedModel) and is_new:
             maybe_install_capturing_hooks(module)
     return True
