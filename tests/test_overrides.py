@@ -350,7 +350,7 @@ config.vision_feature_select_strategy = "patches"
 refused(lambda: AutoModelForImageTextToText.from_config(config, **trust))
 refused(lambda: config.save_pretrained("nowhere"))
 refused(lambda: AutoConfig.from_pretrained(folder, projector_config={{"type": "linear"}}, **trust))
-refused(lambda: AutoConfig.from_pretrained(folder, moe_config={{"num_experts": 2}}, **trust))
+refused(lambda: AutoModelForImageTextToText.from_pretrained(folder, moe_config={{"num_experts": 2}}, **trust))
 """
 
 
