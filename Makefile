@@ -160,11 +160,12 @@ docs: $(STAMP) ## the documentation's site, with the reference from the docstrin
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "build/site/index.html; with the search: $(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site"
 
-lint: $(STAMP) ## ruff, codespell, and transformers-mlinter on the files that travel
+lint: $(STAMP) ## ruff, codespell, transformers-mlinter on the files that travel, and mypy on what is public
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/codespell
 	@$(BIN)/python .ci/mlint.py
+	@$(BIN)/python .ci/typecheck.py
 
 style: $(STAMP) ## ruff's fixes and format
 	@$(BIN)/ruff check --fix .

@@ -59,7 +59,7 @@ EXTRAS = {
         *("pytest>=8", "pytest-cov>=6", "pytest-random-order>=1.1", "pytest-xdist>=3.6", "hypothesis>=6.100"),
         *("ipykernel>=6", "nbclient>=0.10", "playwright>=1.45", "trl>=1"),
     ],
-    "lint": ["codespell>=2.4", "ruff>=0.17", "transformers-mlinter>=0.1.5"],
+    "lint": ["codespell>=2.4", "mypy>=2.4", "ruff>=0.17", "transformers-mlinter>=0.1.5"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 

@@ -71,7 +71,7 @@ def check_choice(name: str, value: Any) -> Any:
     return value
 
 
-def own_config(key: str, given: dict | PreTrainedConfig | None, config_class: type) -> PreTrainedConfig:
+def own_config(key: str, given: dict | PreTrainedConfig | None, config_class: type[Any]) -> PreTrainedConfig:
     """Returns the config of a part that this package describes by a class of its own."""
     if isinstance(given, PreTrainedConfig):
         # By its name: loaded from a checkpoint, the class may be there twice.

@@ -8,7 +8,7 @@ without any other file.
 
 import copy
 import os
-from typing import Any
+from typing import Any, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -219,9 +219,9 @@ class MoellavaConfig(PreTrainedConfig, metaclass=WithValueErrors):
     @property
     def text_embedding_size(self) -> int:
         """The width of the language model's input embeddings, which is not that of its layers in OPT-350M."""
-        return getattr(self.text_config, "word_embed_proj_dim", None) or self.text_config.hidden_size
+        return getattr(self.text_config, "word_embed_proj_dim", None) or self.text_config.hidden_size  # type: ignore[union-attr] # a config, once made
 
-    @PreTrainedConfig._experts_implementation.setter
+    @PreTrainedConfig._experts_implementation.setter  # type: ignore[attr-defined] # mypy knows a setter within its class alone
     def _experts_implementation(self, value: str | dict | None):
         # transformers hands a plain name to every part, which towers and dense language models refuse. It is meant for
         # the sparse layers: ours, and those of a language model that is sparse by itself.
@@ -266,7 +266,7 @@ class MoellavaConfig(PreTrainedConfig, metaclass=WithValueErrors):
         return output
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Self:
         """Makes a config of the fields of a file; arguments as in transformers. Fields among `kwargs` are laid over."""
         return tools().config_from_dict(super().from_dict, cls, config_dict, kwargs)
 

@@ -87,7 +87,7 @@ class MoellavaMoeConfig(PreTrainedConfig, metaclass=WithValueErrors):
         self._check()
 
     def _check(self) -> None:
-        if self.num_experts < 1 or not 1 <= self.num_experts_per_tok <= self.num_experts:
+        if not isinstance(self.num_experts, int) or not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok is {self.num_experts_per_tok} of num_experts {self.num_experts}; expected from 1 "
                 "to the number of experts."

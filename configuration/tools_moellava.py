@@ -72,7 +72,7 @@ class Tools:
         yield folder
         entry = Path(__file__).with_name(f"{ENTRY_MODULE}.py")
         if is_main_process and not (hasattr(saved, "tokenizer") and Path(folder, entry.name).exists()):
-            for file in map(Path, (entry, *get_relative_import_files(entry))):
+            for file in (entry, *map(Path, get_relative_import_files(entry))):
                 if file.parent.resolve() != Path(folder).resolve():
                     shutil.copyfile(file, Path(folder, file.name))
 

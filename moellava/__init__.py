@@ -60,13 +60,41 @@ _HOMES = {
     "upcycle": "upcycling",
 }
 
-__all__ = [*sorted(_HOMES), "__version__"]
+# Word for word, as type checkers read it: without it they take the names above for imports of this file's own.
+__all__ = [
+    "LoadedModel",
+    "MoellavaConfig",
+    "MoellavaEncoderConfig",
+    "MoellavaForCausalLM",
+    "MoellavaModel",
+    "MoellavaMoeConfig",
+    "MoellavaPreTrainedModel",
+    "MoellavaProcessor",
+    "MoellavaProjectorConfig",
+    "__version__",
+    "check_data",
+    "convert",
+    "evaluate",
+    "inspect_checkpoint",
+    "load_pretrained_model",
+    "plan",
+    "push",
+    "quantization_coverage",
+    "register_encoder",
+    "register_projector",
+    "resident_bytes",
+    "train",
+    "train_router",
+    "upcycle",
+]
 
 
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module 'moellava' has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+if not TYPE_CHECKING:  # a type checker would take it that every name is here
+
+    def __getattr__(name: str):
+        if name not in _HOMES:
+            raise AttributeError(f"module 'moellava' has no attribute {name!r}")
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

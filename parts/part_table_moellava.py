@@ -88,7 +88,7 @@ ENCODERS = PartTable("encoder")
 OPTIONAL: dict[str, type] = {}
 
 
-def optional(name: str) -> type:
+def optional(name: str) -> Any:
     """Returns an entry of `OPTIONAL`, or raises a ValueError where a checkpoint does without it."""
     if name not in OPTIONAL:
         raise ValueError(f"This checkpoint carries no code for {name!r}. To change its parts: pip install moellava.")

@@ -63,8 +63,18 @@ def test_what_is_public():
     source = (ROOT / "moellava" / "__init__.py").read_text()
     checked = source.partition("if TYPE_CHECKING:")[2].partition("_HOMES")[0]
     names = set(re.findall(r"\b[A-Za-z_]+\b", re.sub(r"from \.[\w.]+ import", "", checked)))
-    assert names == set(moellava.__all__) - {"__version__"}
+    assert names == set(moellava._HOMES) == set(moellava.__all__) - {"__version__"}
     assert (ROOT / "moellava" / "py.typed").is_file()
+
+
+def test_a_type_checker_tells_a_wrong_name():
+    """It reads `__all__` only word for word, and takes a module with `__getattr__` to have every name."""
+    module = ast.parse((ROOT / "moellava" / "__init__.py").read_text())
+    bound = {target.id: node.value for node in module.body if isinstance(node, ast.Assign) for target in node.targets}
+    assert ast.literal_eval(bound["__all__"]) == moellava.__all__
+    assert "__getattr__" not in [node.name for node in module.body if isinstance(node, ast.FunctionDef)]
+    with pytest.raises(ImportError, match="cannot import name 'load_pretrained_modal' from 'moellava'"):
+        from moellava import load_pretrained_modal  # noqa: F401
 
 
 def test_the_version_has_one_place():

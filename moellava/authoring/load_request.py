@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -153,7 +153,7 @@ def read_request(configuration: Any, keywords: Mapping[str, Any]) -> LoadRequest
     if projector and projector.get("type") in PROJECTORS:
         check_fields(PROJECTORS, projector["type"], [name for name in projector if name != "type"])
     return LoadRequest(
-        model_path=_path_or_none(source["model_path"]),
+        model_path=_path(source["model_path"]),
         model_base=_path_or_none(source.get("model_base")),
         vision_tower=_path_or_none(source.get("vision_tower")),
         encoder_fields=merged.get("encoder", {}),
@@ -211,8 +211,10 @@ def _dtype(given: Any) -> torch.dtype | None:
 
 
 def _path_or_none(value: Any) -> str | None:
-    if value is None:
-        return None
+    return None if value is None else _path(value)
+
+
+def _path(value: Any) -> str:
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{value!r} is no path: expected a folder, a file or a Hub id as a string.")
     return os.fspath(value)
@@ -307,9 +309,9 @@ def _read_vision(value: Any, flat_encoder: str | None) -> dict[str, dict[str, An
     return sections
 
 
-def is_user_encoder(encoder_type: str) -> bool:
+def is_user_encoder(encoder_type: str | None) -> TypeGuard[str]:
     """Whether a registered encoder is one that a user has written."""
-    return encoder_type in ENCODERS and ENCODERS.is_by_user(encoder_type)
+    return encoder_type is not None and encoder_type in ENCODERS and ENCODERS.is_by_user(encoder_type)
 
 
 def _read_projector(value: Any, flat_type: str | None) -> tuple[dict[str, Any], dict[str, Any]]:

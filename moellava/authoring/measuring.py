@@ -22,7 +22,8 @@ def measured_output_tokens(projector: Projector, num_tokens: int) -> int:
             of tokens than its `num_output_tokens` says.
     """
     projector_class, fields = projector.module_class, projector.fields
-    tokens = _measured_tokens(projector_class, json.dumps(fields), num_tokens, projector.widths)
+    # mypy asks for the hash of an instance, where the key is the class.
+    tokens = _measured_tokens(projector_class, json.dumps(fields), num_tokens, projector.widths)  # type: ignore[arg-type]
     count = getattr(projector_class, "num_output_tokens", None)
     if count is not None:
         said = count(num_tokens, **known_arguments(count, fields))
@@ -57,7 +58,7 @@ def _measured_tokens(projector_class: type[nn.Module], fields: str, num_tokens: 
             f"The projector {name} makes {shape} of image features of shape {given}; expected a tensor of shape "
             f"(2, tokens, {widths[1]}), as wide as the language model."
         )
-    return shape[1]
+    return output.shape[1]
 
 
 __all__ = ["known_arguments", "measured_output_tokens"]

@@ -15,12 +15,15 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
 from ..configuration.config_base_moellava import FOREIGN_KEYS, LIBRARY_FIELDS, known_names
 
+
+if TYPE_CHECKING:
+    from ..configuration import MoellavaConfig
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +201,8 @@ def canonical_projector_fields(fields: Mapping[str, Any], kind: str | None = Non
 def stacked_projector(lower: Mapping[str, Any] | None, upper: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Lays one description of a projector over another; fields of another type than the upper one's are dropped."""
     if lower is None or upper is None:
-        return upper if lower is None else lower
+        only = upper if lower is None else lower
+        return None if only is None else dict(only)
     lower, upper = canonical_projector_fields(lower), canonical_projector_fields(upper)
     kind = upper.get("type", lower.get("type"))
     if lower.get("type", kind) != kind:
@@ -248,7 +252,7 @@ def canonical_moe(fields: Mapping[str, Any]) -> dict[str, Any]:
         )
     if "moe_layers_idx" in fields:
         fields.pop("moe_mode", None)
-    canonical = {}
+    canonical: dict[str, Any] = {}
     for name, value in fields.items():
         if name in _MOE_FIELDS_WITHOUT_EFFECT:
             continue
@@ -339,7 +343,7 @@ def take_other_names(config: PreTrainedConfig, given: Mapping[str, Any]) -> dict
 
 
 def canonical_overrides(
-    config_class: type, fields: Mapping[str, Any], given: Mapping[str, Any]
+    config_class: type["MoellavaConfig"], fields: Mapping[str, Any], given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits what a caller gives for a config's file into fields, as they are laid over the file's, and the rest.
 

@@ -166,7 +166,7 @@ def _file_to_copy(part: type) -> Path:
         reason = "no Python file, as in a notebook or an interactive shell"
     elif part.__qualname__ != part.__name__:
         reason = f"{part.__qualname__.rpartition('.')[0]}, not at the top level of a file"
-    if reason is not None:
+    if path is None or reason is not None:
         raise ValueError(
             f"{part.__name__} cannot travel in a checkpoint: it is defined in {reason}. Move the class into a Python "
             "file of its own and import it from there."
@@ -230,9 +230,14 @@ class _Rewriter(ast.NodeVisitor):
         self._check_lines(text)
         return text
 
-    def _replace(self, node: ast.stmt, statements: Iterable[str] | str) -> None:
+    def _span(self, node: ast.stmt) -> tuple[int, int]:
+        """Where a statement begins and ends, in bytes."""
         start = self._line_starts[node.lineno - 1] + node.col_offset
-        end = self._line_starts[node.end_lineno - 1] + node.end_col_offset
+        end = self._line_starts[node.end_lineno - 1] + node.end_col_offset  # type: ignore[operator] # `None` in nodes made by hand
+        return start, end
+
+    def _replace(self, node: ast.stmt, statements: Iterable[str] | str) -> None:
+        start, end = self._span(node)
         new = statements if isinstance(statements, str) else "; ".join(dict.fromkeys(statements))
         self._edits.append((start, end, new))
 
@@ -265,8 +270,7 @@ class _Rewriter(ast.NodeVisitor):
     def visit_Expr(self, node: ast.Expr) -> None:
         if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             # A docstring: an example in it must not look like an import to transformers.
-            start = self._line_starts[node.lineno - 1] + node.col_offset
-            end = self._line_starts[node.end_lineno - 1] + node.end_col_offset
+            start, end = self._span(node)
             old = self._content[start:end].decode()
             new = _RELATIVE_IMPORT_LINE.sub(lambda match: match.group().replace(".", ". ", 1), old)
             if new != old:
@@ -300,7 +304,7 @@ class _Rewriter(ast.NodeVisitor):
             self._replace(node, statements)
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
-        if node.level:
+        if node.level or node.module is None:
             self._replace(node, self._relative_import(node))
         elif node.module.partition(".")[0] != _PACKAGE:
             self._check_importable(node.module, node)

@@ -128,7 +128,8 @@ def load_pretrained_model(
         placement = placement_of(request.options["device"], request.options["device_map"])
     request.options["quantization_config"] = quantization_of(request.options)
     with logs_shown(request.options["encoder_debug"] or request.options["projector_debug"]):
-        model = _load(request, placement) if request.model_base is None else _load_adapter(request, placement)
+        base = request.model_base
+        model = _load(request, placement) if base is None else _load_adapter(request, base, placement)
         log_parts(model, request)
         log_coverage(model)
     return LoadedModel(
@@ -221,7 +222,7 @@ def _takes_other_parts(source: Source, config: MoellavaConfig, request: LoadRequ
 
 
 def _asks_for_another_tower(source: Source, config: MoellavaConfig, request: LoadRequest) -> bool:
-    if request.vision_tower is not None and not _has_tower(source, config, request):
+    if request.vision_tower is not None and not _has_tower(source, config, request, request.vision_tower):
         return True
     encoder_type = request.model_fields.get("encoder_type", config.encoder_type)
     if not is_user_encoder(encoder_type):
@@ -232,13 +233,13 @@ def _asks_for_another_tower(source: Source, config: MoellavaConfig, request: Loa
     )
 
 
-def _has_tower(source: Source, config: MoellavaConfig, request: LoadRequest) -> bool:
+def _has_tower(source: Source, config: MoellavaConfig, request: LoadRequest, name: str) -> bool:
     """Whether the vision tower that a request names is the one that the checkpoint holds.
 
     A Hub id is compared with what the checkpoint was assembled from. Of a folder a checkpoint keeps no more than the
     name, which others may have too: there the weights are compared.
     """
-    name = os.path.expanduser(request.vision_tower)
+    name = os.path.expanduser(name)
     recorded = (config.parts or {}).get("vision_tower")
     if not os.path.isdir(name) or recorded not in (name, folder_name(name)):
         return name == recorded and not os.path.isdir(name)
@@ -279,7 +280,7 @@ def _load_with_other_parts(
         changed["projector_config"] = projector
     config = _with_changes(config, changed)
     shapes = projector_shapes(config)
-    if file_tensors is not None:
+    if file_tensors is not None and request.projector_path is not None:
         file_tensors = fit_projector(request.projector_path, file_tensors, config, shapes)
 
     # What can be wrong apart from the weights has been found by now.
@@ -308,12 +309,15 @@ def _load_with_other_parts(
     # Of these, `from_pretrained` notes again what it draws at random.
     if config.untrained_parts is not None:
         config.untrained_parts = [part for part in config.untrained_parts if part not in replaced]
-    new_experts = request.moe is not None and config.moe_config is None
-    if new_experts:
-        config, tensors = upcycled(config, tensors, request.moe)
+    new_experts = request.moe if config.moe_config is None else None
+    if new_experts is not None:
+        config, tensors = upcycled(config, tensors, new_experts)
     new = (*[PROJECTOR_PREFIX] * new_projector, *[TOWER_PREFIX] * new_tower)
     model = build(
-        config, tensors, lambda name: name.startswith(new) or (new_experts and is_new_weight(name)), **options
+        config,
+        tensors,
+        lambda name: name.startswith(new) or (new_experts is not None and is_new_weight(name)),
+        **options,
     )
     model.generation_config = read_generation_config(source) or model.generation_config
     model.processor = make_processor_like(processor, model)
@@ -327,10 +331,15 @@ def _other_projector(
     and where it is to be new."""
     if request.projector_path is None:
         return _changed_projector(config, request), None
-    own = {"type": config.projector_config.type, **config.projector_config.fields}
+    own = _own_projector(config)
     # What these two are, their files tell; of the others the checkpoint's config tells what nobody says.
-    own = None if own["type"] in ("linear", "mlp") else own
-    return read_projector(request.projector_path, stacked_projector(own, request.projector) or {})
+    lower = None if own["type"] in ("linear", "mlp") else own
+    return read_projector(request.projector_path, stacked_projector(lower, request.projector) or {})
+
+
+def _own_projector(config: MoellavaConfig) -> dict[str, Any]:
+    projector: Any = config.projector_config  # no dictionary, once the config is made
+    return {"type": projector.type, **projector.fields}
 
 
 def _with_changes(config: MoellavaConfig, changed: dict[str, Any]) -> MoellavaConfig:
@@ -340,7 +349,7 @@ def _with_changes(config: MoellavaConfig, changed: dict[str, Any]) -> MoellavaCo
 def _changed_projector(config: MoellavaConfig, request: LoadRequest) -> dict[str, Any] | None:
     """Returns the projector that the request asks for, or `None` where it is the checkpoint's."""
     asked = request.projector
-    own = {"type": config.projector_config.type, **config.projector_config.fields}
+    own = _own_projector(config)
     if asked is None:
         return None
     asked = canonical_projector({"type": own["type"], **asked})
@@ -353,12 +362,12 @@ def _changed_projector(config: MoellavaConfig, request: LoadRequest) -> dict[str
     return asked
 
 
-def _load_adapter(request: LoadRequest, placement: Any) -> Any:
+def _load_adapter(request: LoadRequest, model_base: str, placement: Any) -> Any:
     """Loads a LoRA adapter, or the projector of an older checkpoint, onto its base."""
     adapter = Source(request.model_path, request.hub_options)
     fields = adapter.read_json(CONFIG_NAME)
     if fields is not None and is_legacy(fields):
-        return _load_legacy(adapter, Source(request.model_base, request.hub_options), request, placement)
+        return _load_legacy(adapter, Source(model_base, request.hub_options), request, placement)
     try:
         importlib.import_module("peft")
     except ImportError as error:
@@ -377,7 +386,7 @@ def _load_adapter(request: LoadRequest, placement: Any) -> Any:
             f"{' or '.join(ADAPTER_FILES)} beside it. Save or download it again."
         )
     tensors = dict(read_tensors(weights))
-    base = _load(dataclasses.replace(request, model_path=request.model_base, model_base=None), placement)
+    base = _load(dataclasses.replace(request, model_path=model_base, model_base=None), placement)
     processor = base.processor
     model = put_adapter(base, adapter, tensors, request.options["merge"])
     if base.config.untrained_parts is not None:

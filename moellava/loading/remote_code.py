@@ -45,8 +45,10 @@ def load_by_remote_code(source: Source, part: str, request: LoadRequest, options
             f"{source} is loaded by its own code, because of its part {part!r}, and cannot be changed while loading. "
             f"Import the file that registers {part!r} first, or leave the settings of its parts out."
         )
-    model_class = get_class_from_dynamic_module(AUTO_MAP["AutoModelForCausalLM"], source.name, **source.hub_options)
-    processor_class = get_class_from_dynamic_module(AUTO_MAP["AutoProcessor"], source.name, **source.hub_options)
+    model_class: Any = get_class_from_dynamic_module(
+        AUTO_MAP["AutoModelForCausalLM"], source.name, **source.hub_options
+    )
+    processor_class: Any = get_class_from_dynamic_module(AUTO_MAP["AutoProcessor"], source.name, **source.hub_options)
     source.tensors()  # opens every file, since transformers' errors on damaged ones do not say which it is
     model = model_class.from_pretrained(source.name, **source.hub_options, **options)
     # The tokenizer's loader asks the installed package for the config, which does not know the part, and then warns.

@@ -151,7 +151,7 @@ def read_vision_part(request: LoadRequest) -> VisionPart:
     return vision
 
 
-def report_claims(request: LoadRequest, vision_config: PreTrainedConfig, tower: str | None) -> None:
+def report_claims(request: LoadRequest, vision_config: Any, tower: str | None) -> None:
     """Warns where the user says of the vision tower what it is not."""
     claimed, actual = request.claims.get("mm_hidden_size"), getattr(vision_config, "hidden_size", None)
     if claimed is not None and actual is not None and claimed != actual:
