@@ -209,7 +209,8 @@ class MoellavaConfig(PreTrainedConfig, metaclass=WithValueErrors):
         from ..parts.parts_moellava import encoder_for, projector_for  # late, as in `_projectors`
 
         tools().check_config(self)
-        encoder = encoder_for(self)
+        with tools().measuring(self):
+            encoder = encoder_for(self)
         self.encoder_type = encoder.encoder_type
         projector = projector_for(self, encoder.feature_size)
         tokens = projector.num_output_tokens(encoder.num_selected_tokens)

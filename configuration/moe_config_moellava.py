@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The config of sparse layers; a checkpoint has this file where it has such layers."""
 
-import math
-
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .config_base_moellava import EXPERT_COUNTS, WithValueErrors, known_names, split_library_fields
+from .config_base_moellava import EXPERT_COUNTS, WithValueErrors, split_library_fields
 from .tools_moellava import tools
 
 
@@ -73,71 +71,17 @@ class MoellavaMoeConfig(PreTrainedConfig, metaclass=WithValueErrors):
 
     def __post_init__(self, **kwargs):
         library, fields = split_library_fields(kwargs)
-        fields = tools().canonical_moe({**fields, "num_experts": self.num_experts})
-        for name in fields:
-            if name not in type(self).__annotations__:
-                raise ValueError(f"Unknown field {name!r} in moe_config{known_names(name, type(self).__annotations__)}")
-            earlier, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            if name != "num_experts" and earlier not in (default, fields[name]):
-                raise ValueError(
-                    f"moe_config gives {name} twice, as {earlier!r} and by an older name as {fields[name]!r}. Give one."
-                )
-            setattr(self, name, fields[name])
+        fields = tools().canonical_moe(self, {**fields, "num_experts": self.num_experts})
+        for name, value in fields.items():
+            setattr(self, name, value)
         super().__post_init__(**library)
-        self._check()
-
-    def _check(self) -> None:
-        if not isinstance(self.num_experts, int) or not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok is {self.num_experts_per_tok} of num_experts {self.num_experts}; expected from 1 "
-                "to the number of experts."
-            )
-        if self.sample_second_expert and self.num_experts_per_tok != 2:
-            raise ValueError(
-                f"sample_second_expert needs num_experts_per_tok=2, got {self.num_experts_per_tok}. Leave it out."
-            )
-        for name in ("capacity_factor", "eval_capacity_factor"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}; expected a number above 0, or None to drop no token.")
-        for name in ("router_aux_loss_coef", "min_capacity"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a number from 0.")
-        if not 0 <= self.router_jitter_noise < 1:
-            raise ValueError(f"router_jitter_noise is {self.router_jitter_noise}; expected from 0 to below 1.")
+        tools().check_moe(self)
 
     def resolve(self, num_hidden_layers: int) -> None:
-        """Sets what is open until the fields are those of a model with so many layers; see `resolved_layers`."""
-        self.layers = self.resolved_layers(num_hidden_layers)
+        """Sets what is open until the fields are those of a model with so many layers: `layers` are then indices."""
+        self.layers = tools().resolved_layers(self.layers, num_hidden_layers)
         if self.norm_topk_prob is None:
             self.norm_topk_prob = self.num_experts_per_tok > 1
-
-    def resolved_layers(self, num_hidden_layers: int) -> list[int]:
-        """Returns the indices of the sparse layers of a language model with so many layers, ascending.
-
-        Raises:
-            ValueError: An unknown word, or an index that the language model does not have.
-        """
-        modes = {
-            "first_half": range(num_hidden_layers // 2),
-            "second_half": range(num_hidden_layers // 2, num_hidden_layers),
-            "sparse": range(0, num_hidden_layers, 2),
-            "dense": range(num_hidden_layers),
-        }
-        if isinstance(self.layers, str):
-            if self.layers not in modes:
-                raise ValueError(f"Unknown choice of layers {self.layers!r}{known_names(self.layers, modes)}")
-            if not modes[self.layers]:
-                raise ValueError(
-                    f"layers is {self.layers!r}, which is none of a language model's {num_hidden_layers} layers."
-                )
-            return list(modes[self.layers])
-        wrong = [i for i in self.layers if not -num_hidden_layers <= i < num_hidden_layers]
-        if wrong or not self.layers:
-            raise ValueError(
-                f"layers is {self.layers}, but the language model has the layers 0 to {num_hidden_layers - 1}."
-            )
-        return sorted({index % num_hidden_layers for index in self.layers})
 
     def tell_serving_engines(self, text_config: PreTrainedConfig) -> None:
         """Names the experts where vLLM looks for them, so that it runs and shards them by its own kernels.

@@ -38,12 +38,13 @@ class Tools:
 
     # Checks of a config and its parts, of the files of a model, of the adapters on it, of a picture's shape, of what is
     # asked of a vision encoder, of a language model's head: none is made.
-    check_config = check_ties = check_part = check_part_config = staticmethod(_nothing)
+    check_config = check_moe = check_ties = check_part = check_part_config = staticmethod(_nothing)
     check_files = check_size = check_adapters = check_picture_shape = check_encoder = check_head = staticmethod(
         _nothing
     )
-    # Around the making of a part's config, and of its model: nothing is said of what their classes raise.
-    reading_part = building_part = staticmethod(lambda key, part: nullcontext())
+    # Around the making of a part's config and of its model, and the measuring of what a tower gives: nothing is said of
+    # what their classes raise.
+    reading_part = building_part = measuring = staticmethod(lambda *part: nullcontext())
     # How many tokens a user's projector makes of so many features: what the config says.
     measured_output_tokens = staticmethod(_nothing)
     # What reads a picture, what makes 8-bit RGB of one, and what reads the files of a processor and its parts:
@@ -54,7 +55,8 @@ class Tools:
     # sparse layers, and the value of any other, by their own names; and the fields of a part, checked: as they are.
     take_other_names = staticmethod(lambda config, given: given)
     canonical_projector = staticmethod(lambda fields, kind: {**fields, "type": kind})
-    canonical_moe = staticmethod(lambda fields: fields)
+    canonical_moe = staticmethod(lambda moe, fields: fields)
+    resolved_layers = staticmethod(lambda layers, num_hidden_layers: layers)
     canonical_value = staticmethod(lambda name, value: value)
     checked_part_fields = staticmethod(lambda table, name, fields: fields)
     # A config of the fields of a file and of what is given besides: as transformers' `from_dict` makes it.

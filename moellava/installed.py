@@ -13,7 +13,6 @@ from typing import Any
 
 from .authoring.older_names import (
     canonical_encoder_type,
-    canonical_moe,
     canonical_projector,
     canonical_strategy,
     given_type,
@@ -37,8 +36,20 @@ class InstalledTools(Tools):
     def checked_part_fields(self, table: Any, name: str, fields: dict[str, Any]) -> dict[str, Any]:
         return checked_part_fields(table, name, fields)
 
-    def canonical_moe(self, fields: dict[str, Any]) -> dict[str, Any]:
-        return canonical_moe(fields)
+    def canonical_moe(self, moe: Any, fields: dict[str, Any]) -> dict[str, Any]:
+        from .checks.moe import canonical_fields
+
+        return canonical_fields(moe, fields)
+
+    def check_moe(self, moe: Any) -> None:
+        from .checks.moe import check_moe
+
+        check_moe(moe)
+
+    def resolved_layers(self, layers: str | list[int], num_hidden_layers: int) -> list[int]:
+        from .checks.moe import resolved_layers
+
+        return resolved_layers(layers, num_hidden_layers)
 
     def canonical_value(self, name: str, value: Any) -> Any:
         if name == "encoder_type":
@@ -63,6 +74,11 @@ class InstalledTools(Tools):
         from .checks.configs import check_ties
 
         check_ties(config, again)
+
+    def measuring(self, config: Any) -> AbstractContextManager:
+        from .checks.encoders import measuring
+
+        return measuring(config)
 
     def check_encoder(self, encoder: Any) -> None:
         from .checks.encoders import check_encoder

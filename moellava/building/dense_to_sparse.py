@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
+from ..checks.moe import resolved_layers
 from ..configuration import MoellavaConfig, MoellavaMoeConfig
 from ..parts.moe_block_moellava import DenseForm
 from ..parts.sparse_layers_moellava import dense_mlps
@@ -234,7 +235,7 @@ def with_moe_changes(config: MoellavaConfig, moe: dict[str, Any]) -> dict[str, A
     if given.get("norm_topk_prob") is None:
         given.pop("norm_topk_prob", None)
     asked = MoellavaMoeConfig(**own | given)
-    asked.layers = asked.resolved_layers(config.text_config.num_hidden_layers)
+    asked.layers = resolved_layers(asked.layers, config.text_config.num_hidden_layers)
     for name in sorted(set(given) - _CHANGEABLE):
         if getattr(asked, name) != own[name]:
             raise ValueError(

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a config may ask of a vision encoder."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedConfig
+
 from ..parts.auto_encoder_moellava import as_key, measured_shapes
 from ..parts.measured_encoder_moellava import MeasuredEncoder
 from ..parts.part_table_moellava import detect_encoder_type
@@ -41,6 +46,18 @@ def check_encoder(encoder: VisionEncoder) -> None:
         )
 
 
+@contextmanager
+def measuring(config: PreTrainedConfig) -> Iterator[None]:
+    """Says what is wrong with a tower's config whose fields tell nothing that makes sense, as a ValueError."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"vision_config does not describe a {config.vision_config.model_type!r} tower that can be built "
+            f"({type(error).__name__}: {error}). Expected a config that transformers builds a vision model of."
+        ) from error
+
+
 def _check_layer(encoder: VisionEncoder, layer: int) -> None:
     hidden_states = encoder.num_hidden_layers + 1
     if not isinstance(layer, int) or isinstance(layer, bool) or not -hidden_states <= layer < hidden_states:
@@ -68,4 +85,4 @@ def _check_image_size(encoder: VisionEncoder) -> None:
         measured_shapes(encoder.vision_config.model_type, as_key(encoder.vision_config), encoder.image_size)
 
 
-__all__ = ["check_encoder"]
+__all__ = ["check_encoder", "measuring"]
