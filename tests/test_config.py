@@ -18,7 +18,6 @@ from transformers import (
 )
 
 from moellava import MoellavaConfig, MoellavaForCausalLM, MoellavaMoeConfig, MoellavaProjectorConfig
-from moellava.configuration import tools_moellava
 
 
 TEXT = {
@@ -553,9 +552,5 @@ def test_hostile_values_give_a_value_error(fields):
         assert str(caught.value).strip()
 
 
-def test_a_number_of_experts_for_each_layer_without_the_package(monkeypatch):
-    """The tools make one number of equal ones. Where they are not there, a list is not taken either."""
+def test_equal_numbers_of_experts_are_one():
     assert MoellavaMoeConfig(num_experts=[4, 4]).num_experts == 4
-    monkeypatch.setattr(tools_moellava, "_tools", tools_moellava.Tools())
-    with pytest.raises(ValueError, match=r"num_experts_per_tok is 2 of num_experts \[4, 4\]; expected from 1 to"):
-        MoellavaMoeConfig(num_experts=[4, 4])
