@@ -29,8 +29,7 @@ AUTO_MAP = {
 }
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    pass
+_NOTHING = staticmethod(lambda *given, **options: None)
 
 
 class Tools:
@@ -38,15 +37,13 @@ class Tools:
 
     # Checks of a config and its parts, of the files of a model, of the adapters on it, of a picture's shape, of what is
     # asked of a vision encoder, of a language model's head: none is made.
-    check_config = check_moe = check_ties = check_part = check_part_config = staticmethod(_nothing)
-    check_files = check_size = check_adapters = check_picture_shape = check_encoder = check_head = staticmethod(
-        _nothing
-    )
+    check_config = check_moe = check_ties = check_part = check_part_config = _NOTHING
+    check_files = check_size = check_adapters = check_picture_shape = check_encoder = check_head = _NOTHING
     # Around the making of a part's config and of its model, and the measuring of what a tower gives: nothing is said of
     # what their classes raise.
     reading_part = building_part = measuring = staticmethod(lambda *part: nullcontext())
     # How many tokens a user's projector makes of so many features: what the config says.
-    measured_output_tokens = staticmethod(_nothing)
+    measured_output_tokens = _NOTHING
     # What reads a picture, what makes 8-bit RGB of one, and what reads the files of a processor and its parts:
     # `images_moellava.py`, and transformers.
     load_picture = to_rgb = read_processor_dict = load_tokenizer = load_image_processor = None

@@ -136,6 +136,11 @@ class MoellavaPreTrainedModel(*_QUANTISED, PreTrainedModel):
                 gradient_checkpointing_func = module.routing.checkpointing(gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are computed anew in the backward pass; PEFT asks, and transformers' own warns."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs):
         """Loads a checkpoint; arguments as in transformers."""
