@@ -75,7 +75,7 @@ _HUB_ARGUMENTS = ("commit_message", "private", "create_pr", "revision", "commit_
 
 # Support for quantised weights, where a checkpoint has it; and what bitsandbytes leaves alone where it has none.
 _QUANTISED = [OPTIONAL["quantised"]] if "quantised" in OPTIONAL else []
-_IN_FULL_PRECISION = ("vision_tower", "multi_modal_projector", "lm_head")
+_IN_FULL_PRECISION = ("model.vision_tower", "model.multi_modal_projector", "vision_tower", "lm_head")
 
 
 class MoellavaPreTrainedModel(*_QUANTISED, PreTrainedModel):

@@ -437,7 +437,9 @@ def test_travelling_files_import_only_what_transformers_brings():
                 continue
             for module in imported:
                 top = module.partition(".")[0]
-                assert top in TRAVELLING_IMPORTS or top in sys.stdlib_module_names, (name, module)
+                is_known = top in TRAVELLING_IMPORTS or top in sys.stdlib_module_names
+                # Within a `try`, where transformers does not take it for a requirement.
+                assert is_known or (name, top) == ("quantised_moellava.py", "bitsandbytes"), (name, module)
                 assert top != "moellava"
 
 
