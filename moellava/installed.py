@@ -56,9 +56,9 @@ class InstalledTools(Tools):
             return canonical_encoder_type(value)
         if name == "vision_feature_select_strategy":
             return canonical_strategy(value)
-        if name == "parts" and value is not None:
-            return {part: public_name(origin) for part, origin in value.items()}
-        return value if name == "parts" else plain_value(value, name)
+        if name == "parts":
+            return None if value is None else {part: public_name(origin) for part, origin in value.items()}
+        return plain_value(value, name)
 
     def config_from_dict(self, from_dict: Callable, cls: type, fields: dict[str, Any], given: dict[str, Any]) -> Any:
         from .checks.configs import config_from_dict

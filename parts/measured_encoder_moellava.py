@@ -17,9 +17,6 @@ class MeasuredEncoder(VisionEncoder):
     def _measured_shapes(self) -> list[tuple[int, int, int]]:
         raise NotImplementedError
 
-    def check_image_size(self) -> None:
-        """Raises a ValueError where the tower cannot take pictures of the model's size."""
-
     @property
     def num_hidden_layers(self) -> int:
         return len(self._measured_shapes) - 1

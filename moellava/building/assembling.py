@@ -20,7 +20,7 @@ from ..reading.projector_file import fit_projector, projector_shapes, read_proje
 from ..reading.provenance import NEW, with_provenance
 from ..reading.sources import Source
 from ..reading.vision_tower import read_vision_part, tower_name, tower_source
-from ..saving.export import code_of
+from ..saving.export import user_code_of
 from ..tree import PROJECTOR_PREFIX, TOWER_PREFIX, is_new_weight, with_part
 from .build import build
 from .dense_to_sparse import upcycled
@@ -100,7 +100,7 @@ def assemble(request: LoadRequest, device_map: Any = None) -> MoellavaForCausalL
 def warn_of_parts_that_stay(config: MoellavaConfig) -> None:
     """Warns where the model cannot be saved, since a part of the user's own is defined where it cannot travel."""
     try:
-        code_of(config)
+        user_code_of(config)
     except ValueError as error:
         logger.warning("The model can be used, but not saved. %s", error)
 

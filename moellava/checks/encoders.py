@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from transformers import PreTrainedConfig
 
 from ..parts.auto_encoder_moellava import as_key, measured_shapes
-from ..parts.measured_encoder_moellava import MeasuredEncoder
 from ..parts.part_table_moellava import detect_encoder_type
+from ..parts.user_encoder_moellava import UserEncoder
 from ..parts.vision_encoder_moellava import VisionEncoder
 
 
@@ -30,10 +30,10 @@ def check_encoder(encoder: VisionEncoder) -> None:
         raise ValueError("vision_feature_layer is an empty list; give one layer or several, such as -2 or [-2, -5].")
     for layer in encoder.asked_layers:
         _check_layer(encoder, layer)
-    if encoder.interpolates and not (getattr(encoder, "is_by_user", False)):
-        _check_image_size(encoder)
-    if isinstance(encoder, MeasuredEncoder):
+    if isinstance(encoder, UserEncoder):
         encoder.check_image_size()
+    elif encoder.interpolates:
+        _check_image_size(encoder)
     if encoder.strategy == "cls" and not encoder.has_class_token:
         raise ValueError(
             f"vision_feature_select_strategy is 'cls', but a {encoder.tower_name} tower has no class "

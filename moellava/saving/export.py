@@ -67,16 +67,21 @@ def export_code(
 
 def code_of(config: MoellavaConfig) -> dict[str, str]:
     """Returns the files of code, by name, that a model of such a config needs; raises as `export_code`."""
-    named = {("ENCODERS", config.encoder_type): ENCODERS, ("PROJECTORS", config.projector_config.type): PROJECTORS}
-    classes = {(table, name): entries[name] for (table, name), entries in named.items()}
-    by_user = {place: cls for place, cls in classes.items() if is_user_class(cls)}
-    entry = dict(_MODEL_ENTRY)
-    sources = {f"{_TABLE_MODULE}.py": _table_source(config, {p: c for p, c in classes.items() if p not in by_user})}
-    if by_user:
-        sources |= user_sources(by_user, travelling_files())
-        entry[CUSTOM_MODULE] = ["CUSTOM_PARTS"]
-    sources[f"{ENTRY_MODULE}.py"] = _entry_source(entry)
-    return _with_imported(sources)
+    ours = {place: cls for place, cls in _classes(config).items() if not is_user_class(cls)}
+    by_user = user_code_of(config)
+    entry = {**_MODEL_ENTRY, **({CUSTOM_MODULE: ["CUSTOM_PARTS"]} if by_user else {})}
+    generated = {f"{_TABLE_MODULE}.py": _table_source(config, ours), f"{ENTRY_MODULE}.py": _entry_source(entry)}
+    return _with_imported(by_user | generated)
+
+
+def user_code_of(config: MoellavaConfig) -> dict[str, str]:
+    """Returns the files of code, by name, of the parts that a user has written; none where there is no such part.
+
+    Raises:
+        ValueError: See `export_code`.
+    """
+    by_user = {place: cls for place, cls in _classes(config).items() if is_user_class(cls)}
+    return user_sources(by_user, travelling_files()) if by_user else {}
 
 
 def code_of_processor() -> dict[str, str]:
@@ -107,6 +112,12 @@ def travelling_files() -> dict[str, Path]:
 def flatten_imports(source: str) -> str:
     """Rewrites the imports of the travelling files of one another to imports of flat siblings."""
     return _ROOM_IMPORT.sub(r"\1from .\2 import", source)
+
+
+def _classes(config: MoellavaConfig) -> dict[tuple[str, str], type]:
+    """Returns the classes of a model's encoder and projector, by table and name."""
+    encoder, projector = config.encoder_type, config.projector_config.type
+    return {("ENCODERS", encoder): ENCODERS[encoder], ("PROJECTORS", projector): PROJECTORS[projector]}
 
 
 def _with_imported(sources: dict[str, str]) -> dict[str, str]:
@@ -168,4 +179,12 @@ def _import(imports: dict[str, set[str]], classes: Iterable[type]) -> None:
         imports.setdefault(cls.__module__.rpartition(".")[2], set()).add(cls.__name__)
 
 
-__all__ = ["ROOMS", "code_of", "code_of_processor", "export_code", "flatten_imports", "travelling_files"]
+__all__ = [
+    "ROOMS",
+    "code_of",
+    "code_of_processor",
+    "export_code",
+    "flatten_imports",
+    "travelling_files",
+    "user_code_of",
+]
